@@ -1,0 +1,39 @@
+"""Randomness as a function of (seed, step): what makes resuming exact and two weightings see the same draws."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def generator(seed: int, step: int, stream: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """The generator of one stream of draws at one step.
+
+    seed: non-negative int of the run; step: non-negative int; stream: what is drawn ("images", "flip", "timesteps",
+    "noise", ...). Different streams are independent, so an extra draw in one never shifts another.
+    A CPU and a CUDA generator with the same seed give different numbers: draw indices on the CPU, noise on the device.
+    """
+    words = np.random.SeedSequence((seed, step, zlib.crc32(stream.encode()))).generate_state(1, np.uint64)
+    # The top bit goes because torch stores seeds as signed 64-bit integers.
+    return torch.Generator(device).manual_seed(int(words[0] >> np.uint64(1)))
+
+
+def check_timesteps(timesteps: Tensor, num_timesteps: int, batch: int | None = None) -> None:
+    """Raise ValueError unless timesteps is (B,) int64 in [0, num_timesteps), with B == batch if given.
+
+    The range is not checked while torch.compile traces, nor on an accelerator, where it would stall the device.
+    """
+    if timesteps.ndim != 1 or timesteps.dtype != torch.int64 or (batch is not None and len(timesteps) != batch):
+        wanted = "(B,)" if batch is None else f"({batch},)"
+        raise ValueError(
+            f"timesteps must be {wanted} int64 in [0, {num_timesteps}); "
+            f"got shape {tuple(timesteps.shape)}, dtype {timesteps.dtype}"
+        )
+    if torch.compiler.is_compiling() or timesteps.device.type != "cpu" or timesteps.numel() == 0:
+        return
+    low, high = int(timesteps.min()), int(timesteps.max())
+    if low < 0 or high >= num_timesteps:
+        raise ValueError(f"timesteps must lie in [0, {num_timesteps}); got values from {low} to {high}")

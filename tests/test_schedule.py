@@ -1,0 +1,138 @@
+"""Schedules against diffusers, identities of the forward process, and the low-precision bug they rule out."""
+
+import math
+
+import diffusers
+import pytest
+import torch
+from diffusers.training_utils import compute_snr
+
+from dysigma.draws import check_timesteps, generator
+from dysigma.schedule import SCHEDULES, NoiseSchedule, canonical_prediction_type, make_schedule
+
+DIFFUSERS_NAMES = {"linear": "linear", "scaled-linear": "scaled_linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_tables_equal_those_of_diffusers(name):
+    schedule = make_schedule(name)
+    options = {"beta_start": 0.00085, "beta_end": 0.012} if name == "scaled-linear" else {}
+    theirs = diffusers.DDPMScheduler(1000, beta_schedule=DIFFUSERS_NAMES[name], **options)
+    torch.testing.assert_close(schedule.alphas_cumprod, theirs.alphas_cumprod.double(), rtol=2e-4, atol=1e-9)
+    timesteps = torch.tensor([0, 1, 250, 500, 998])
+    torch.testing.assert_close(
+        schedule.log_snr[timesteps].exp(), compute_snr(theirs, timesteps).double(), rtol=1e-3, atol=1e-9
+    )
+
+
+def test_log_snr_matches_a_hand_computation():
+    schedule = NoiseSchedule(torch.tensor([0.8, 0.5, 0.1]))
+    torch.testing.assert_close(schedule.log_snr, torch.tensor([math.log(4), 0.0, -math.log(9)], dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_add_noise_equals_diffusers(name):
+    schedule = make_schedule(name)
+    theirs = schedule.to_diffusers()
+    x0, noise = torch.randn(2, 8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.arange(0, 1000, 125)
+    torch.testing.assert_close(schedule.add_noise(x0, noise, timesteps), theirs.add_noise(x0, noise, timesteps), rtol=1e-3, atol=1e-5)
+    velocity = theirs.get_velocity(x0, noise, timesteps)
+    torch.testing.assert_close(schedule.target(x0, noise, timesteps, "v"), velocity, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_prediction_type_recovers_x0(name, zero_terminal_snr):
+    schedule = make_schedule(name, 100, zero_terminal_snr=zero_terminal_snr)
+    x0, noise = torch.randn(2, 100, 2, 3, 3, generator=torch.Generator().manual_seed(1))
+    timesteps = torch.arange(100)
+    x_t = schedule.add_noise(x0, noise, timesteps)
+    for kind in ("sample", "v_prediction"):
+        torch.testing.assert_close(schedule.to_x0(schedule.target(x0, noise, timesteps, kind), x_t, timesteps, kind), x0, rtol=1e-4, atol=1e-5)
+    keep = schedule.alpha > 0.01
+    back = schedule.to_x0(noise[keep], x_t[keep], timesteps[keep], "epsilon")
+    torch.testing.assert_close(back, x0[keep], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_zero_terminal_snr_ends_at_exactly_zero_and_keeps_the_start(name):
+    plain, rescaled = make_schedule(name), make_schedule(name, zero_terminal_snr=True)
+    assert rescaled.log_snr[-1] == -torch.inf and torch.isfinite(rescaled.log_snr[:-1]).all()
+    torch.testing.assert_close(rescaled.alphas_cumprod[0], plain.alphas_cumprod[0])
+    assert (rescaled.log_snr.diff() < 0).all()
+
+
+def test_zero_terminal_snr_agrees_with_diffusers():
+    theirs = diffusers.DDPMScheduler(1000, rescale_betas_zero_snr=True)
+    ours = NoiseSchedule.linear(zero_terminal_snr=True)
+    torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod.double(), rtol=2e-4, atol=1e-8)
+    assert NoiseSchedule.from_diffusers(theirs).log_snr[-1] == -torch.inf
+
+
+@pytest.mark.parametrize(
+    "scheduler_class",
+    ["DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler"],
+)
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_round_trip_through_diffusers(scheduler_class, zero_terminal_snr):
+    schedule = NoiseSchedule.linear(200, zero_terminal_snr=zero_terminal_snr)
+    back = NoiseSchedule.from_diffusers(schedule.to_diffusers(getattr(diffusers, scheduler_class)))
+    torch.testing.assert_close(back.alphas_cumprod, schedule.alphas_cumprod, rtol=1e-4, atol=1e-7)
+
+
+def test_a_scheduler_without_a_table_is_refused_with_a_reason():
+    with pytest.raises(ValueError, match="no alphas_cumprod"):
+        NoiseSchedule.from_diffusers(diffusers.FlowMatchEulerDiscreteScheduler())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_no_timestep_gets_zero_noise_in_low_precision(name, dtype):
+    schedule = make_schedule(name).to(dtype)
+    x0 = torch.zeros(1000, 1, dtype=dtype)
+    noise = torch.ones(1000, 1, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        sigma = schedule.add_noise(x0, noise, torch.arange(1000)).flatten()
+    assert sigma.dtype == torch.float32
+    assert (sigma > 0).all() and len(sigma.unique()) == 1000
+    # The control: the same call in diffusers, with images in the low precision, loses the noise of some timesteps.
+    theirs = schedule.to_diffusers().add_noise(x0, noise, torch.arange(1000)).flatten()
+    if dtype == torch.bfloat16:
+        assert (theirs == 0).any()
+
+
+def test_moving_a_module_never_changes_the_precision_of_its_schedule():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), NoiseSchedule.cosine(50)).half()
+    assert module[0].weight.dtype == torch.float16 and module[1].log_snr.dtype == torch.float64
+    assert module.to("meta")[1].log_snr.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "table", [[0.9, 0.95], [1.0, 0.5], [0.5, -0.1], [0.9, 0.0, 0.0], [[0.9, 0.5]], [0.5], [0.9, float("nan")]]
+)
+def test_tables_that_are_no_schedule_are_refused(table):
+    with pytest.raises(ValueError, match="alphas_cumprod must"):
+        NoiseSchedule(torch.tensor(table))
+
+
+@pytest.mark.parametrize("timesteps", [torch.tensor([0.5]), torch.tensor([[1]]), torch.tensor([100]), torch.tensor([-1]), torch.tensor([1, 2])])
+def test_bad_timesteps_are_refused(timesteps):
+    with pytest.raises(ValueError, match="timesteps must"):
+        check_timesteps(timesteps, 100, batch=1)
+
+
+def test_unknown_names_show_the_choices():
+    with pytest.raises(KeyError, match="cosine"):
+        make_schedule("cosin")
+    with pytest.raises(ValueError, match="v_prediction"):
+        canonical_prediction_type("velocity")
+
+
+def test_draws_depend_on_every_argument_and_on_nothing_else():
+    def draw(*args):
+        return torch.rand(4, generator=generator(*args))
+
+    torch.testing.assert_close(draw(3, 7, "noise"), draw(3, 7, "noise"), rtol=0, atol=0)
+    for other in [(4, 7, "noise"), (3, 8, "noise"), (3, 7, "timesteps")]:
+        assert not torch.equal(draw(3, 7, "noise"), draw(*other))
