@@ -1,0 +1,52 @@
+# Needs python3 (3.11 or newer, with pip and venv) and make; every target does its own set-up in .venv.
+# `make help` lists the targets; README.md gives each as plain pip lines.
+#
+# torch: constraints.txt pins the release. On Linux, PyPI's build of it carries CUDA (gigabytes); without a GPU, take the CPU one:
+#     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
+# To let pip choose newer releases within the ranges of pyproject.toml:   make setup CONSTRAINTS=
+# To keep a torch that you already have, skip make:   pip install -e ".[notebooks]"   in its environment.
+
+PY ?= python3
+CONSTRAINTS ?= constraints.txt
+PYTEST_FLAGS ?= -n 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lab notebooks bench
+
+help:  ## list the targets
+	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP)  ## create .venv and install the package, the notebook and the test tools
+
+run: $(STAMP)  ## execute all notebooks in fast mode: live tiny training, figures, samples
+	$(BIN)/dysigma notebooks --fast
+
+test: $(STAMP)  ## lint, format check, types, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
+
+lab: $(STAMP)  ## open the collection in JupyterLab
+	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+
+notebooks: $(STAMP)  ## execute all notebooks in full and write their outputs and figures
+	$(BIN)/dysigma notebooks
+
+bench: $(STAMP)  ## time training steps and weightings against hand-written ones
+	$(BIN)/dysigma benchmark
+
+# denoising-diffusion-pytorch is a test oracle. It requires torchvision, whose CUDA build does not import beside a CPU torch,
+# so it comes without its requirements; its test stands in for the parts of torchvision that it imports.
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@$(PY) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "dysigma needs Python 3.11 or newer, and $(PY) is %d.%d: make PY=python3.11 ..." % sys.version_info[:2])'
+	@test -x $(BIN)/python || $(PY) -m venv $(VENV)
+	@echo "Installing into $(VENV) (one to three minutes, more where torch must be downloaded)"
+	@$(PIP) -e ".[notebooks,test]"
+	@$(PIP) --no-deps denoising-diffusion-pytorch
+	@touch $@
