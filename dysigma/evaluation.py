@@ -1,0 +1,225 @@
+"""What a trained denoiser is worth: per-timestep losses with fixed draws, ELBO in bits per dimension, samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .draws import generator
+from .objective import predict, sample_losses
+from .schedule import NoiseSchedule, canonical_prediction_type
+
+if TYPE_CHECKING:
+    import numpy
+
+SAMPLERS = ("ddim", "dpm-solver", "ddpm")
+
+
+def _model_kwargs(labels: Tensor | None) -> dict[str, Tensor]:
+    return {} if labels is None else {"class_labels": labels}
+
+
+def evaluation_timesteps(num_timesteps: int, count: int) -> Tensor:
+    """count int64 timesteps at the midpoints of equal slices of [0, num_timesteps)."""
+    if not 1 <= count <= num_timesteps:
+        raise ValueError(f"count must be from 1 to {num_timesteps}, the number of timesteps; got {count}")
+    return ((torch.arange(count, dtype=torch.float64) + 0.5) * num_timesteps / count).long()
+
+
+def _pairs(images: Tensor, labels: Tensor | None, seed: int, repeats: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """`repeats` times (x0, noise, labels): the same images each time, fresh noise, functions of seed alone."""
+    x0 = images.float().div(127.5).sub(1)
+    for repeat in range(repeats):
+        draw = generator(seed, repeat, "evaluation", images.device)
+        yield x0, torch.randn(x0.shape, generator=draw, device=x0.device), labels
+
+
+@torch.no_grad()
+def validation_losses(
+    model: nn.Module,
+    images: Tensor,
+    schedule: NoiseSchedule,
+    prediction_type: str = "epsilon",
+    *,
+    timesteps: Tensor,
+    labels: Tensor | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> Tensor:
+    """Mean loss at each of the given timesteps over fixed images and fixed noise: (len(timesteps),) float64, CPU.
+
+    images: (N, C, H, W) uint8 on the model's device. The loss is in the model's own target space; the image and noise
+    draws are the same for every model that is given the same images and seed, so differences are paired.
+    """
+    x0, noise, labels = next(_pairs(images, labels, seed, 1))
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(len(timesteps), dtype=torch.float64, device=images.device)
+    count = len(images) * len(timesteps)
+    for start in range(0, count, batch_size):
+        flat = torch.arange(start, min(start + batch_size, count), device=images.device)
+        image, position = flat % len(images), flat // len(images)
+        chosen = timesteps.to(images.device)[position]
+        kwargs = _model_kwargs(None if labels is None else labels[image])
+        losses = sample_losses(model, schedule, x0[image], noise[image], chosen, prediction_type, **kwargs)
+        totals.index_add_(0, position, losses.double())
+    model.train(was_training)
+    return totals.cpu() / len(images)
+
+
+class Elbo(NamedTuple):
+    """An upper bound on the negative log-likelihood in bits per dimension, and its terms; standard error over images."""
+
+    bits_per_dim: float
+    standard_error: float
+    diffusion: float
+    prior: float
+    reconstruction: float
+
+
+@torch.no_grad()
+def elbo(
+    model: nn.Module,
+    images: Tensor,
+    schedule: NoiseSchedule,
+    prediction_type: str = "epsilon",
+    *,
+    labels: Tensor | None = None,
+    timesteps_per_image: int = 100,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> Elbo:
+    """The discrete-time variational bound of uint8 images under T latents, in bits per dimension.
+
+    Terms as in Kingma, Salimans, Poole, Ho 2021 (VDM): sum over t >= 1 of (SNR(t-1) - SNR(t)) / 2 * |x0 - x0_hat|^2,
+    a Gaussian prior term at T-1, and a 256-level reconstruction term at t = 0. Each image is evaluated at
+    timesteps_per_image stratified timesteps, so the estimate is unbiased. images: (N, C, H, W) uint8, N >= 2.
+    Raises ValueError for epsilon at zero terminal SNR, where x0_hat does not exist.
+    """
+    if canonical_prediction_type(prediction_type) == "epsilon" and schedule.log_snr[-1] == -math.inf:
+        raise ValueError("an epsilon model implies no x0 at zero SNR, so it has no ELBO on this schedule; use v_prediction")
+    if len(images) < 2:
+        raise ValueError(f"the standard error needs at least 2 images; got {len(images)}")
+    device, dims, transitions = images.device, images[0].numel(), schedule.num_timesteps - 1
+    snr = schedule.log_snr.exp().to(device)
+    half_gap = 0.5 * (snr[:-1] - snr[1:])
+    per_image = torch.zeros(len(images), dtype=torch.float64, device=device)
+    was_training = model.training
+    model.eval()
+    for stratum, (x0, noise, labels_) in enumerate(_pairs(images, labels, seed, timesteps_per_image)):
+        draw = generator(seed, stratum, "elbo timesteps")
+        u = (stratum + torch.rand(len(images), generator=draw, dtype=torch.float64)) / timesteps_per_image
+        t = 1 + (u * transitions).long().clamp(max=transitions - 1).to(device)
+        for part in torch.arange(len(images), device=device).split(batch_size):
+            x_t = schedule.add_noise(x0[part], noise[part], t[part])
+            output = predict(model, x_t, t[part], **_model_kwargs(None if labels_ is None else labels_[part]))
+            error = schedule.to_x0(output.float(), x_t, t[part], prediction_type) - x0[part]
+            per_image[part] += half_gap[t[part] - 1] * error.double().square().flatten(1).sum(1)
+    model.train(was_training)
+    diffusion = per_image * transitions / timesteps_per_image
+    prior, reconstruction = _prior_nats(images, schedule), _reconstruction_nats(images, schedule, seed)
+    bits = (diffusion + prior + reconstruction) / (dims * math.log(2))
+    scale = dims * math.log(2)
+    return Elbo(
+        float(bits.mean()),
+        float(bits.std() / len(bits) ** 0.5),
+        float(diffusion.mean() / scale),
+        float(prior.mean() / scale),
+        float(reconstruction.mean() / scale),
+    )
+
+
+def _prior_nats(images: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """KL from q(x_T | x0) to a standard normal, per image."""
+    bar = schedule.alphas_cumprod[-1].to(images.device)
+    squares = images.double().div(127.5).sub(1).square()
+    return 0.5 * (bar * squares - bar - torch.log1p(-bar)).flatten(1).sum(1)
+
+
+def _reconstruction_nats(images: Tensor, schedule: NoiseSchedule, seed: int) -> Tensor:
+    """-log p(x0 | x_0-th latent) per image, p a softmax over the 256 grey levels of the latent's Gaussian likelihood."""
+    device = images.device
+    half_snr = 0.5 * schedule.log_snr[0].exp().to(device)
+    levels = torch.arange(256, device=device, dtype=torch.float64).div(127.5).sub(1)
+    nats = []
+    for index, image in enumerate(images):
+        draw = generator(seed, index, "reconstruction", device)
+        x0 = levels[image.long()].flatten()
+        z = x0 + torch.randn(x0.shape, generator=draw, device=device, dtype=torch.float64) * (2 * half_snr) ** -0.5
+        logits = -half_snr * (z[:, None] - levels).square()
+        nats.append((logits.logsumexp(1) - logits.gather(1, image.long().flatten()[:, None])[:, 0]).sum())
+    return torch.stack(nats)
+
+
+@torch.no_grad()
+def sample_images(
+    model: nn.Module,
+    schedule: NoiseSchedule,
+    shape: tuple[int, int, int, int],
+    *,
+    prediction_type: str = "epsilon",
+    sampler: str = "ddim",
+    num_steps: int = 50,
+    seed: int = 0,
+    labels: Tensor | None = None,
+    batch_size: int = 256,
+    progress: bool = False,
+) -> Tensor:
+    """Draw images with a diffusers sampler: (N, C, H, W) uint8 on the model's device.
+
+    shape: (N, C, H, W); sampler: "ddim", "dpm-solver" (DPM-Solver++ 2M) or "ddpm" (ancestral; use num_steps near T);
+    the latents are a function of (seed, image number). Raises KeyError for an unknown sampler.
+    """
+    if sampler not in SAMPLERS:
+        raise KeyError(f"unknown sampler {sampler!r}; have {list(SAMPLERS)}")
+    import diffusers
+    from tqdm.auto import tqdm
+
+    classes = {"ddim": diffusers.DDIMScheduler, "dpm-solver": diffusers.DPMSolverMultistepScheduler, "ddpm": diffusers.DDPMScheduler}
+    scheduler = schedule.to_diffusers(classes[sampler], prediction_type, timestep_spacing="trailing")
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    bar = tqdm(total=shape[0], unit="img", desc=f"sampling ({sampler}, {num_steps} steps)", disable=not progress)
+    done = []
+    for first in range(0, shape[0], batch_size):
+        numbers = range(first, min(first + batch_size, shape[0]))
+        x = torch.stack([torch.randn(shape[1:], generator=generator(seed, i, "latent", device), device=device) for i in numbers])
+        kwargs = _model_kwargs(None if labels is None else labels[first : first + len(x)].to(device))
+        noise = generator(seed, first, "sampler noise", device)
+        scheduler.set_timesteps(num_steps, device=device)
+        extra = {} if sampler == "ddim" else {"generator": noise}
+        for t in scheduler.timesteps:
+            output = predict(model, x, t.expand(len(x)), **kwargs).float()
+            x = scheduler.step(output, t, x, **extra).prev_sample
+        done.append(x.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8))
+        bar.update(len(x))
+    bar.close()
+    model.train(was_training)
+    return torch.cat(done)
+
+
+def image_grid(images: Tensor, columns: int | None = None, padding: int = 1) -> numpy.ndarray:
+    """Tile (N, C, H, W) uint8 images into one (H', W', 3) uint8 array, row by row on white."""
+    from einops import rearrange
+
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    images = images.cpu()
+    blank = -len(images) % columns
+    images = torch.cat([images, images.new_full((blank, *images.shape[1:]), 255)])
+    framed = torch.nn.functional.pad(images, (0, padding, 0, padding), value=255)
+    grid = rearrange(framed, "(r c) k h w -> (r h) (c w) k", c=columns)[: -padding or None, : -padding or None]
+    return grid.expand(-1, -1, 3).contiguous().numpy() if grid.shape[-1] == 1 else grid.numpy()
+
+
+def save_grid(images: Tensor, path: Path, columns: int | None = None, scale: int = 1) -> None:
+    """Write a grid of images as a PNG, each pixel enlarged `scale` times."""
+    from PIL import Image
+
+    picture: Any = Image.fromarray(image_grid(images, columns))
+    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(path, optimize=True)
