@@ -1,0 +1,200 @@
+"""Figures: one colour-blind-safe style, deterministic files with alt text, plot functions of arrays and an ``ax``.
+
+Plot functions take arrays (numpy, or torch on the CPU), draw on the ``ax`` they are given and return it. They never
+train, show or save. Series differ in dash and marker as well as in colour, so that a figure survives a grey printer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
+
+
+def use_style() -> None:
+    """Set the house style: seaborn's colour-blind palette, fonts of 9 pt or more, reproducible SVG bytes."""
+    import matplotlib as mpl
+    import seaborn as sns
+
+    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", font="DejaVu Sans")
+    mpl.rcParams.update({
+        "figure.dpi": 100, "figure.figsize": (6.4, 3.8), "figure.constrained_layout.use": True, "lines.linewidth": 1.8,
+        "font.size": 10, "axes.labelsize": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "legend.fontsize": 9,
+        "xtick.labelsize": 9, "ytick.labelsize": 9, "grid.linewidth": 0.6, "hatch.linewidth": 0.6,
+        "image.interpolation": "nearest", "svg.hashsalt": "dysigma", "svg.fonttype": "none",
+    })
+
+
+def figures_folder() -> Path:
+    """``figures/`` of the checkout around the working folder; a temporary folder when DYSIGMA_FAST=1."""
+    # A shortened run must never overwrite a published figure.
+    if os.environ.get("DYSIGMA_FAST") == "1":
+        return Path(tempfile.gettempdir()) / f"dysigma-figures-{os.getpid()}"
+    here = Path.cwd()
+    return next((root for root in (here, *here.parents) if (root / "dysigma/plots.py").exists()), here) / "figures"
+
+
+def _write(path: Path, content: bytes) -> None:
+    # An interrupted run leaves the old file or the new one, never half of one.
+    (part := path.with_name(f".{path.name}.{os.getpid()}")).write_bytes(content)
+    part.replace(path)
+
+
+def save_figure(
+    fig: Figure, name: str, *, title: str, caption: str, alt: str, notebook: str, folder: str | Path | None = None
+) -> Path:
+    """Write ``<name>.svg`` and ``<name>.png`` with their texts inside, and list them in ``manifest.json``.
+
+    name: NN_words, NN the number of the notebook; notebook: its stem. title, caption (states the conclusion) and alt
+    (the picture in words) are required. folder: default `figures_folder`. Equal data give equal bytes under one
+    matplotlib version. Returns the path of the PNG; raises ValueError for a bad name or an empty text.
+    """
+    if not re.fullmatch(r"\d\d_[a-z0-9_]+", name) or not notebook.startswith(name[:3]):
+        raise ValueError(f"name must be NN_words with the number of its notebook; got {name!r} for {notebook!r}")
+    texts = {"title": title, "caption": caption, "alt": alt}
+    if empty := [key for key, text in texts.items() if not text.strip()]:
+        raise ValueError(f"figure {name!r} needs a non-empty {' and '.join(empty)}")
+    folder = figures_folder() if folder is None else Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    words = {"Title": title, "Description": f"{caption} Alt text: {alt}", "Source": notebook}
+    hashes = {}
+    # Dates and version strings would change the bytes without changing the picture.
+    for kind, unset in (("svg", "Date"), ("png", "Software")):
+        buffer = io.BytesIO()
+        fig.savefig(buffer, format=kind, dpi=120, bbox_inches="tight", metadata={**words, unset: None})
+        _write(folder / f"{name}.{kind}", buffer.getvalue())
+        hashes[kind] = hashlib.sha256(buffer.getvalue()).hexdigest()
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    manifest[name] = {**texts, "notebook": notebook, "sha256": hashes}
+    _write(path, (json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    return folder / f"{name}.png"
+
+
+def show(fig: Figure, name: str, *, title: str, caption: str, alt: str, notebook: str) -> None:
+    """Save a figure with `save_figure`, display it with its alt text, and print the caption below it."""
+    import matplotlib.pyplot as plt
+    from IPython.display import Markdown, display
+
+    save_figure(fig, name, title=title, caption=caption, alt=alt, notebook=notebook)
+    display(fig, metadata={"image/png": {"alt": alt}})
+    plt.close(fig)  # else the inline backend shows it a second time
+    display(Markdown(f"**{title}.** {caption}"))
+
+
+def _interval(values: ArrayLike, log: bool) -> tuple[NDArray, NDArray, NDArray]:
+    """Lower end, mean and upper end of the 95 % t-interval over the first axis of (S, N); (N,) has no width."""
+    from scipy.stats import t
+
+    array = np.atleast_2d(np.asarray(values, dtype=float))
+    array, undo = (np.log(array), np.exp) if log else (array, np.copy)
+    mean, seeds = array.mean(0), len(array)
+    half = t.ppf(0.975, seeds - 1) * array.std(0, ddof=1) / seeds**0.5 if seeds > 1 else 0 * mean
+    return undo(mean - half), undo(mean), undo(mean + half)
+
+
+def trajectories(ax: Axes, x: ArrayLike, series: Mapping[str, ArrayLike], *, log: bool = False) -> Axes:
+    """Each series (N,), or (S, N) over seeds: the mean and its 95 % interval against x (N,).
+
+    ``log=True``: logarithmic axis, geometric mean, interval of the logarithm.
+    """
+    x = np.asarray(x, dtype=float)
+    every = max(1, len(x) // 8)
+    for i, (label, values) in enumerate(series.items()):
+        if np.shape(values)[-1:] != x.shape:
+            raise ValueError(f"series {label!r} has shape {np.shape(values)}; expected (N,) or (S, N), N = {len(x)}")
+        low, middle, high = _interval(values, log)
+        # Markers start at different points so that curves on top of each other still show both.
+        marks: dict[str, Any] = {"marker": MARKERS[i % 10], "markevery": (i * every // 5 % every, every)}
+        ax.plot(x, middle, label=label, color=f"C{i % 10}", linestyle=DASHES[i % 5], markersize=4.5, **marks)
+        if np.ndim(values) == 2:
+            ax.fill_between(x, low, high, color=f"C{i % 10}", alpha=0.18, linewidth=0)
+    ax.set_yscale("log" if log else "linear")
+    ax.legend()
+    return ax
+
+
+def loss_by_timestep(ax: Axes, timesteps: ArrayLike, losses: Mapping[str, ArrayLike]) -> Axes:
+    """Losses (K,) or (S, K) at timesteps (K,), on a logarithmic axis; 95 % intervals over S seeds."""
+    ax.set(xlabel="timestep (0 = clean)", ylabel="loss")
+    return trajectories(ax, timesteps, losses, log=True)
+
+
+def weight_curves(ax: Axes, log_snr: ArrayLike, curves: Mapping[str, ArrayLike]) -> Axes:
+    """Weights (T,) against log_snr (T,), noisy on the left. A step with SNR 0 has no place on the axis: not drawn."""
+    keep = np.isfinite(np.asarray(log_snr, dtype=float))
+    ax = trajectories(ax, np.asarray(log_snr)[keep], {name: np.asarray(curve)[keep] for name, curve in curves.items()})
+    ax.set(yscale="log", xlabel="log-SNR (noisy → clean)", ylabel="weight")
+    return ax
+
+
+def heatmap(
+    ax: Axes, matrix: ArrayLike, *, labels: Sequence[str] | None = None, determined: ArrayLike | None = None,
+    limit: float = 1.0, label: str = "cosine",
+) -> Axes:
+    """A signed matrix (R, C) on a diverging map from -limit to limit, with its numbers when it is 12 x 12 or smaller.
+
+    Cells that are NaN, or False in ``determined`` (R, C), are hatched: not known is not zero.
+    """
+    values = np.asarray(matrix, dtype=float)
+    known = np.isfinite(values) & (True if determined is None else np.asarray(determined, dtype=bool))
+    image = ax.imshow(np.where(known, values, np.nan), cmap="vlag", vmin=-limit, vmax=limit)
+    for row, column in np.ndindex(values.shape):
+        if not known[row, column]:
+            ax.fill_between([column - 0.5, column + 0.5], row - 0.5, row + 0.5, fc="none", hatch="////", ec="0.5", lw=0)
+        elif max(values.shape) <= 12:
+            text = f"{values[row, column]:.2f}".replace("-", "\N{MINUS SIGN}")
+            colour = "white" if abs(values[row, column]) > 0.7 * limit else "black"
+            ax.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
+    for axis, size in zip((ax.yaxis, ax.xaxis), values.shape, strict=True):
+        axis.set_ticks(range(size), labels=labels or [str(i) for i in range(size)])
+    ax.grid(False)
+    ax.figure.colorbar(image, ax=ax, label=label)
+    return ax
+
+
+def image_grid(ax: Axes, images: ArrayLike, *, columns: int, row_labels: Sequence[str] = ()) -> Axes:
+    """Images (N, 1 or 3, H, W), uint8 or floating in [-1, 1], row by row; clipped to that range for the eye only."""
+    array = np.asarray(images)
+    if array.ndim != 4 or array.shape[1] not in (1, 3):
+        raise ValueError(f"images must be (N, 1 or 3, H, W); got shape {array.shape}")
+    if array.dtype != np.uint8:
+        array = np.round(np.clip(array * 127.5 + 127.5, 0, 255)).astype(np.uint8)
+    array = np.broadcast_to(array, (len(array), 3, *array.shape[2:]))
+    rows, height, width = -(-len(array) // columns), array.shape[2] + 1, array.shape[3] + 1
+    sheet = np.full((rows * columns, height, width, 3), 255, dtype=np.uint8)
+    sheet[: len(array), :-1, :-1] = array.transpose(0, 2, 3, 1)
+    ax.imshow(sheet.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3))
+    ax.set(xticks=[], frame_on=False)
+    ax.set_yticks([(i + 0.5) * height for i in range(len(row_labels))], labels=row_labels)
+    ax.grid(False)
+    return ax
+
+
+def front(ax: Axes, points: ArrayLike, non_dominated: ArrayLike, *, labels: Sequence[str]) -> Axes:
+    """Points (n, 2), both minimised, a marker per label; the ``non_dominated`` (n,) are filled and joined."""
+    array, keep = np.asarray(points, dtype=float), np.asarray(non_dominated, dtype=bool)
+    ax.step(*array[keep][np.argsort(array[keep, 0])].T, where="post", color="0.6", linewidth=1.2, zorder=1)
+    for i, label in enumerate(dict.fromkeys(labels)):
+        group = np.array([name == label for name in labels])
+        x, y = array[group].T
+        faces = [f"C{i % 10}" if kept else "none" for kept in keep[group]]
+        ax.scatter(x, y, c=faces, edgecolors=f"C{i % 10}", marker=MARKERS[i % 10], zorder=2, label=label)
+    ax.legend()
+    return ax

@@ -1,0 +1,154 @@
+"""Figures: equal bytes for equal data, texts required and kept, series told apart without colour."""
+
+import hashlib
+import json
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+from dysigma import plots
+
+TEXTS = {"title": "A title", "caption": "A conclusion.", "alt": "A rising line.", "notebook": "03_snr_weightings"}
+
+
+@pytest.fixture
+def ax():
+    with matplotlib.rc_context():
+        plots.use_style()
+        fig, ax = plt.subplots()
+        yield ax
+        plt.close(fig)
+
+
+def test_equal_data_give_equal_bytes_and_the_manifest_says_so(tmp_path):
+    plots.use_style()
+    for folder in ("a", "b"):
+        fig, ax = plt.subplots()
+        plots.trajectories(ax, np.arange(9), {"one": np.arange(9.0), "two": np.arange(9.0)[::-1]})
+        plots.save_figure(fig, "03_lines", **TEXTS, folder=tmp_path / folder)
+        plt.close(fig)
+    for kind in ("svg", "png"):
+        first, second = ((tmp_path / folder / f"03_lines.{kind}").read_bytes() for folder in ("a", "b"))
+        assert first == second
+        manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+        assert manifest["03_lines"]["sha256"][kind] == hashlib.sha256(first).hexdigest()
+    assert {key: manifest["03_lines"][key] for key in TEXTS} == TEXTS
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["03_lines.png", "03_lines.svg", "manifest.json"]
+
+
+def test_the_files_carry_their_texts(tmp_path, ax):
+    from PIL import Image
+
+    path = plots.save_figure(ax.figure, "03_texts", **TEXTS, folder=tmp_path)
+    with Image.open(path) as image:
+        assert image.info["Title"] == TEXTS["title"]
+        assert TEXTS["alt"] in image.info["Description"]
+        assert image.info["Source"] == TEXTS["notebook"]
+    svg = path.with_suffix(".svg").read_text()
+    assert f"<title>{TEXTS['title']}</title>" in svg
+    assert TEXTS["caption"] in svg
+
+
+def test_a_second_figure_joins_the_manifest(tmp_path, ax):
+    for name in ("03_second", "03_first"):
+        plots.save_figure(ax.figure, name, **TEXTS, folder=tmp_path)
+    assert list(json.loads((tmp_path / "manifest.json").read_text())) == ["03_first", "03_second"]
+
+
+@pytest.mark.parametrize("missing", ["title", "caption", "alt"])
+def test_every_text_is_required(tmp_path, ax, missing):
+    with pytest.raises(ValueError, match=missing):
+        plots.save_figure(ax.figure, "03_x", **{**TEXTS, missing: " "}, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["lines", "04_lines", "03_Lines", "03_../x"])
+def test_a_name_that_does_not_belong_to_its_notebook_is_refused(tmp_path, ax, name):
+    with pytest.raises(ValueError, match="NN_words"):
+        plots.save_figure(ax.figure, name, **TEXTS, folder=tmp_path)
+
+
+def test_a_shortened_run_does_not_write_to_the_published_figures(monkeypatch, tmp_path):
+    monkeypatch.setenv("DYSIGMA_FAST", "1")
+    assert plots.figures_folder().name != "figures"
+    monkeypatch.delenv("DYSIGMA_FAST")
+    (tmp_path / "dysigma").mkdir()
+    (tmp_path / "dysigma" / "plots.py").touch()
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert plots.figures_folder() == tmp_path / "figures"
+
+
+def test_show_gives_the_reader_alt_text_and_caption(monkeypatch, tmp_path, ax):
+    shown = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("IPython.display.display", lambda *things, **kw: shown.append((things, kw)))
+    plots.show(ax.figure, "03_shown", **TEXTS)
+    assert (tmp_path / "figures" / "03_shown.svg").exists()
+    assert shown[0][1]["metadata"] == {"image/png": {"alt": TEXTS["alt"]}}
+    assert TEXTS["caption"] in shown[1][0][0].data
+    assert not plt.fignum_exists(ax.figure.number), "left open, the notebook would show it twice"
+
+
+def test_series_differ_without_colour(ax):
+    plots.trajectories(ax, np.arange(20), {str(i): np.arange(20.0) + i for i in range(10)})
+    assert len({line.get_marker() for line in ax.lines}) == 10
+    assert sum(line.get_linestyle() == "-" for line in ax.lines) == 2, "five dashes, then again from the first"
+
+
+def test_the_band_is_the_t_interval_of_the_mean(ax):
+    plots.trajectories(ax, [0, 1], {"a": [[1.0, 4.0], [3.0, 6.0], [2.0, 8.0]]})
+    band = ax.collections[0].get_paths()[0].vertices
+    at_zero = band[band[:, 0] == 0][:, 1]
+    # By hand: mean 2, standard deviation 1, three seeds, t quantile 4.3027 with 2 degrees of freedom.
+    assert (at_zero.min(), at_zero.max()) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
+    assert ax.lines[0].get_ydata() == pytest.approx([2, 6])
+
+
+def test_log_series_are_averaged_geometrically(ax):
+    plots.loss_by_timestep(ax, [10, 20], {"a": torch.tensor([[1.0, 0.1], [4.0, 0.4]])})
+    assert ax.lines[0].get_ydata() == pytest.approx([2, 0.2])
+    assert ax.get_yscale() == "log"
+
+
+def test_lengths_that_disagree_are_named(ax):
+    with pytest.raises(ValueError, match=r"'a' has shape \(3,\).*N = 2"):
+        plots.trajectories(ax, [0, 1], {"a": [1, 2, 3]})
+
+
+def test_weight_curves_leave_out_only_the_step_without_snr(ax):
+    plots.weight_curves(ax, torch.tensor([2.0, 0.0, -torch.inf]), {"a": torch.tensor([0.1, 0.5, 7.0])})
+    assert ax.lines[0].get_xdata().tolist() == [2, 0]
+    assert ax.lines[0].get_ydata() == pytest.approx([0.1, 0.5])
+
+
+def test_unknown_cells_are_hatched_not_coloured(ax):
+    matrix = np.array([[1.0, -0.4], [np.nan, 1.0]])
+    plots.heatmap(ax, matrix, determined=[[True, False], [True, True]])
+    drawn = ax.images[0].get_array()
+    assert drawn.mask.tolist() == [[False, True], [True, False]]
+    assert len([patch for patch in ax.collections if patch.get_hatch()]) == 2
+    assert [text.get_text() for text in ax.texts] == ["1.00", "1.00"]
+
+
+def test_image_grid_puts_each_image_where_it_belongs(ax):
+    images = torch.stack([torch.full((1, 2, 2), value) for value in (-1.0, 0.0, 1.0)])
+    plots.image_grid(ax, images, columns=2, row_labels=["x", "y"])
+    sheet = np.asarray(ax.images[0].get_array())[..., 0]
+    assert [sheet[0, 0], sheet[0, 3], sheet[3, 0]] == [0, 128, 255]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["x", "y"]
+    with pytest.raises(ValueError, match=r"\(3, 5, 2, 2\)"):
+        plots.image_grid(ax, np.zeros((3, 5, 2, 2)), columns=2)
+
+
+def test_front_joins_the_non_dominated_points_in_order(ax):
+    points, keep = [[3, 1], [1, 3], [2, 2.5], [3, 3]], [True, True, True, False]
+    plots.front(ax, points, keep, labels=["a", "a", "b", "b"])
+    assert ax.lines[0].get_xdata(orig=True).tolist() == [1, 2, 3]
+    assert [len(group.get_offsets()) for group in ax.collections] == [2, 2]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
