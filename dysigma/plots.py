@@ -33,12 +33,13 @@ def use_style() -> None:
     import seaborn as sns
 
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", font="DejaVu Sans")
-    mpl.rcParams.update({
-        "figure.dpi": 100, "figure.figsize": (6.4, 3.8), "figure.constrained_layout.use": True, "lines.linewidth": 1.8,
-        "font.size": 10, "axes.labelsize": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "legend.fontsize": 9,
-        "xtick.labelsize": 9, "ytick.labelsize": 9, "grid.linewidth": 0.6, "hatch.linewidth": 0.6,
-        "image.interpolation": "nearest", "svg.hashsalt": "dysigma", "svg.fonttype": "none",
-    })
+    mpl.rc("figure", dpi=100, figsize=(6.4, 3.8))
+    mpl.rc("figure.constrained_layout", use=True)
+    mpl.rc("font", size=10)
+    mpl.rc("axes", labelsize=10, titlesize=11, titlelocation="left")
+    mpl.rc(("xtick", "ytick"), labelsize=9)
+    mpl.rc("legend", fontsize=9)
+    mpl.rc("svg", hashsalt="dysigma", fonttype="none")
 
 
 def figures_folder() -> Path:
@@ -144,19 +145,15 @@ def weight_curves(ax: Axes, log_snr: ArrayLike, curves: Mapping[str, ArrayLike])
     return ax
 
 
-def heatmap(
-    ax: Axes, matrix: ArrayLike, *, labels: Sequence[str] | None = None, determined: ArrayLike | None = None,
-    limit: float = 1.0, label: str = "cosine",
-) -> Axes:
+def heatmap(ax: Axes, matrix: ArrayLike, *, labels: Sequence[str] = (), limit: float = 1, unit: str = "cosine") -> Axes:
     """A signed matrix (R, C) on a diverging map from -limit to limit, with its numbers when it is 12 x 12 or smaller.
 
-    Cells that are NaN, or False in ``determined`` (R, C), are hatched: not known is not zero.
+    NaN stands for "undetermined" and is hatched: not known is not zero.
     """
     values = np.asarray(matrix, dtype=float)
-    known = np.isfinite(values) & (True if determined is None else np.asarray(determined, dtype=bool))
-    image = ax.imshow(np.where(known, values, np.nan), cmap="vlag", vmin=-limit, vmax=limit)
+    image = ax.imshow(values, cmap="vlag", vmin=-limit, vmax=limit)
     for row, column in np.ndindex(values.shape):
-        if not known[row, column]:
+        if np.isnan(values[row, column]):
             ax.fill_between([column - 0.5, column + 0.5], row - 0.5, row + 0.5, fc="none", hatch="////", ec="0.5", lw=0)
         elif max(values.shape) <= 12:
             text = f"{values[row, column]:.2f}".replace("-", "\N{MINUS SIGN}")
@@ -165,7 +162,7 @@ def heatmap(
     for axis, size in zip((ax.yaxis, ax.xaxis), values.shape, strict=True):
         axis.set_ticks(range(size), labels=labels or [str(i) for i in range(size)])
     ax.grid(False)
-    ax.figure.colorbar(image, ax=ax, label=label)
+    ax.figure.colorbar(image, ax=ax, label=unit)
     return ax
 
 

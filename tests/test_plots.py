@@ -128,12 +128,11 @@ def test_weight_curves_leave_out_only_the_step_without_snr(ax):
 
 
 def test_unknown_cells_are_hatched_not_coloured(ax):
-    matrix = np.array([[1.0, -0.4], [np.nan, 1.0]])
-    plots.heatmap(ax, matrix, determined=[[True, False], [True, True]])
-    drawn = ax.images[0].get_array()
-    assert drawn.mask.tolist() == [[False, True], [True, False]]
-    assert len([patch for patch in ax.collections if patch.get_hatch()]) == 2
-    assert [text.get_text() for text in ax.texts] == ["1.00", "1.00"]
+    plots.heatmap(ax, [[1.0, -0.4], [np.nan, 1.0]])
+    assert ax.images[0].get_array().mask.tolist() == [[False, False], [True, False]]
+    (hatched,) = (patch for patch in ax.collections if patch.get_hatch())
+    assert hatched.get_datalim(ax.transData).bounds == pytest.approx((-0.5, 0.5, 1, 1)), "row 1, column 0"
+    assert [text.get_text() for text in ax.texts] == ["1.00", "\N{MINUS SIGN}0.40", "1.00"]
 
 
 def test_image_grid_puts_each_image_where_it_belongs(ax):

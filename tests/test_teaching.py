@@ -1,0 +1,105 @@
+"""Helpers of the notebooks: a check says what is wrong, an untouched stub passes in silence, predictions are kept."""
+
+import pytest
+import torch
+
+from dysigma import teaching
+
+WANT = torch.tensor([1.0, 2.0, 4.0])
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.setattr(teaching, "_exercises", {})
+    monkeypatch.setattr(teaching, "_predictions", {})
+    teaching.exercise("3.1", WANT, mistakes={"You took the square.": WANT**2, "Constant.": 7.0})
+
+
+def said(capsys, *answer):
+    teaching.check("3.1", *answer)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "answer", [WANT, WANT.numpy(), WANT.tolist(), WANT.double() * (1 + 1e-6), WANT.requires_grad_()]
+)
+def test_the_right_answer_passes_in_any_container(capsys, answer):
+    assert said(capsys, answer) == "Exercise 3.1: correct.\n"
+
+
+@pytest.mark.parametrize("stub", [..., None])
+def test_an_untouched_stub_is_skipped_politely(capsys, stub):
+    assert "not attempted yet" in said(capsys, stub)
+
+
+@pytest.mark.parametrize(
+    ("answer", "diagnosis"),
+    [
+        (WANT**2, "You took the square."),
+        (torch.full((3,), 7.0), "Constant."),
+        (2.5 * WANT, "2.5 times the right answer everywhere"),
+        (-WANT, "-1 times"),
+        (WANT[:2], r"shape is (2,); expected (3,)"),
+        ([1.0, float("nan"), 4.0], "nan at 1 of 3 places"),
+        ([1.0, 2.0, 9.0], "index 2: 9 is too large"),
+        ([1.0, 1.9, 4.0], "index 1: 1.9 is too small"),
+    ],
+)
+def test_a_wrong_answer_is_told_what_is_wrong(capsys, answer, diagnosis):
+    out = said(capsys, answer)
+    assert "not yet" in out and diagnosis in out
+
+
+def test_words_are_checked_too(capsys):
+    teaching.exercise("3.2", "epsilon", mistakes={"That net never sees the noise.": "sample"})
+    for answer, reply in (("epsilon", "correct"), ("sample", "never sees the noise"), ("v", "Wrong.")):
+        teaching.check("3.2", answer)
+        assert reply in capsys.readouterr().out
+
+
+def test_a_misspelled_exercise_shows_the_choices():
+    with pytest.raises(KeyError, match=r"3\.9.*3\.1"):
+        teaching.check("3.9", 1)
+
+
+@pytest.mark.parametrize(
+    ("guess", "measured", "verdict"),
+    [(0.5, 0.13, "too high by a factor of 3.8"), (1, 5, "too low by a factor of 5"), (1.0, 1.05, "close"),
+     (1, -1, "sign"), (0, 0, "exactly"), (-4, -2, "too high"), (..., 3, "no prediction"), ("yes", "no", "a surprise"),
+     ("yes", "yes", "as predicted")],
+)  # fmt: skip
+def test_predictions_are_compared(capsys, guess, measured, verdict):
+    teaching.predict("How much?", guess)
+    teaching.reveal("How much?", measured)
+    assert verdict in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_result_without_a_prediction_is_refused():
+    with pytest.raises(KeyError, match="never asked"):
+        teaching.reveal("never asked", 1.0)
+
+
+def test_fast_chooses_the_size(monkeypatch):
+    monkeypatch.delenv("DYSIGMA_FAST", raising=False)
+    assert teaching.fast(100, 3) == 100
+    monkeypatch.setenv("DYSIGMA_FAST", "1")
+    assert teaching.fast(100, 3) == 3
+
+
+def test_banner_and_watermark_name_the_versions(capsys, monkeypatch):
+    monkeypatch.setenv("DYSIGMA_FAST", "1")
+    teaching.banner("03_snr_weightings")
+    teaching.watermark()
+    out = capsys.readouterr().out
+    assert "03_snr_weightings" in out and "short run" in out
+    assert out.count(torch.__version__) == 2
+
+
+def test_the_environment_check_finds_what_is_missing(capsys, monkeypatch):
+    assert teaching.check_environment()
+    assert "you can start" in capsys.readouterr().out
+    monkeypatch.setattr(teaching, "requires", lambda _: ["torch>=99", "no-such-thing", 'gone; extra == "docs"'])
+    assert not teaching.check_environment()
+    out = capsys.readouterr().out
+    assert "torch is" in out and "no-such-thing is not installed" in out and "gone" not in out
+    assert "make setup" in out
