@@ -98,33 +98,38 @@ def elbo(
 
     Terms as in Kingma, Salimans, Poole, Ho 2021 (VDM): sum over t >= 1 of (SNR(t-1) - SNR(t)) / 2 * |x0 - x0_hat|^2,
     a Gaussian prior term at T-1, and a 256-level reconstruction term at t = 0. Each image is evaluated at
-    timesteps_per_image stratified timesteps, so the estimate is unbiased. images: (N, C, H, W) uint8, N >= 2.
+    timesteps_per_image timesteps, stratified, drawn where the terms of typical images are large and divided by that
+    probability, so the estimate is unbiased. images: (N, C, H, W) uint8, N >= 2.
     Raises ValueError for epsilon at zero terminal SNR, where x0_hat does not exist.
     """
     if canonical_prediction_type(prediction_type) == "epsilon" and schedule.log_snr[-1] == -math.inf:
         raise ValueError("an epsilon model implies no x0 at zero SNR, so it has no ELBO on this schedule; use v_prediction")
     if len(images) < 2:
         raise ValueError(f"the standard error needs at least 2 images; got {len(images)}")
-    device, dims, transitions = images.device, images[0].numel(), schedule.num_timesteps - 1
+    device = images.device
     snr = schedule.log_snr.exp().to(device)
     half_gap = 0.5 * (snr[:-1] - snr[1:])
-    per_image = torch.zeros(len(images), dtype=torch.float64, device=device)
+    # The error of the best denoiser of white data with standard deviation 1/2 stands in for the unknown one.
+    proposal = half_gap / (snr[1:] + 4)
+    proposal = proposal / proposal.sum()
+    cumulative = proposal.cumsum(0)
+    diffusion = torch.zeros(len(images), dtype=torch.float64, device=device)  # nats per image
     was_training = model.training
     model.eval()
     for stratum, (x0, noise, labels_) in enumerate(_pairs(images, labels, seed, timesteps_per_image)):
         draw = generator(seed, stratum, "elbo timesteps")
         u = (stratum + torch.rand(len(images), generator=draw, dtype=torch.float64)) / timesteps_per_image
-        t = 1 + (u * transitions).long().clamp(max=transitions - 1).to(device)
+        t = 1 + torch.searchsorted(cumulative, u.to(device)).clamp(max=len(proposal) - 1)
+        factor = half_gap[t - 1] / proposal[t - 1] / timesteps_per_image
         for part in torch.arange(len(images), device=device).split(batch_size):
             x_t = schedule.add_noise(x0[part], noise[part], t[part])
             output = predict(model, x_t, t[part], **_model_kwargs(None if labels_ is None else labels_[part]))
             error = schedule.to_x0(output.float(), x_t, t[part], prediction_type) - x0[part]
-            per_image[part] += half_gap[t[part] - 1] * error.double().square().flatten(1).sum(1)
+            diffusion[part] += factor[part] * error.double().square().flatten(1).sum(1)
     model.train(was_training)
-    diffusion = per_image * transitions / timesteps_per_image
     prior, reconstruction = _prior_nats(images, schedule), _reconstruction_nats(images, schedule, seed)
-    bits = (diffusion + prior + reconstruction) / (dims * math.log(2))
-    scale = dims * math.log(2)
+    scale = images[0].numel() * math.log(2)
+    bits = (diffusion + prior + reconstruction) / scale
     return Elbo(
         float(bits.mean()),
         float(bits.std() / len(bits) ** 0.5),

@@ -1,0 +1,284 @@
+"""The command line: dysigma train | sample | evaluate | conflicts | benchmark | notebooks. Bad input ends with code 2."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+
+HELP = {
+    "data": 'what to train on: "leaves" (made in memory), "cifar10", or a path to an .npz file or a folder of images',
+    "data_root": "where CIFAR-10 lies or is downloaded to (default: $DYSIGMA_DATA, then the user's cache)",
+    "image_size": "resize images to this (default: as they are; leaves 16)",
+    "train_images": "use only the first so many training images",
+    "conditional": "condition the network on the class labels",
+    "model": "network preset: tiny (CPU), small, compact (CIFAR-10 on one GPU), ddpm (35.7 M parameters)",
+    "schedule": "noise schedule: linear, scaled-linear, cosine, sigmoid",
+    "num_timesteps": "number of timesteps T",
+    "zero_terminal_snr": "rescale the schedule to end in pure noise (not with epsilon)",
+    "prediction": "what the network predicts: epsilon, sample (x0) or v_prediction (v)",
+    "weighting": "loss weighting; dysigma train --weighting ? lists them",
+    "weighting_params": "parameter of the weighting, as name=value; may be repeated (kappa=0.5 prior=min-snr)",
+    "normalize": "scale weights to mean 1 over timesteps (the default)",
+    "timestep_sampler": "how timesteps are drawn: uniform, stratified, logit-normal, lognormal, laplace, loss-second-moment",
+    "sampler_params": "parameter of the timestep sampler, as name=value; may be repeated",
+    "images": "how many images to train on, repeats included",
+    "batch_size": "images per step",
+    "accumulate": "split each batch into so many parts to save memory",
+    "seed": "seed of initial weights, images, timesteps and noise",
+    "lr": "learning rate of the network (AdamW)",
+    "weighting_lr": "learning rate of a learnable weighting (default: what it suggests)",
+    "weight_decay": "AdamW weight decay of the network",
+    "warmup_images": "linear warm-up of the learning rate over so many images",
+    "grad_clip": "largest norm of the gradient",
+    "ema_half_life": "half-life of the averaged weights, in images (at most 5 %% of the images seen)",
+    "flip": "mirror images at random (the default)",
+    "bins": "timestep bins of the logged losses",
+    "log_every": "steps per line of metrics.jsonl",
+    "checkpoint_every": "images per checkpoint (default: a tenth of the run)",
+    "validate_every": "images per validation (default: a tenth of the run)",
+    "validation_images": "test images per validation",
+    "validation_timesteps": "timesteps per validation",
+    "device": "auto, cpu, cuda, cuda:1, mps",
+    "precision": "auto (bfloat16 on CUDA), float32 or bfloat16",
+    "compile": "use torch.compile (default: on CUDA only)",
+}
+
+
+def _pairs(items: Sequence[str]) -> dict[str, Any]:
+    """["kappa=0.5", "prior=p2"] -> {"kappa": 0.5, "prior": "p2"}; values are read as JSON where they are JSON."""
+    pairs = {}
+    for item in items:
+        name, separator, value = item.partition("=")
+        if not separator or not name:
+            raise ValueError(f"parameters are given as name=value; got {item!r}")
+        try:
+            pairs[name] = json.loads(value)
+        except ValueError:
+            pairs[name] = value
+    return pairs
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+        return tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except OSError as error:
+        raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid {'TOML' if path.suffix == '.toml' else 'JSON'}: {error}") from None
+
+
+def _add_train(commands: Any) -> None:
+    from .training import TrainConfig
+
+    parser = commands.add_parser(
+        "train",
+        help="train a diffusion model into a run folder",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train a diffusion model with a loss weighting. The run folder gets config.json, metrics.jsonl,\n"
+        "summary.json, checkpoint/, samples.png, and pipeline/, which diffusers opens with DDPMPipeline.from_pretrained.",
+        epilog="examples:\n"
+        "  dysigma train --out runs/first                                       a minute on a CPU\n"
+        "  dysigma train --weighting dy-sigma --weighting-params kappa=0.5 --out runs/second\n"
+        "  dysigma train --data cifar10 --data-root DIR --model compact --images 20000000 --batch-size 512 --out runs/gpu\n"
+        "  dysigma train --resume --out runs/gpu                                go on where it stopped",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="run folder to write (must be new or empty)")
+    parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
+    parser.add_argument("--config", type=Path, help="JSON or TOML file with any of the options below; flags win over it")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    group = parser.add_argument_group("configuration")
+    for f in dataclasses.fields(TrainConfig):
+        default = f.default if f.default is not dataclasses.MISSING else None
+        flag, text = "--" + f.name.replace("_", "-"), HELP[f.name]
+        if default is not None and not isinstance(default, bool):
+            text += f" (default: {default})"
+        if "bool" in str(f.type):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        elif f.name.endswith("_params"):
+            group.add_argument(flag, nargs="+", action="extend", metavar="NAME=VALUE", help=text)
+        else:
+            kind = int if "int" in str(f.type) else float if "float" in str(f.type) else str
+            group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
+    parser.set_defaults(run=_train)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from .training import TrainConfig, train
+    from .weightings import WEIGHTINGS
+
+    if args.weighting == "?":
+        print("\n".join(WEIGHTINGS))
+        return
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if getattr(args, f.name) is not None}
+    for name in ("weighting_params", "sampler_params"):
+        if name in given:
+            given[name] = _pairs(given[name])
+    base = _read_config(args.config) if args.config else {}
+    if args.resume and not args.config and (args.out / "config.json").exists():
+        base = _read_config(args.out / "config.json")
+    run = train(TrainConfig.from_dict(base | given), args.out, resume=args.resume, progress=not args.quiet)
+    print(f"done: {run.summary['images']:,} images, validation loss {run.summary['validation_loss']:.4f}, {run.path}")
+
+
+def _device_run(path: Path, device: str) -> tuple[Any, Any, Any, Any]:
+    """(config, model with EMA weights, schedule, torch device) of a finished run."""
+    from .runs import load_run
+    from .schedule import NoiseSchedule
+    from .training import TrainConfig, resolve_device
+
+    run = load_run(path)
+    pipeline, target = run.pipeline(), resolve_device(device)
+    schedule = NoiseSchedule.from_diffusers(pipeline.scheduler).to(target)
+    return TrainConfig.from_dict(run.config), pipeline.unet.to(target), schedule, target
+
+
+def _add_sample(commands: Any) -> None:
+    parser = commands.add_parser("sample", help="draw images from a run as a PNG grid and, if asked, an .npz file")
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder written by dysigma train")
+    parser.add_argument("--num-images", type=int, default=64, help="how many (default: 64)")
+    parser.add_argument("--sampler", default="ddim", help="ddim, dpm-solver or ddpm (default: ddim)")
+    parser.add_argument("--steps", type=int, default=50, help="network evaluations per image (default: 50)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, help="PNG to write (default: RUN/samples-SAMPLER-STEPS.png)")
+    parser.add_argument("--npz", type=Path, help="also write the images as an uint8 array (N, H, W, C)")
+    parser.set_defaults(run=_sample)
+
+
+def _sample(args: argparse.Namespace) -> None:
+    import numpy
+    import torch
+
+    from .evaluation import sample_images, save_grid
+
+    if args.num_images < 1 or args.steps < 1:
+        raise ValueError(f"--num-images and --steps must be positive; got {args.num_images}, {args.steps}")
+    config, model, schedule, device = _device_run(args.run_folder, args.device)
+    shape = (args.num_images, model.config["in_channels"], model.config["sample_size"], model.config["sample_size"])
+    classes = model.config["num_class_embeds"]
+    labels = torch.arange(args.num_images, device=device) % classes if classes else None
+    images = sample_images(
+        model, schedule, shape, prediction_type=config.prediction, sampler=args.sampler, num_steps=args.steps,
+        seed=args.seed, labels=labels, progress=True,
+    )  # fmt: skip
+    out = args.out or args.run_folder / f"samples-{args.sampler}-{args.steps}.png"
+    save_grid(images, out, scale=2)
+    if args.npz:
+        numpy.savez_compressed(args.npz, images=images.permute(0, 2, 3, 1).cpu().numpy())
+    print(out)
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = commands.add_parser("evaluate", help="per-timestep validation losses and ELBO of a run")
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder written by dysigma train")
+    parser.add_argument("--num-images", type=int, default=256, help="test images (default: 256)")
+    parser.add_argument("--timesteps", type=int, default=50, help="timesteps of the loss curve (default: 50)")
+    parser.add_argument("--elbo-timesteps", type=int, default=50, help="timesteps per image of the ELBO (default: 50)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from .evaluation import elbo, evaluation_timesteps, validation_losses
+    from .runs import provenance, write_json
+    from .training import load_split
+
+    config, model, schedule, device = _device_run(args.run_folder, args.device)
+    test = load_split(config, "test", device)
+    images = test.images[: args.num_images]
+    labels = test.labels[: args.num_images] if config.conditional and test.labels is not None else None
+    timesteps = evaluation_timesteps(schedule.num_timesteps, args.timesteps)
+    losses = validation_losses(
+        model, images, schedule, config.prediction, timesteps=timesteps, labels=labels, seed=args.seed
+    )
+    result: dict[str, Any] = {
+        "images": len(images),
+        "seed": args.seed,
+        "prediction": config.prediction,
+        "timesteps": timesteps.tolist(),
+        "losses": losses.tolist(),
+    }
+    print(f"{config.prediction} loss on {len(images)} test images: {float(losses.mean()):.5f}")
+    if not (config.zero_terminal_snr and config.prediction == "epsilon"):
+        bound = elbo(
+            model, images, schedule, config.prediction, labels=labels, timesteps_per_image=args.elbo_timesteps, seed=args.seed
+        )
+        result["elbo"] = bound._asdict()
+        print(f"ELBO: at most {bound.bits_per_dim:.4f} ± {bound.standard_error:.4f} bits/dim")
+    write_json(args.run_folder / "evaluation.json", result | {"provenance": provenance()})
+    print(args.run_folder / "evaluation.json")
+
+
+def _add_notebooks(commands: Any) -> None:
+    parser = commands.add_parser("notebooks", help="execute the notebooks")
+    parser.add_argument("names", nargs="*", help="notebooks to run, such as 00 or 06_train (default: all)")
+    parser.add_argument("--fast", action="store_true", help="small sizes, in a temporary folder; the committed outputs stay")
+    parser.add_argument("--folder", type=Path, default=Path("notebooks"), help="where they are (default: notebooks)")
+    parser.set_defaults(run=_notebooks)
+
+
+def _notebooks(args: argparse.Namespace) -> None:
+    from .notebooks import build, find
+
+    build(find(args.folder, args.names), fast=args.fast)
+
+
+def _add_benchmark(commands: Any) -> None:
+    parser = commands.add_parser(
+        "benchmark", help="time a training step against diffusers + accelerate by hand, and each weighting, in one run"
+    )
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--image-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=20, help="timed rounds; each round runs every contender once")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, help="JSON record to write")
+    parser.set_defaults(run=_benchmark)
+
+
+def _benchmark(args: argparse.Namespace) -> None:
+    from .benchmark import benchmark
+
+    benchmark(args.model, args.image_size, args.batch_size, rounds=args.rounds, device=args.device, out=args.out)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dysigma",
+        description="Loss weightings for diffusion training, and the analysis of the timestep objectives they trade off. "
+        "Start with: dysigma train --out runs/first",
+    )
+    parser.add_argument("--version", action="version", version=f"dysigma {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_train, _add_sample, _add_evaluate, _add_notebooks, _add_benchmark):
+        add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 the run failed, 2 bad input, 130 interrupted."""
+    args = _parser().parse_args(argv)
+    from .training import TrainingDiverged
+
+    try:
+        args.run(args)
+    except TrainingDiverged as error:
+        print(f"dysigma: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, KeyError, TypeError) as error:
+        print(f"dysigma: {error.args[0] if error.args else error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"\ndysigma: {stop or 'interrupted'}", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,488 @@
+"""Training: one configuration, one step, one loop that yields whole steps, and a run folder that can be resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .bins import Bins
+from .data import ImageData, batch, load_data
+from .draws import generator
+from .evaluation import evaluation_timesteps, sample_images, save_grid, validation_losses
+from .gradients import bin_gramian
+from .models import EMA, PRESETS, make_model
+from .objective import sample_losses
+from .runs import (
+    Run,
+    RunError,
+    append_metrics,
+    load_checkpoint,
+    load_run,
+    provenance,
+    read_json,
+    read_metrics,
+    save_checkpoint,
+    write_atomically,
+    write_json,
+)
+from .samplers import TimestepSampler, make_sampler
+from .schedule import SCHEDULES, NoiseSchedule, canonical_prediction_type, make_schedule
+from .weightings import Weighting, make_weighting
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a run depends on; JSON in the run folder. Amounts of training are counted in images.
+
+    Raises KeyError for an unknown name and ValueError for a number out of range, when constructed.
+    """
+
+    data: str = "leaves"  # "leaves", "cifar10", or a path to an .npz file or a folder of images
+    data_root: str | None = None  # where the data lies; default $DYSIGMA_DATA, then the user's cache
+    image_size: int | None = None  # None: as in the data (leaves: 16)
+    train_images: int | None = None  # use only the first so many
+    conditional: bool = False  # condition the network on the class labels
+    model: str = "tiny"
+    schedule: str = "linear"
+    num_timesteps: int = 1000
+    zero_terminal_snr: bool = False
+    prediction: str = "epsilon"
+    weighting: str = "const-eps"
+    weighting_params: dict[str, Any] = field(default_factory=dict)
+    normalize: bool = True  # weights of mean 1 over timesteps
+    timestep_sampler: str = "uniform"
+    sampler_params: dict[str, Any] = field(default_factory=dict)
+    images: int = 32_000  # how many images to train on, repeats included
+    batch_size: int = 32
+    accumulate: int = 1  # split each batch into so many parts to save memory; same gradient
+    seed: int = 0
+    lr: float = 1e-3
+    weighting_lr: float | None = None  # None: what the weighting suggests
+    weight_decay: float = 0.0
+    warmup_images: int = 3_200
+    grad_clip: float = 1.0
+    ema_half_life: float = 500_000.0
+    flip: bool = True
+    bins: int = 10  # timestep bins of the logged losses
+    log_every: int = 50  # steps
+    checkpoint_every: int | None = None  # images; None: a tenth of the run
+    validate_every: int | None = None  # images; None: a tenth of the run
+    validation_images: int = 64
+    validation_timesteps: int = 50
+    device: str = "auto"  # "auto", "cpu", "cuda", "mps", ...
+    precision: str = "auto"  # "auto" (bf16 on CUDA), "float32", "bfloat16"
+    compile: bool | None = None  # None: on CUDA only
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prediction", canonical_prediction_type(self.prediction))
+        for kind, name, known in [("schedule", self.schedule, SCHEDULES), ("model preset", self.model, PRESETS)]:
+            if name not in known:
+                raise KeyError(f"unknown {kind} {name!r}; have {list(known)}")
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise KeyError(f"unknown precision {self.precision!r}; have ['auto', 'float32', 'bfloat16']")
+        counts = "images batch_size accumulate bins log_every validation_images validation_timesteps num_timesteps"
+        for name in counts.split():
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive whole number; got {getattr(self, name)!r}")
+        for name in ("lr", "grad_clip", "ema_half_life"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive and finite; got {getattr(self, name)!r}")
+        for name in ("seed", "warmup_images", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative; got {getattr(self, name)!r}")
+        if self.images < self.batch_size or self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size must not exceed images and must be a multiple of accumulate; got images {self.images}, "
+                f"batch_size {self.batch_size}, accumulate {self.accumulate}"
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run: images // batch_size."""
+        return self.images // self.batch_size
+
+    def interval(self, name: str) -> int:
+        """checkpoint_every or validate_every in steps, at least 1; a tenth of the run if not set."""
+        return max(1, (getattr(self, name) or self.images // 10) // self.batch_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON-able values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """The inverse of to_dict; fields left out keep their defaults, unknown ones raise a KeyError."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise KeyError(f"unknown configuration keys {unknown}; have {known}")
+        return cls(**values)
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss or gradient that is not finite; the message names step, timestep bin and weighting."""
+
+
+class StepRecord(NamedTuple):
+    """What one whole step did; detached tensors on the device of training."""
+
+    step: int  # of the step just done, from 0
+    timesteps: Tensor  # (B,)
+    losses: Tensor  # (B,) unweighted
+    loss: Tensor  # () what was minimised
+    grad_norm: Tensor  # () before clipping
+
+
+@dataclass
+class TrainState:
+    """Everything a step changes, and nothing else; state_dict() is what a checkpoint holds."""
+
+    model: nn.Module
+    forward: nn.Module  # the model, or its compiled form
+    ema: EMA
+    schedule: NoiseSchedule
+    weighting: Weighting
+    sampler: TimestepSampler
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, JSON-able rest)."""
+        tensors = {f"ema.{k}": v for k, v in self.ema.state.items()}
+        for prefix, module in (("model", self.model), ("weighting", self.weighting), ("sampler", self.sampler)):
+            tensors |= {f"{prefix}.{k}": v for k, v in module.state_dict().items()}
+        optimizer = self.optimizer.state_dict()
+        for index, values in optimizer["state"].items():
+            tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in values.items()}
+        return tensors, {"param_groups": optimizer["param_groups"]}
+
+    def load_state_dict(self, step: int, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+        """Inverse of state_dict; raises RuntimeError when names or shapes do not fit."""
+        parts: dict[str, dict[str, Tensor]] = {p: {} for p in ("model", "weighting", "sampler", "ema", "optimizer")}
+        for key, value in tensors.items():
+            prefix, name = key.split(".", 1)
+            parts[prefix][name] = value
+        for prefix, module in (("model", self.model), ("weighting", self.weighting), ("sampler", self.sampler)):
+            module.load_state_dict(parts[prefix])
+        for name, value in self.ema.state.items():
+            value.copy_(parts["ema"][name])
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in parts["optimizer"].items():
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
+        self.step = step
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of a name; "auto" takes CUDA, then MPS, then the CPU. ValueError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} asked for, but this torch ({torch.__version__}) sees no CUDA device; use cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def load_split(config: TrainConfig, split: str, device: torch.device) -> ImageData:
+    """The "train" or "test" images a configuration asks for, on the device."""
+    count = config.train_images if split == "train" else None
+    size = 16 if config.image_size is None and config.data == "leaves" else config.image_size
+    data = load_data(config.data, root=config.data_root, split=split, size=size, num_images=count).to(device)
+    if config.conditional and data.labels is None:
+        raise ValueError(f"conditional training needs labels, and {data.name} has none")
+    return data
+
+
+def build(config: TrainConfig, data: ImageData) -> TrainState:
+    """A fresh TrainState on the device of the data; initial weights are a function of config.seed."""
+    device = data.images.device
+    channels, height, width = data.images.shape[1:]
+    if height != width:
+        raise ValueError(f"images must be square; got {height} x {width}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        classes = data.num_classes if config.conditional else None
+        model = make_model(config.model, height, channels, classes).to(device)
+    schedule = make_schedule(config.schedule, config.num_timesteps, zero_terminal_snr=config.zero_terminal_snr).to(device)
+    weighting = make_weighting(
+        config.weighting, schedule, config.prediction, config.normalize, **config.weighting_params
+    ).to(device)
+    groups = [{"params": list(model.parameters()), "lr": config.lr, "weight_decay": config.weight_decay}]
+    groups += weighting.parameter_groups(config.weighting_lr)
+    for group in groups:
+        group["base_lr"] = group["lr"]
+    use_compile = device.type == "cuda" if config.compile is None else config.compile
+    return TrainState(
+        model=model,
+        forward=torch.compile(model) if use_compile else model,
+        ema=EMA(model, config.ema_half_life),
+        schedule=schedule,
+        weighting=weighting,
+        sampler=make_sampler(config.timestep_sampler, schedule, **config.sampler_params).to(device),
+        optimizer=torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu")),
+    )
+
+
+def _autocast(config: TrainConfig, device: torch.device) -> Any:
+    low = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
+
+
+def train_step(state: TrainState, data: ImageData, config: TrainConfig) -> StepRecord:
+    """One optimizer step on batch_size images; a function of (state, data, config) alone.
+
+    No number crosses to the host. When it returns, the step is whole: weights, EMA, weighting and counter agree.
+    """
+    seed, step, device = config.seed, state.step, data.images.device
+    x0, labels, _ = batch(data, seed, step, config.batch_size, flip=config.flip)
+    u = torch.rand(config.batch_size, generator=generator(seed, step, "timesteps"))
+    timesteps, importance = state.sampler(u.to(device))
+    noise = torch.randn(x0.shape, generator=generator(seed, step, "noise", device), device=device)
+    kwargs = {"class_labels": labels} if config.conditional else {}
+    if state.weighting.needs_gramian and step % state.weighting.gramian_every == 0:
+        with _autocast(config, device):
+            state.weighting.observe_gramian(_step_gramian(state, x0, step, config, kwargs))
+
+    warmup = min(1.0, (step + 1) * config.batch_size / max(1, config.warmup_images))
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["base_lr"] * warmup
+    state.optimizer.zero_grad(set_to_none=True)
+    size = config.batch_size // config.accumulate
+    losses, total = [], torch.zeros((), device=device)
+    for part in torch.arange(config.batch_size, device=device).split(size):
+        part_kwargs = {key: value[part] for key, value in kwargs.items()}
+        with _autocast(config, device):
+            part_losses = sample_losses(
+                state.forward, state.schedule, x0[part], noise[part], timesteps[part], config.prediction, **part_kwargs
+            )
+        correction = importance[part] if state.sampler.corrected else None
+        loss = state.weighting(part_losses, timesteps[part], correction) / config.accumulate
+        loss.backward()
+        losses.append(part_losses.detach())
+        total += loss.detach()
+    grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
+    state.optimizer.step()
+    state.step += 1
+    state.ema.update(state.model, state.step * config.batch_size, config.batch_size)
+    state.sampler.update(torch.cat(losses), timesteps)
+    return StepRecord(step, timesteps, torch.cat(losses), total, grad_norm)
+
+
+def iterate(state: TrainState, data: ImageData, config: TrainConfig) -> Iterator[StepRecord]:
+    """Train to config.num_steps, yielding after each whole step: the caller may stop at any time."""
+    while state.step < config.num_steps:
+        yield train_step(state, data, config)
+
+
+def _first_failure(records: list[StepRecord]) -> StepRecord | None:
+    finite = torch.stack([torch.isfinite(r.losses).all() & torch.isfinite(r.loss) & torch.isfinite(r.grad_norm) for r in records])
+    return None if bool(finite.all()) else records[int(finite.logical_not().nonzero()[0])]
+
+
+def _explain_failure(record: StepRecord, state: TrainState, config: TrainConfig, out: Path) -> TrainingDiverged:
+    """Write failure.json beside the last whole checkpoint and return the error to raise."""
+    bins = Bins.uniform(config.num_timesteps, config.bins)
+    bad = ~torch.isfinite(record.losses)
+    timesteps = (record.timesteps[bad] if bad.any() else record.timesteps).cpu()
+    index = int(bins.index(timesteps)[0])
+    what = "loss" if bad.any() else "weighted loss" if not torch.isfinite(record.loss) else "gradient"
+    report = {
+        "step": record.step,
+        "what": what,
+        "weighting": config.weighting,
+        "timesteps": record.timesteps.tolist(),
+        "losses": [str(v) for v in record.losses.tolist()],
+        "grad_norm": str(float(record.grad_norm)),
+        "weights": [str(v) for v in state.weighting.weights().tolist()],
+    }
+    write_json(out / "failure.json", report)
+    return TrainingDiverged(
+        f"{what} is not finite at step {record.step}, first in timestep bin {index} "
+        f"({int(bins.edges[index])}..{int(bins.edges[index + 1]) - 1}), weighting {config.weighting!r}; nothing was "
+        f"repaired. {out}/failure.json has the draws, {out}/checkpoint the last whole state. Try a lower lr"
+    )
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Yield a function that tells whether SIGINT or SIGTERM came; a second one interrupts at once."""
+    received: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
+
+    try:
+        previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: the caller's own handling stays
+        previous = {}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class _Recorder:
+    """Turns step records into the run folder: metrics, checkpoints, validation, summary."""
+
+    def __init__(self, config: TrainConfig, state: TrainState, test: ImageData, out: Path) -> None:
+        self.config, self.state, self.out = config, state, out
+        self.bins = Bins.uniform(config.num_timesteps, config.bins).to(test.images.device)
+        self.pending: list[StepRecord] = []
+        self.seconds, self.since = 0.0, time.perf_counter()
+        self.test_images = test.images[: config.validation_images]
+        self.test_labels = test.labels[: config.validation_images] if config.conditional and test.labels is not None else None
+        self.timesteps = evaluation_timesteps(config.num_timesteps, min(config.validation_timesteps, config.num_timesteps))
+        with torch.random.fork_rng(devices=[]):
+            channels, size = self.test_images.shape[1], self.test_images.shape[2]
+            classes = test.num_classes if config.conditional else None
+            self.ema_model = make_model(config.model, size, channels, classes).to(test.images.device)
+
+    def log(self, extra: dict[str, Any] | None = None) -> None:
+        """Write one metrics line for the steps since the last one."""
+        config, now = self.config, time.perf_counter()
+        self.seconds, self.since = self.seconds + now - self.since, now
+        row: dict[str, Any] = {"step": self.state.step, "images": self.state.step * config.batch_size, "seconds": round(self.seconds, 3)}
+        if self.pending:
+            losses, timesteps = (torch.cat([getattr(r, name) for r in self.pending]) for name in ("losses", "timesteps"))
+            weights = self.state.weighting.weights().to(losses.device)
+            every = torch.arange(config.num_timesteps, device=losses.device)
+            row |= {
+                "loss": float(torch.stack([r.loss for r in self.pending]).mean()),
+                "mean_loss": float(losses.mean()),
+                "grad_norm": float(torch.stack([r.grad_norm for r in self.pending]).mean()),
+                "bin_losses": self.bins.mean(losses, timesteps)[0],
+                "bin_weights": self.bins.mean(weights.to(losses.dtype), every)[0],
+            }
+        append_metrics(self.out / "metrics.jsonl", row | (extra or {}))
+        self.pending.clear()
+
+    def validate(self) -> dict[str, Any]:
+        """EMA losses at fixed timesteps, images and noise."""
+        self.state.ema.copy_to(self.ema_model)
+        config = self.config
+        losses = validation_losses(
+            self.ema_model, self.test_images, self.state.schedule, config.prediction, timesteps=self.timesteps, labels=self.test_labels
+        )
+        return {"validation_timesteps": self.timesteps, "validation_losses": losses}
+
+    def save(self, status: str) -> None:
+        tensors, rest = self.state.state_dict()
+        save_checkpoint(self.out / "checkpoint", self.state.step, tensors, rest | {"seconds": self.seconds})
+        self.summarise(status)
+
+    def summarise(self, status: str, **more: Any) -> None:
+        images = self.state.step * self.config.batch_size
+        base = {"status": status, "step": self.state.step, "images": images, "seconds": round(self.seconds, 3)}
+        write_json(self.out / "summary.json", base | more | {"provenance": provenance()})
+
+    def finish(self) -> None:
+        """Write the diffusers pipeline with the EMA weights, a grid of samples and the summary."""
+        from diffusers import DDPMPipeline
+
+        config, state = self.config, self.state
+        validation = self.validate()
+        state.ema.copy_to(self.ema_model)
+        DDPMPipeline(self.ema_model, state.schedule.to_diffusers(prediction_type=config.prediction)).save_pretrained(self.out / "pipeline")
+        shape = (64, *self.test_images.shape[1:])
+        labels = torch.arange(64) % self.ema_model.config["num_class_embeds"] if config.conditional else None
+        samples = sample_images(self.ema_model, state.schedule, shape, prediction_type=config.prediction, labels=labels)
+        save_grid(samples, self.out / "samples.png", scale=2 if shape[-1] <= 32 else 1)
+        self.save("done")
+        self.summarise("done", validation_loss=float(validation["validation_losses"].mean()))
+
+
+def _prepare(config: TrainConfig, out: Path, resume: bool) -> None:
+    """Claim the run folder before any work: refuse one that is in use, unwritable, or of another configuration."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            if any(out.iterdir()):
+                raise RunError(f"{out} is not empty; choose another --out, or continue that run with --resume")
+            write_json(out / "config.json", config.to_dict())
+            return
+    except OSError as error:
+        raise RunError(f"cannot write to {out} ({error.strerror}); choose another --out") from None
+    if not (out / "config.json").exists():
+        raise RunError(f"{out} holds no run to resume; leave out --resume to start one there")
+    saved, given = read_json(out / "config.json"), config.to_dict()
+    differing = [k for k in given if saved.get(k) != json.loads(json.dumps(given[k])) and k not in ("device", "data_root")]
+    if differing:
+        pairs = ", ".join(f"{k} {saved.get(k)!r} there, {given[k]!r} here" for k in differing)
+        raise RunError(f"{out} is a run of another configuration ({pairs}); resume it as it was, or choose another --out")
+
+
+def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progress: bool = True) -> Run:
+    """Train to the end of the configuration and write a run folder; returns it as load_run does.
+
+    With resume=True an interrupted run goes on from its last checkpoint and ends with the same weights as one that was
+    never interrupted (bit for bit on one CPU device). SIGINT and SIGTERM save and raise KeyboardInterrupt. Raises
+    RunError for a folder that cannot be used, TrainingDiverged when a loss or gradient is not finite.
+    """
+    out = Path(out)
+    _prepare(config, out, resume)
+    device = resolve_device(config.device)
+    data = load_split(config, "train", device)
+    state = build(config, data)
+    recorder = _Recorder(config, state, load_split(config, "test", device), out)
+    if resume and (out / "checkpoint" / "latest.json").exists():
+        step, tensors, rest = load_checkpoint(out / "checkpoint")
+        recorder.seconds = rest.pop("seconds")
+        state.load_state_dict(step, tensors, rest)
+    rows = read_metrics(out / "metrics.jsonl", until_step=state.step) if state.step else []
+    write_atomically(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    recorder.summarise("running")
+    _run(state, data, config, recorder, progress)
+    recorder.finish()
+    return load_run(out)
+
+
+def _run(state: TrainState, data: ImageData, config: TrainConfig, recorder: _Recorder, progress: bool) -> None:
+    from tqdm.auto import tqdm
+
+    # On a CPU a check costs nothing; on a GPU it would stall the queue, so it waits for the log line.
+    check_every = 1 if data.images.device.type == "cpu" else config.log_every
+    bar = tqdm(total=config.images, initial=state.step * config.batch_size, unit="img", unit_scale=True, disable=not progress, desc=config.weighting)
+    with _stop_signals() as stopped, bar:
+        if state.step == 0:
+            recorder.log(recorder.validate())
+        for record in iterate(state, data, config):
+            recorder.pending.append(record)
+            bar.update(config.batch_size)
+            done = state.step == config.num_steps
+            save = done or state.step % config.interval("checkpoint_every") == 0
+            validate = done or state.step % config.interval("validate_every") == 0
+            log = done or state.step % config.log_every == 0
+            if stopped() or save or log or validate or state.step % check_every == 0:
+                failed = _first_failure(recorder.pending[-check_every:])
+                if failed is not None:
+                    recorder.summarise("failed")
+                    raise _explain_failure(failed, state, config, recorder.out)
+            if log or validate:
+                bar.set_postfix(loss=f"{float(record.losses.mean()):.4f}", refresh=False)
+                recorder.log(recorder.validate() if validate else None)
+            if save and not done:
+                recorder.save("running")
+            if stopped() and not done:
+                if recorder.pending:
+                    recorder.log()
+                recorder.save("interrupted")
+                raise KeyboardInterrupt(
+                    f"stopped at {state.step * config.batch_size:,} of {config.images:,} images, all saved; "
+                    f"go on with: dysigma train --resume --out {recorder.out}"
+                )
