@@ -13,7 +13,8 @@ PYTEST_FLAGS ?= -n 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+LOG := $(VENV)/pip.log
+PIP := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test lab notebooks bench
@@ -47,6 +48,6 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PY) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "dysigma needs Python 3.11 or newer, and $(PY) is %d.%d: make PY=python3.11 ..." % sys.version_info[:2])'
 	@test -x $(BIN)/python || $(PY) -m venv $(VENV)
 	@echo "Installing into $(VENV) (one to three minutes, more where torch must be downloaded)"
-	@$(PIP) -e ".[notebooks,test]"
-	@$(PIP) --no-deps denoising-diffusion-pytorch
+	@$(PIP) -e ".[notebooks,test]" > $(LOG) || { tail -n 15 $(LOG); exit 1; }
+	@$(PIP) --no-deps denoising-diffusion-pytorch >> $(LOG) || { tail -n 15 $(LOG); exit 1; }
 	@touch $@
