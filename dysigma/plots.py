@@ -43,7 +43,9 @@ def use_style() -> None:
 
 
 def figures_folder() -> Path:
-    """``figures/`` of the checkout around the working folder; a temporary folder when DYSIGMA_FAST=1."""
+    """$DYSIGMA_FIGURES, or ``figures/`` of the checkout around the working folder; temporary when DYSIGMA_FAST=1."""
+    if chosen := os.environ.get("DYSIGMA_FIGURES"):
+        return Path(chosen)
     # A shortened run must never overwrite a published figure.
     if os.environ.get("DYSIGMA_FAST") == "1":
         return Path(tempfile.gettempdir()) / f"dysigma-figures-{os.getpid()}"

@@ -74,6 +74,7 @@ def test_a_name_that_does_not_belong_to_its_notebook_is_refused(tmp_path, ax, na
 
 
 def test_a_shortened_run_does_not_write_to_the_published_figures(monkeypatch, tmp_path):
+    monkeypatch.delenv("DYSIGMA_FIGURES", raising=False)
     monkeypatch.setenv("DYSIGMA_FAST", "1")
     assert plots.figures_folder().name != "figures"
     monkeypatch.delenv("DYSIGMA_FAST")
@@ -82,6 +83,8 @@ def test_a_shortened_run_does_not_write_to_the_published_figures(monkeypatch, tm
     (tmp_path / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")
     assert plots.figures_folder() == tmp_path / "figures"
+    monkeypatch.setenv("DYSIGMA_FIGURES", "elsewhere")
+    assert plots.figures_folder().name == "elsewhere"
 
 
 def test_show_gives_the_reader_alt_text_and_caption(monkeypatch, tmp_path, ax):
