@@ -1,4 +1,4 @@
-"""The command line: dysigma train | sample | evaluate | conflicts | benchmark | notebooks. Bad input ends with code 2."""
+"""The command line: dysigma train | sample | evaluate | race | notebooks | benchmark. Bad input ends with code 2."""
 
 from __future__ import annotations
 
@@ -219,6 +219,26 @@ def _evaluate(args: argparse.Namespace) -> None:
     print(args.run_folder / "evaluation.json")
 
 
+def _add_race(commands: Any) -> None:
+    parser = commands.add_parser("race", help="train arms x seeds on common random numbers; goes on where it stopped")
+    parser.add_argument("spec", type=Path, metavar="SPEC", help="TOML file, for example data/races/weightings-leaves.toml")
+    parser.add_argument("--out", type=Path, required=True, help="folder for records.jsonl")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at once, one CPU thread each (default: 1)")
+    parser.add_argument("--device", help="instead of the specification's")
+    parser.add_argument("--data-root", help="instead of the specification's")
+    parser.set_defaults(run=_race)
+
+
+def _race(args: argparse.Namespace) -> None:
+    from .race import Race, race
+
+    if args.jobs < 1:
+        raise ValueError(f"--jobs must be positive; got {args.jobs}")
+    overrides = {"device": args.device, "data_root": args.data_root}
+    given = {name: value for name, value in overrides.items() if value is not None}
+    print(race(Race.read(args.spec), args.out, jobs=args.jobs, overrides=given))
+
+
 def _add_notebooks(commands: Any) -> None:
     parser = commands.add_parser("notebooks", help="execute the notebooks")
     parser.add_argument("names", nargs="*", help="notebooks to run, such as 00 or 06_train (default: all)")
@@ -260,7 +280,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dysigma {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_train, _add_sample, _add_evaluate, _add_notebooks, _add_benchmark):
+    for add in (_add_train, _add_sample, _add_evaluate, _add_race, _add_notebooks, _add_benchmark):
         add(commands)
     return parser
 
@@ -268,11 +288,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 the run failed, 2 bad input, 130 interrupted."""
     args = _parser().parse_args(argv)
+    from .notebooks import NotebookError
     from .training import TrainingDiverged
 
     try:
         args.run(args)
-    except TrainingDiverged as error:
+    except (TrainingDiverged, NotebookError) as error:
         print(f"dysigma: {error}", file=sys.stderr)
         return 1
     except (ValueError, KeyError, TypeError) as error:

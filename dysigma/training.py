@@ -407,39 +407,48 @@ class _Recorder:
         self.summarise("done", validation_loss=float(validation["validation_losses"].mean()))
 
 
-def _prepare(config: TrainConfig, out: Path, resume: bool) -> None:
-    """Claim the run folder before any work: refuse one that is in use, unwritable, or of another configuration."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            if any(out.iterdir()):
-                raise RunError(f"{out} is not empty; choose another --out, or continue that run with --resume")
-            write_json(out / "config.json", config.to_dict())
-            return
-    except OSError as error:
-        raise RunError(f"cannot write to {out} ({error.strerror}); choose another --out") from None
+def _check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
+    """Refuse a run folder that is in use, is no run to resume, or is a run of another configuration."""
+    if not resume:
+        if out.is_dir() and any(out.iterdir()):
+            raise RunError(f"{out} is not empty; choose another --out, or continue that run with --resume")
+        return
     if not (out / "config.json").exists():
         raise RunError(f"{out} holds no run to resume; leave out --resume to start one there")
-    saved, given = read_json(out / "config.json"), config.to_dict()
-    differing = [k for k in given if saved.get(k) != json.loads(json.dumps(given[k])) and k not in ("device", "data_root")]
+    saved, given = read_json(out / "config.json"), json.loads(json.dumps(config.to_dict()))
+    differing = [key for key in given if saved.get(key) != given[key] and key not in ("device", "data_root")]
     if differing:
-        pairs = ", ".join(f"{k} {saved.get(k)!r} there, {given[k]!r} here" for k in differing)
+        pairs = ", ".join(f"{key} {saved.get(key)!r} there, {given[key]!r} here" for key in differing)
         raise RunError(f"{out} is a run of another configuration ({pairs}); resume it as it was, or choose another --out")
 
 
-def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progress: bool = True) -> Run:
+def _claim_folder(config: TrainConfig, out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "config.json", config.to_dict())
+    except OSError as error:
+        raise RunError(f"cannot write to {out} ({error.strerror}); choose another --out") from None
+
+
+def train(
+    config: TrainConfig, out: str | Path, *, resume: bool = False, progress: bool = True, finish: bool = True
+) -> Run:
     """Train to the end of the configuration and write a run folder; returns it as load_run does.
+
+    finish=False leaves out what comes after the last step: pipeline, samples and the final checkpoint.
 
     With resume=True an interrupted run goes on from its last checkpoint and ends with the same weights as one that was
     never interrupted (bit for bit on one CPU device). SIGINT and SIGTERM save and raise KeyboardInterrupt. Raises
     RunError for a folder that cannot be used, TrainingDiverged when a loss or gradient is not finite.
     """
     out = Path(out)
-    _prepare(config, out, resume)
+    _check_folder(config, out, resume)
     device = resolve_device(config.device)
     data = load_split(config, "train", device)
     state = build(config, data)
     recorder = _Recorder(config, state, load_split(config, "test", device), out)
+    # Claimed only now, so that a misspelled name or missing data leaves no half-made run behind.
+    _claim_folder(config, out)
     if resume and (out / "checkpoint" / "latest.json").exists():
         step, tensors, rest = load_checkpoint(out / "checkpoint")
         recorder.seconds = rest.pop("seconds")
@@ -448,7 +457,10 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
     write_atomically(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     recorder.summarise("running")
     _run(state, data, config, recorder, progress)
-    recorder.finish()
+    if finish:
+        recorder.finish()
+    else:
+        recorder.summarise("done")
     return load_run(out)
 
 

@@ -1,0 +1,151 @@
+"""Races: arms x seeds on common random numbers, as many at once as there are cores, resumable at any point."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tomllib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .bins import Bins
+from .runs import RunError, append_metrics, provenance, read_json, read_metrics, write_json
+from .training import TrainConfig, TrainingDiverged, train
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class Race:
+    """A specification: every arm is raced with every seed under every entry of `grid`.
+
+    base: TrainConfig fields common to all; arms: name -> fields it changes; grid: label -> fields it changes. Two arms
+    with one seed share initial weights, images, timesteps and noise. Raises ValueError when the file says something else.
+    """
+
+    name: str
+    seeds: tuple[int, ...]
+    base: dict[str, Any]
+    arms: dict[str, dict[str, Any]]
+    grid: dict[str, dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> Race:
+        """From a TOML file with the tables base, arms and grid and the keys name and seeds."""
+        try:
+            values = tomllib.loads(path.read_text())
+        except OSError as error:
+            raise ValueError(f"cannot read the race {path}: {error.strerror}") from None
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path} is not valid TOML: {error}") from None
+        return cls.from_dict(values, str(path))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], origin: str = "race") -> Race:
+        """Inverse of to_dict."""
+        keys = {"name", "seeds", "base", "arms", "grid"}
+        if set(values) != keys or not values["seeds"] or not values["arms"] or not values["grid"]:
+            raise ValueError(f"{origin} must have exactly the keys {sorted(keys)}, none empty; got {sorted(values)}")
+        race = cls(values["name"], tuple(values["seeds"]), values["base"], values["arms"], values["grid"])
+        for _ in race.entries():
+            pass  # every configuration is built once here, so that a misspelled field is found before hours are spent
+        return race
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON-able values."""
+        return {"name": self.name, "seeds": list(self.seeds), "base": self.base, "arms": self.arms, "grid": self.grid}
+
+    def entries(self) -> Iterator[tuple[tuple[str, str, int], TrainConfig]]:
+        """((grid label, arm, seed), configuration), seeds outermost: a race cut short has whole seeds."""
+        for seed in self.seeds:
+            for label, shared in self.grid.items():
+                for arm, fields in self.arms.items():
+                    yield (label, arm, seed), TrainConfig.from_dict(self.base | shared | fields | {"seed": seed})
+
+
+def _run_entry(key: tuple[str, str, int], config: TrainConfig, folder: Path) -> dict[str, Any]:
+    """Train one entry in its own folder and reduce it to a record."""
+    torch.set_num_threads(1)
+    label, arm, seed = key
+    record: dict[str, Any] = {"grid": label, "arm": arm, "seed": seed}
+    try:
+        run = train(config, folder, resume=(folder / "config.json").exists(), progress=False, finish=False)
+    except TrainingDiverged as error:
+        return record | {"diverged": str(error).replace(str(folder), "the run folder")}
+    rows = read_metrics(run.path / "metrics.jsonl")
+    validations = [row for row in rows if "validation_losses" in row]
+    logged = [row for row in rows if "bin_weights" in row]
+    return record | {
+        "images": [row["images"] for row in validations],
+        "validation_losses": [[float(f"{v:.6g}") for v in row["validation_losses"]] for row in validations],
+        "validation_timesteps": validations[0]["validation_timesteps"],
+        "weights_images": [row["images"] for row in logged],
+        "bin_weights": [[float(f"{v:.5g}") for v in row["bin_weights"]] for row in logged],
+        "seconds": rows[-1]["seconds"],
+    }
+
+
+def race(
+    spec: Race, out: Path, *, jobs: int = 1, overrides: dict[str, Any] | None = None, progress: bool = True
+) -> Path:
+    """Run what is missing of a race; returns out/records.jsonl, one line per finished entry.
+
+    The folder also gets race.json (the specification) and provenance.json. Called again, it goes on where it stopped.
+    jobs: processes at once, one thread each; overrides: fields that depend on the machine (device, data_root). Raises
+    RunError if the folder holds another race.
+    """
+    from tqdm.auto import tqdm
+
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "race.json").exists() and read_json(out / "race.json") != json.loads(json.dumps(spec.to_dict())):
+        raise RunError(f"{out} holds a race with another specification; choose another --out")
+    write_json(out / "race.json", spec.to_dict())
+    write_json(out / "provenance.json", provenance())
+    records = out / "records.jsonl"
+    done = {(r["grid"], r["arm"], r["seed"]) for r in _read(records)}
+    todo = [(key, replace(config, **(overrides or {}))) for key, config in spec.entries() if key not in done]
+    bar = tqdm(total=len(done) + len(todo), initial=len(done), unit="run", desc=spec.name, disable=not progress)
+    # Forking a process that has used torch's threads can hang, hence "spawn".
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool, bar:
+        folders = {key: out / "work" / "-".join(map(str, key)).replace(" ", "_").replace("/", "_") for key, _ in todo}
+        futures = {pool.submit(_run_entry, key, config, folders[key]): key for key, config in todo}
+        try:
+            for future in as_completed(futures):
+                append_metrics(records, future.result() | {"step": len(done)})
+                shutil.rmtree(folders[futures[future]])
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return records
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "step"} for row in read_metrics(path)]
+
+
+def load_race(folder: Path) -> pandas.DataFrame:
+    """The records of a race as a table: grid, arm, seed, images (M,), validation_losses (M, V), bin_weights, seconds.
+
+    Raises RunError for a folder without records.
+    """
+    import pandas
+
+    rows = _read(folder / "records.jsonl")
+    if not rows:
+        raise RunError(f"{folder} has no records.jsonl with records; dysigma race SPEC --out {folder} writes it")
+    return pandas.DataFrame(rows)
+
+
+def binned(losses: torch.Tensor, timesteps: torch.Tensor, num_timesteps: int, num_bins: int) -> torch.Tensor:
+    """Average (..., V) losses at V timesteps into num_bins uniform bins: (..., num_bins)."""
+    index = Bins.uniform(num_timesteps, num_bins).index(timesteps)
+    sums = losses.new_zeros(*losses.shape[:-1], num_bins).index_add(-1, index, losses)
+    return sums / torch.bincount(index, minlength=num_bins)
