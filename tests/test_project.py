@@ -80,11 +80,18 @@ def test_each_requirement_is_pinned_within_its_range(line):
         assert pins()[canonicalize_name(requirement.name)] in requirement.specifier
 
 
-def test_all_that_make_installs_is_pinned_to_public_releases():
+def test_pins_are_public_releases():
+    assert not [name for name, version in pins().items() if version.local]
+
+
+def test_all_that_make_installs_is_pinned():
+    installed = {canonicalize_name(d.name): Version(d.version).public for d in importlib.metadata.distributions()}
+    other = [name for name, version in pins().items() if installed.get(name, str(version)) != str(version)]
+    if other:
+        pytest.skip(f"not the tested set of versions: {other}")
     brought = closure([*PROJECT["project"]["dependencies"], *EXTRAS["notebooks"], *EXTRAS["test"], *EXTRAS["moo"]])
     assert {"torch", "sympy", "pyzmq", "quadprog"} <= brought  # the walk went deep
     assert not brought - set(pins())
-    assert not [name for name, version in pins().items() if version.local]
 
 
 def recipes() -> dict[str, list[str]]:
