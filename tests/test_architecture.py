@@ -21,7 +21,7 @@ ROWS = (
     {"objective", "testing"},
     {"gradients", "evaluation"},
     {"training"},
-    {"convergence", "benchmark", "notebooks"},
+    {"convergence", "race", "benchmark", "notebooks"},
     {"cli", "teaching"},
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
@@ -75,6 +75,23 @@ def public_functions(module: ast.Module) -> Iterator[tuple[str, ast.FunctionDef 
                     yield f"{node.name}.{item.name}", item
 
 
+def inherited(module: ast.Module) -> set[str]:
+    """ "Class.method" of every method whose words stand on a base class: one of this module, or torch's Module."""
+    classes = {node.name: node for node in module.body if isinstance(node, ast.ClassDef)}
+    documented = {
+        name: {item.name for item in node.body if isinstance(item, ast.FunctionDef) and ast.get_docstring(item)}
+        for name, node in classes.items()
+    }
+
+    def from_bases(name: str) -> set[str]:
+        bases = [ast.unparse(base) for base in classes[name].bases]
+        own = [documented[base] | from_bases(base) for base in bases if base in classes]
+        module_methods = {"forward", "extra_repr", "train", "state_dict", "load_state_dict"}
+        return set().union(*own) | (module_methods if any(base.endswith("Module") for base in bases) else set())
+
+    return {f"{name}.{method}" for name in classes for method in from_bases(name)}
+
+
 def test_the_reader_of_imports_sees_every_form():
     source = """
 from . import a, __version__
@@ -121,15 +138,7 @@ def test_public_names_are_documented_and_typed(name):
         arguments = function.args
         every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
         bare = [a.arg for a in every if a is not None and a.annotation is None and a.arg not in ("self", "cls")]
-        # What overrides a method of torch's Module is documented there and by its class.
-        overrides = "." in label and function.name in (
-            "forward",
-            "extra_repr",
-            "train",
-            "state_dict",
-            "load_state_dict",
-        )
-        if not ast.get_docstring(function) and not overrides:
+        if not ast.get_docstring(function) and label not in inherited(module):
             wrong.append(f"{where} has no docstring")
         if bare or function.returns is None:
             wrong.append(f"{where} lacks annotations: {bare or 'return'}")
