@@ -51,9 +51,9 @@ def convert(source: str | Path, *, solutions: bool = True) -> Any:
     notebook.metadata = from_dict(METADATA)
     notebook.cells = [cell for cell in notebook.cells if solutions or "solution" not in cell.metadata.get("tags", ())]
     for i, cell in enumerate(notebook.cells):
-        cell.id = f"cell-{i:02d}"
-        if "solution" in cell.metadata.get("tags", ()):
-            cell.metadata.update(tags=["solution", "hide-input"], jupyter={"source_hidden": True})
+        cell.id, solves = f"cell-{i:02d}", "solution" in cell.metadata.get("tags", ())
+        hidden = {"tags": ["solution", "hide-input"], "jupyter": {"source_hidden": True}}
+        cell.metadata = from_dict(hidden if solves else {})
     return notebook
 
 
@@ -86,11 +86,13 @@ def _execute(source: Path, figures: Path, fast: bool, timeout: int, solutions: b
     notebook = convert(source, solutions=solutions)
     resources = {"metadata": {"path": str(source.parent)}}
     client = NotebookClient(notebook, timeout=timeout, record_timing=False, coalesce_streams=True, resources=resources)
+    client.extra_arguments = ["--log-level=ERROR"]
     try:
         client.execute(env={**os.environ, "DYSIGMA_FAST": str(int(fast)), "DYSIGMA_FIGURES": str(figures)})
     except (CellExecutionError, CellTimeoutError) as error:
         cell = sum(1 for cell in notebook.cells if cell.get("execution_count"))
-        raise NotebookError(f"{source.name}, code cell {cell}: {str(error).strip().splitlines()[-1]}") from error
+        reason = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip().splitlines()[-1]
+        raise NotebookError(f"{source.name}, code cell {cell}: {reason}") from error
     normalise(notebook, source.parent.parent)
     text = nbformat.writes(notebook) + "\n"
     if (size := len(text.encode())) > MAX_BYTES and not fast:

@@ -6,6 +6,7 @@ train, show or save. Series differ in dash and marker as well as in colour, so t
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
@@ -44,19 +45,27 @@ def use_style() -> None:
 
 def figures_folder() -> Path:
     """$DYSIGMA_FIGURES, or ``figures/`` of the checkout around the working folder; temporary when DYSIGMA_FAST=1."""
-    if chosen := os.environ.get("DYSIGMA_FIGURES"):
-        return Path(chosen)
-    # A shortened run must never overwrite a published figure.
-    if os.environ.get("DYSIGMA_FAST") == "1":
-        return Path(tempfile.gettempdir()) / f"dysigma-figures-{os.getpid()}"
-    here = Path.cwd()
-    return next((root for root in (here, *here.parents) if (root / "dysigma/plots.py").exists()), here) / "figures"
+    here, aside = Path.cwd(), Path(tempfile.gettempdir()) / f"dysigma-figures-{os.getpid()}"
+    root = next((root for root in (here, *here.parents) if (root / "dysigma/plots.py").exists()), here)
+    default = aside if os.environ.get("DYSIGMA_FAST") == "1" else root / "figures"
+    return Path(os.environ.get("DYSIGMA_FIGURES") or default)
 
 
 def _write(path: Path, content: bytes) -> None:
     # An interrupted run leaves the old file or the new one, never half of one.
     (part := path.with_name(f".{path.name}.{os.getpid()}")).write_bytes(content)
     part.replace(path)
+
+
+def _shrink(png: io.BytesIO, words: Mapping[str, str]) -> bytes:
+    # A palette of 256 colours keeps a notebook with its pictures small. No date, no version: equal data, equal bytes.
+    from PIL import Image, PngImagePlugin
+
+    info, out = PngImagePlugin.PngInfo(), io.BytesIO()
+    for key, text in words.items():
+        info.add_itxt(key, text)
+    Image.open(png).convert("RGB").quantize(256).save(out, "PNG", optimize=True, pnginfo=info)
+    return out.getvalue()
 
 
 def save_figure(
@@ -77,12 +86,12 @@ def save_figure(
     folder.mkdir(parents=True, exist_ok=True)
     words = {"Title": title, "Description": f"{caption} Alt text: {alt}", "Source": notebook}
     hashes = {}
-    # Dates and version strings would change the bytes without changing the picture.
-    for kind, unset in (("svg", "Date"), ("png", "Software")):
+    for kind in ("svg", "png"):
         buffer = io.BytesIO()
-        fig.savefig(buffer, format=kind, dpi=120, bbox_inches="tight", metadata={**words, unset: None})
-        _write(folder / f"{name}.{kind}", buffer.getvalue())
-        hashes[kind] = hashlib.sha256(buffer.getvalue()).hexdigest()
+        fig.savefig(buffer, format=kind, dpi=110, bbox_inches="tight", metadata={**words, "Date": None})
+        content = buffer.getvalue() if kind == "svg" else _shrink(buffer, words)
+        _write(folder / f"{name}.{kind}", content)
+        hashes[kind] = hashlib.sha256(content).hexdigest()
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     manifest[name] = {**texts, "notebook": notebook, "sha256": hashes}
@@ -95,10 +104,11 @@ def show(fig: Figure, name: str, *, title: str, caption: str, alt: str, notebook
     import matplotlib.pyplot as plt
     from IPython.display import Markdown, display
 
-    save_figure(fig, name, title=title, caption=caption, alt=alt, notebook=notebook)
-    display(fig, metadata={"image/png": {"alt": alt}})
-    plt.close(fig)  # else the inline backend shows it a second time
+    path = save_figure(fig, name, title=title, caption=caption, alt=alt, notebook=notebook)
+    data = {"image/png": base64.b64encode(path.read_bytes()).decode(), "text/plain": alt}
+    display(data, raw=True, metadata={"image/png": {"alt": alt}})
     display(Markdown(f"**{title}.** {caption}"))
+    plt.close(fig)  # else the inline backend shows it a second time
 
 
 def _interval(values: ArrayLike, log: bool) -> tuple[NDArray, NDArray, NDArray]:
@@ -113,10 +123,7 @@ def _interval(values: ArrayLike, log: bool) -> tuple[NDArray, NDArray, NDArray]:
 
 
 def trajectories(ax: Axes, x: ArrayLike, series: Mapping[str, ArrayLike], *, log: bool = False) -> Axes:
-    """Each series (N,), or (S, N) over seeds: the mean and its 95 % interval against x (N,).
-
-    ``log=True``: logarithmic axis, geometric mean, interval of the logarithm.
-    """
+    """Each series (N,), or (S, N) over seeds with a 95 % interval of its mean (log: geometric mean), against x (N,)."""
     x = np.asarray(x, dtype=float)
     every = max(1, len(x) // 8)
     for i, (label, values) in enumerate(series.items()):
@@ -148,10 +155,7 @@ def weight_curves(ax: Axes, log_snr: ArrayLike, curves: Mapping[str, ArrayLike])
 
 
 def heatmap(ax: Axes, matrix: ArrayLike, *, labels: Sequence[str] = (), limit: float = 1, unit: str = "cosine") -> Axes:
-    """A signed matrix (R, C) on a diverging map from -limit to limit, with its numbers when it is 12 x 12 or smaller.
-
-    NaN stands for "undetermined" and is hatched: not known is not zero.
-    """
+    """A signed matrix (R, C) on a diverging map from -limit to limit, numbers up to 12 x 12, NaN (unknown) hatched."""
     values = np.asarray(matrix, dtype=float)
     image = ax.imshow(values, cmap="vlag", vmin=-limit, vmax=limit)
     for row, column in np.ndindex(values.shape):
@@ -179,7 +183,8 @@ def image_grid(ax: Axes, images: ArrayLike, *, columns: int, row_labels: Sequenc
     rows, height, width = -(-len(array) // columns), array.shape[2] + 1, array.shape[3] + 1
     sheet = np.full((rows * columns, height, width, 3), 255, dtype=np.uint8)
     sheet[: len(array), :-1, :-1] = array.transpose(0, 2, 3, 1)
-    ax.imshow(sheet.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3))
+    sheet = sheet.reshape(rows, columns, height, width, 3).swapaxes(1, 2)
+    ax.imshow(sheet.reshape(rows * height, columns * width, 3), interpolation="nearest")
     ax.set(xticks=[], frame_on=False)
     ax.set_yticks([(i + 0.5) * height for i in range(len(row_labels))], labels=row_labels)
     ax.grid(False)

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import os
 import platform
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, requires, version
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-T = TypeVar("T")
 _predictions: dict[str, Any] = {}
 _exercises: dict[str, tuple[Any, dict[str, Any], float]] = {}
 
 
-def fast(full: T, quick: T) -> T:
+def fast(full: Any, quick: Any) -> Any:
     """``quick`` when DYSIGMA_FAST=1, else ``full``: the same code path at two sizes."""
     return quick if os.environ.get("DYSIGMA_FAST") == "1" else full
 
 
 def banner(notebook: str) -> None:
     """Print which notebook this is, what runs it, and whether the run is full or shortened."""
+    warnings.filterwarnings("ignore", message="IProgress not found")  # diffusers' progress bars ask for widgets
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    run = fast("full run", "short run (DYSIGMA_FAST=1): smaller sizes, looser numbers")
-    print(f"{notebook} · dysigma {version('dysigma')} · torch {torch.__version__} · {device} · {run}")
+    print(notebook, f"dysigma {version('dysigma')}", f"torch {torch.__version__}", device, sep=" · ", end=" · ")
+    print(fast("full run", "short run (DYSIGMA_FAST=1): smaller sizes, looser numbers"))
 
 
 def watermark() -> None:
@@ -47,8 +48,8 @@ def check_environment(extra: str = "notebooks") -> bool:
         except PackageNotFoundError:
             problems.append(f"{need.name} is not installed")
     print("\n".join(f"✗ {line}" for line in problems) or f"✓ all {len(needs)} required packages are here")
-    accelerator = "a GPU is here" if torch.cuda.is_available() else "no GPU: every notebook runs without one"
-    print(f"✓ Python {platform.python_version()}; {accelerator}")
+    gpu = "a GPU is here" if torch.cuda.is_available() else "no GPU: every notebook runs without one"
+    print(f"✓ Python {platform.python_version()}; {gpu}")
     print("Verdict: " + ("run `make setup` once more, then restart the kernel." if problems else "you can start."))
     return not problems
 
@@ -71,7 +72,7 @@ def reveal(question: str, measured: Any) -> None:
         side = "too high" if abs(guess) > abs(measured) else "too low"
         verdict = "close" if ratio < 1.1 else f"{side} by a factor of {ratio:.2g}"
     else:
-        verdict = "exactly" if guess == measured else "not even the sign agrees"
+        verdict = "exactly" if guess == measured else f"off by {abs(guess - measured):.3g}"
     shown = measured if isinstance(measured, str) else f"{measured:.3g}"
     print(f"{question} Predicted {'nothing' if guess is ... else guess}, measured {shown}: {verdict}.")
 

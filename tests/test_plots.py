@@ -94,6 +94,7 @@ def test_show_gives_the_reader_alt_text_and_caption(monkeypatch, tmp_path, ax):
     plots.show(ax.figure, "03_shown", **TEXTS)
     assert (tmp_path / "figures" / "03_shown.svg").exists()
     assert shown[0][1]["metadata"] == {"image/png": {"alt": TEXTS["alt"]}}
+    assert shown[0][0][0]["text/plain"] == TEXTS["alt"]
     assert TEXTS["caption"] in shown[1][0][0].data
     assert not plt.fignum_exists(ax.figure.number), "left open, the notebook would show it twice"
 

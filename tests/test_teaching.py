@@ -65,8 +65,8 @@ def test_a_misspelled_exercise_shows_the_choices():
 @pytest.mark.parametrize(
     ("guess", "measured", "verdict"),
     [(0.5, 0.13, "too high by a factor of 3.8"), (1, 5, "too low by a factor of 5"), (1.0, 1.05, "close"),
-     (1, -1, "sign"), (0, 0, "exactly"), (-4, -2, "too high"), (..., 3, "no prediction"), ("yes", "no", "a surprise"),
-     ("yes", "yes", "as predicted")],
+     (1, -1, "off by 2"), (0, 0, "exactly"), (-4, -2, "too high"), (..., 3, "no prediction"),
+     ("yes", "no", "a surprise"), ("yes", "yes", "as predicted")],
 )  # fmt: skip
 def test_predictions_are_compared(capsys, guess, measured, verdict):
     teaching.predict("How much?", guess)
