@@ -38,8 +38,8 @@ class Bins(nn.Module):
     @classmethod
     def uniform(cls, num_timesteps: int, num_bins: int) -> Bins:
         """num_bins bins of equal width in t, to within one timestep."""
-        if not 1 <= num_bins <= num_timesteps:
-            raise ValueError(f"bins must lie in [1, {num_timesteps}], one timestep each at most; got {num_bins}")
+        if not isinstance(num_bins, int) or not 1 <= num_bins <= num_timesteps:
+            raise ValueError(f"bins must be an int in [1, {num_timesteps}], the number of timesteps; got {num_bins!r}")
         return cls(torch.arange(num_bins + 1) * num_timesteps // num_bins)
 
     @classmethod

@@ -1,0 +1,744 @@
+"""Loss weightings over timesteps, all behind ``loss = weighting(losses, timesteps)``.
+
+One scale: a predefined weighting is a function of log_snr (natural log, float64) giving a log-weight on the x0 error,
+the convention of Min-SNR (Hang et al. 2023). The squared error of epsilon is SNR times that of x0, the one of v SNR + 1
+times, so on the model's own target the log-weight is less by 0 (sample), log_snr (epsilon) or softplus(log_snr) (v).
+
+Dy-Sigma is an independent reconstruction from the abstract (Liu, Ye, Liu, Qin, IJCNN 2024), not the authors' formulas.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .bins import Bins
+from .draws import check_timesteps
+from .pareto import project_psd
+from .schedule import NoiseSchedule, canonical_prediction_type
+
+
+def _log_add(log_snr: Tensor, other: float) -> Tensor:
+    return torch.logaddexp(log_snr, log_snr.new_tensor(other))
+
+
+def _const_x0(log_snr: Tensor) -> Tensor:
+    """1: what Min-SNR calls Const."""
+    return torch.zeros_like(log_snr)
+
+
+def _const_eps(log_snr: Tensor) -> Tensor:
+    """SNR: plain epsilon error (Ho, Jain, Abbeel 2020)."""
+    return log_snr
+
+
+def _const_v(log_snr: Tensor) -> Tensor:
+    """SNR + 1: plain v error (Salimans, Ho 2022)."""
+    return _log_add(log_snr, 0.0)
+
+
+def _max_snr(log_snr: Tensor, *, gamma: float = 5.0) -> Tensor:
+    """max(SNR, gamma); gamma = 1 is the truncated SNR of Salimans, Ho 2022."""
+    return log_snr.clamp(min=math.log(gamma))
+
+
+def _min_snr(log_snr: Tensor, *, gamma: float = 5.0) -> Tensor:
+    """min(SNR, gamma) (Hang et al. 2023)."""
+    return log_snr.clamp(max=math.log(gamma))
+
+
+def _soft_min_snr(log_snr: Tensor, *, gamma: float = 4.0) -> Tensor:
+    """gamma SNR / (SNR + gamma) (k-diffusion, where gamma = 1 / sigma_data^2)."""
+    return log_snr + math.log(gamma) - _log_add(log_snr, math.log(gamma))
+
+
+def _p2(log_snr: Tensor, *, k: float = 1.0, gamma: float = 1.0) -> Tensor:
+    """SNR / (k + SNR)^gamma (Choi et al. 2022)."""
+    return log_snr - gamma * _log_add(log_snr, math.log(k))
+
+
+def _debiased(log_snr: Tensor) -> Tensor:
+    """sqrt(SNR) (arXiv 2310.08442)."""
+    return log_snr / 2
+
+
+def _edm(log_snr: Tensor, *, sigma_data: float = 0.5) -> Tensor:
+    """SNR + 1 / sigma_data^2: lambda(sigma) of Karras et al. 2022 at sigma^2 = 1 / SNR, without their sampling."""
+    return _log_add(log_snr, -2 * math.log(sigma_data))
+
+
+def _sigmoid(log_snr: Tensor, *, bias: float = 2.0) -> Tensor:
+    """SNR sigmoid(bias - log_snr), here per timestep; Kingma, Gao 2023 have it per unit of log_snr."""
+    return log_snr - _log_add(log_snr - bias, 0.0)
+
+
+def _elbo(log_snr: Tensor) -> Tensor:
+    """(SNR(t-1) - SNR(t)) / 2 (Kingma et al. 2021); t = 0, which has no predecessor, repeats the first log-SNR step."""
+    before = torch.cat([2 * log_snr[:1] - log_snr[1:2], log_snr[:-1]])
+    return before + torch.log(-torch.expm1(log_snr - before)) - math.log(2)
+
+
+PREDEFINED: dict[str, Callable[..., Tensor]] = {
+    "const-x0": _const_x0,
+    "const-eps": _const_eps,
+    "const-v": _const_v,
+    "truncated-snr": partial(_max_snr, gamma=1.0),
+    "min-snr": _min_snr,
+    "max-snr": _max_snr,
+    "soft-min-snr": _soft_min_snr,
+    "p2": _p2,
+    "debiased": _debiased,
+    "edm": _edm,
+    "sigmoid": _sigmoid,
+    "elbo": _elbo,
+}
+
+
+def _check_options(name: str, options: Mapping[str, Any], function: Callable[..., Any]) -> None:
+    known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if set(options) - set(known):
+        raise ValueError(f"{name} has no parameter {sorted(set(options) - set(known))}; it has {known}")
+
+
+def _check_number(name: str, value: Any, low: float = 0.0, kinds: Any = int | float) -> Any:
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low < value < math.inf:
+        raise ValueError(f"{name} must be a finite {'int' if kinds is int else 'number'} > {low:g}; got {value!r}")
+    return value
+
+
+def log_conversion(log_snr: Tensor, prediction_type: str) -> Tensor:
+    """What a log-weight on the x0 error gains on the error of another target: (T,) to (T,).
+
+    Raises ValueError for epsilon where SNR = 0.
+    """
+    kind = canonical_prediction_type(prediction_type)
+    if kind == "epsilon" and bool(torch.isneginf(log_snr).any()):
+        raise ValueError(
+            "prediction_type='epsilon' has no weight where SNR = 0 (zero terminal SNR): the input there is the noise, "
+            "whose error says nothing about x0. Use 'v_prediction' or 'sample', or a schedule that ends above 0"
+        )
+    return {"epsilon": -log_snr, "sample": torch.zeros_like(log_snr), "v_prediction": -_log_add(log_snr, 0.0)}[kind]
+
+
+def log_weight(name: str, schedule: NoiseSchedule, prediction_type: str, **params: float) -> Tensor:
+    """Log of a predefined weight on the error of the model's own target, on the formula's scale: (T,) float64."""
+    if name not in PREDEFINED:
+        raise KeyError(f"unknown predefined weighting {name!r}; have {list(PREDEFINED)}")
+    _check_options(name, params, PREDEFINED[name])
+    for key, value in params.items():
+        _check_number(f"{key} of {name}", value, low=-math.inf if key == "bias" else 0.0)
+    return PREDEFINED[name](schedule.log_snr, **params) + log_conversion(schedule.log_snr, prediction_type)
+
+
+def _over_ranks(losses: Tensor, timesteps: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Detached float32 (losses, timesteps, importance) of all ranks; every rank must bring the same B."""
+    losses = losses.detach().float()
+    importance = torch.ones_like(losses) if importance is None else importance.float()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # One message instead of three; float32 is exact for timesteps below 2^24.
+        mine = torch.stack([losses, timesteps.float(), importance])
+        every = mine.new_empty(torch.distributed.get_world_size() * 3, len(losses))
+        torch.distributed.all_gather_into_tensor(every, mine)
+        losses, steps, importance = every.view(-1, 3, len(mine[0])).transpose(0, 1).reshape(3, -1)
+        timesteps = steps.long()
+    return losses, timesteps, importance
+
+
+def _ratio(total: Tensor, count: Tensor, default: Tensor | float) -> Tensor:
+    return torch.where(count > 1e-12, total / count.clamp(min=1e-12), default)
+
+
+def _quadratic(gramian: Tensor, u: Tensor) -> Tensor:
+    return (u[:, None] * gramian * u).sum()  # a matrix product would be rounded by autocast
+
+
+class Setting(NamedTuple):
+    """What a weighting is made for: the first argument of every weighting's constructor."""
+
+    schedule: NoiseSchedule
+    prediction_type: str = "epsilon"
+    normalize: bool = True
+
+
+class Weighting(nn.Module):
+    """Base of all weightings: one weight per timestep, on per-sample losses in the model's own target space.
+
+    weighting(losses (B,), timesteps (B,) int64, importance (B,) or None) is the mean of importance w[timesteps] losses,
+    with w = weights() as it stood before the call; its gradient in losses is importance w / B. In train() mode the same
+    backward gives parameters() their gradient, from detached losses of all ranks; that adds nothing to the value.
+    Statistics move in train() mode alone, inside this call, with half-lives in images, so that splitting a batch
+    (gradient accumulation) matters little. Numbers stay float32 under autocast, and nothing waits for the device.
+    Raises ValueError for losses that are not (B,), timesteps out of range, importance of another shape.
+    """
+
+    needs_gramian = False  # whether the loop must call observe_gramian, every gramian_every steps
+    gramian_every = 0
+    suggested_lr = 1e-2
+    log_conversion: Tensor
+    gramian: Tensor  # (K, K), mean diagonal 1; 0 before the first
+    bins: Bins
+    bin_index: Tensor  # (T,)
+
+    def __init__(self, setting: Setting, bins: int | Bins | None = None) -> None:
+        super().__init__()
+        log_snr = setting.schedule.log_snr
+        self.prediction_type = canonical_prediction_type(setting.prediction_type)
+        self.normalize, self.num_timesteps = setting.normalize, len(log_snr)
+        self.register_buffer("log_conversion", log_conversion(log_snr, self.prediction_type), persistent=False)
+        if bins is not None:
+            self.bins = Bins(bins.edges) if isinstance(bins, Bins) else Bins.uniform(self.num_timesteps, bins)
+            if int(self.bins.edges[-1]) != self.num_timesteps:
+                raise ValueError(f"{bins} do not end where the schedule does, at {self.num_timesteps} timesteps")
+            self.register_buffer("bin_index", self.bins.index(torch.arange(self.num_timesteps)), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Weighting:
+        # .half() on an enclosing module must not round weights or statistics: follow the device, keep the dtype.
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+
+    def _scaled(self, weights: Tensor) -> Tensor:
+        return weights / weights.mean() if self.normalize else weights
+
+    def _from_log(self, log_weights: Tensor) -> Tensor:
+        return log_weights.softmax(0) * self.num_timesteps if self.normalize else log_weights.exp()
+
+    def weights(self) -> Tensor:
+        """(T,) float32, detached: the gradient weight of each timestep now; mean 1 over timesteps if normalize."""
+        raise NotImplementedError
+
+    def _update(self, losses: Tensor, timesteps: Tensor, importance: Tensor | None) -> Tensor | None:
+        """Move the statistics; return what the parameters minimise, if there are any."""
+        return None
+
+    def forward(self, losses: Tensor, timesteps: Tensor, importance: Tensor | None = None) -> Tensor:
+        if losses.ndim != 1 or not losses.is_floating_point():
+            raise ValueError(
+                f"losses must be (B,) real, one mean squared error per sample; got shape {tuple(losses.shape)}, "
+                f"{losses.dtype}. Use F.mse_loss(output, target, reduction='none').flatten(1).mean(1)"
+            )
+        check_timesteps(timesteps, self.num_timesteps, len(losses))
+        if importance is not None and importance.shape != losses.shape:
+            raise ValueError(f"importance must have shape {tuple(losses.shape)}; got {tuple(importance.shape)}")
+        weights = self.weights()[timesteps]
+        loss = (weights * losses if importance is None else weights * importance * losses).mean()
+        objective = self._update(losses, timesteps, importance) if self.training else None
+        return loss if objective is None else loss + (objective - objective.detach())
+
+    def parameter_groups(self, lr: float | None = None) -> list[dict[str, Any]]:
+        """Groups to add to an optimizer: own learning rate (default suggested_lr), no weight decay; [] if nothing."""
+        parameters = list(self.parameters())
+        lr = self.suggested_lr if lr is None else lr
+        return [{"params": parameters, "lr": lr, "weight_decay": 0.0}] if parameters else []
+
+    @torch.no_grad()
+    def observe_gramian(self, gramian: Tensor) -> None:
+        """Take in G (K, K), the inner products of the gradients of the mean losses of self.bins; the same on all ranks.
+
+        The losses are unweighted, in the model's own target space; a debiased estimate is welcome. Ignored in eval()
+        mode. Raises ValueError for another shape, entries that are not finite, or a trace that is not positive.
+        """
+        if not self.needs_gramian:
+            raise ValueError(f"{type(self).__name__} uses no Gramian (needs_gramian is False)")
+        size = self.bins.num_bins
+        if gramian.shape != (size, size) or not bool(torch.isfinite(gramian).all()) or not gramian.trace() > 0:
+            raise ValueError(f"gramian must be ({size}, {size}), finite, of trace > 0; got {gramian}")
+        if self.training:
+            self._observe(gramian.double() * size / gramian.double().trace())
+
+    def _observe(self, gramian: Tensor) -> None:
+        """Keep a finite Gramian whose diagonal has mean 1."""
+        self.gramian.copy_(gramian)
+
+
+class _Fixed(Weighting):
+    table: Tensor
+
+    def __init__(self, name: str, setting: Setting, **params: float) -> None:
+        super().__init__(setting)
+        table = self._from_log(log_weight(name, setting.schedule, setting.prediction_type, **params)).float()
+        self.register_buffer("table", table, persistent=False)
+
+    def weights(self) -> Tensor:
+        return self.table.clone()
+
+
+class _Random(Weighting):
+    """Random loss weighting (Lin et al. 2022), the null: softmax of normal draws on the bins, new after every call.
+
+    A draw is a hash of (seed, number of calls, bin): part of the state, and no business of the global generator.
+    """
+
+    count: Tensor
+
+    def __init__(self, setting: Setting, *, bins: int | Bins = 20, seed: int = 0) -> None:
+        super().__init__(setting, bins)
+        self.seed = _check_number("seed", seed, low=-1, kinds=int)
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def weights(self) -> Tensor:
+        index = torch.arange(self.bins.num_bins, device=self.count.device)
+        x = (self.seed * 0x9E3779B1 + self.count * self.bins.num_bins + index) & 0xFFFFFFFF
+        for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):  # the 32-bit mixer "lowbias32" (Wellons)
+            x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+        normal = torch.special.ndtri(((x ^ (x >> 15)).double() + 0.5) / 2**32)
+        return self._scaled(normal.softmax(0).float()[self.bin_index] * self.bins.num_bins)
+
+    def _update(self, losses: Tensor, timesteps: Tensor, importance: Tensor | None) -> None:
+        self.count += 1
+
+
+def _loss_balance(losses: Tensor, deviation: Tensor, strength: float) -> Tensor:
+    return losses**-strength
+
+
+def _variance_aware(losses: Tensor, deviation: Tensor, strength: float) -> Tensor:
+    return (1 + strength * (losses - 1) / deviation).relu()
+
+
+class _Adaptive(Weighting):
+    """Weights by a rule from running means of the bins' losses over their mean; a bin not seen yet counts as average.
+
+    loss-balance: loss^-strength; at strength 1, the fixed point of uncertainty weighting put in directly.
+    variance-aware: max(0, 1 + strength (loss - 1) / standard deviation over samples), after the rule of arXiv
+    2603.10391, which acts on the samples of a batch; by bins it is a weighting of timesteps.
+    """
+
+    moments: Tensor  # (3, K): running sums of 1, loss and loss^2
+    basis: Tensor
+
+    def __init__(
+        self,
+        rule: Callable[[Tensor, Tensor, float], Tensor],
+        setting: Setting,
+        *,
+        strength: float = 1.0,
+        bins: int | Bins = 20,
+        half_life: float = 10_000.0,
+    ) -> None:
+        super().__init__(setting, bins)
+        self.rule, self.strength = rule, _check_number("strength", strength)
+        self.half_life = _check_number("half_life", half_life)
+        self.register_buffer("moments", torch.zeros(3, self.bins.num_bins))
+        self.register_buffer("basis", self.bins.interpolation(), persistent=False)
+
+    def weights(self) -> Tensor:
+        count, total, squares = self.moments
+        mean = _ratio(total.sum(), count.sum(), 1.0)
+        deviation = (_ratio(squares.sum(), count.sum(), 1.0) / mean**2 - 1).clamp(min=1e-12).sqrt()
+        each = self.rule(_ratio(total, count, mean) / mean, deviation, self.strength)
+        return self._scaled((self.basis * each).sum(1))
+
+    def _update(self, losses: Tensor, timesteps: Tensor, importance: Tensor | None) -> None:
+        losses, timesteps, importance = _over_ranks(losses, timesteps, importance)
+        powers = torch.stack([importance, importance * losses, importance * losses**2])
+        self.moments.mul_(0.5 ** (len(losses) / self.half_life)).index_add_(1, self.bin_index[timesteps], powers)
+
+
+def _likelihood(s: Tensor, z: Tensor, w: Tensor, kappa: float) -> Tensor:
+    return z * torch.exp(-s) + s
+
+
+def _weighted_likelihood(s: Tensor, z: Tensor, w: Tensor, kappa: float) -> Tensor:
+    return w * (z * torch.exp(-s) + s)
+
+
+def _posterior(s: Tensor, z: Tensor, w: Tensor, kappa: float) -> Tensor:
+    return z * torch.exp(-s) + s + kappa / 2 * s**2
+
+
+def _log(z: Tensor, kappa: float) -> Tensor:
+    return z.double().log()
+
+
+def _lambert(z: Tensor, kappa: float) -> Tensor:
+    from scipy.special import wrightomega
+
+    # W(e^y) is wrightomega(y); e^(1 / kappa) itself would overflow for small kappa.
+    y = z.double().log() + 1 / kappa - math.log(kappa)
+    return torch.as_tensor(wrightomega(y.cpu().numpy())).to(z.device) - 1 / kappa
+
+
+def _divide(s: Tensor, kappa: float) -> Tensor:
+    return -s
+
+
+def _temper(s: Tensor, kappa: float) -> Tensor:
+    return -s / (1 + kappa)
+
+
+def _tilt(s: Tensor, kappa: float) -> Tensor:
+    return s / (1 + kappa)
+
+
+class Variant(NamedTuple):
+    """A member of the Dy-Sigma family: what s, the log variance of a timestep, minimises, and what it does to a weight.
+
+    s minimises the mean over samples of objective(s, z, w, kappa): w is the prior's weight, z the loss that s looks at,
+    w L or (not weighted) L. The weight is w exp(boost(s, kappa)); fixed_point(z, kappa) is where constant z leads s.
+    """
+
+    objective: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    boost: Callable[[Tensor, float], Tensor]
+    fixed_point: Callable[[Tensor, float], Tensor]
+    weighted: bool = True
+    kappa_in: str = ""  # "objective", "boost", or nowhere
+    floor: str | None = None  # the default of floor=
+    gramian: bool = False  # whether the Gramian term is added
+
+
+VARIANTS: dict[str, Variant] = {
+    "anchored": Variant(_posterior, _divide, _lambert, kappa_in="objective"),
+    "inside": Variant(_likelihood, _divide, _log),
+    "outside": Variant(_weighted_likelihood, _divide, _log, weighted=False),
+    "tempered": Variant(_likelihood, _temper, _log, weighted=False, kappa_in="boost"),
+    "excess": Variant(_posterior, _divide, _lambert, kappa_in="objective", floor="online"),
+    "tilt": Variant(_likelihood, _tilt, _log, kappa_in="boost"),
+    "conflict": Variant(_posterior, _divide, _lambert, kappa_in="objective", gramian=True),
+}
+
+
+def _fourier_features(log_snr: Tensor, size: int = 128) -> Tensor:
+    """Cosines of -log_snr / 8 with random frequency and phase, as in EDM2 (Karras et al. 2024): (T, size) float32."""
+    generator = torch.Generator().manual_seed(0)
+    frequency = torch.randn(size, generator=generator, dtype=torch.float64).to(log_snr.device)
+    phase = torch.rand(size, generator=generator, dtype=torch.float64).to(log_snr.device)
+    # SNR = 0 has no place on this axis; its step takes the features of the step before.
+    position = -torch.where(torch.isneginf(log_snr), log_snr.roll(1), log_snr)[:, None] / 8
+    # Over the size, so that one step of Adam moves s about as far as it moves a bin.
+    return (2**0.5 / size * torch.cos(2 * math.pi * (position * frequency + phase))).float()
+
+
+class DySigma(Weighting):
+    """The Dy-Sigma family: a predefined weighting w (the prior) times what a learned log variance s makes of it.
+
+    A reconstruction from the abstract of Liu, Ye, Liu, Qin (IJCNN 2024). s(0) = 0: training starts at the prior. z is
+    w L (outside, tempered: L) over its running mean, so that the scale of the losses, a learning rate in disguise,
+    stays out of s; with half_life=None it is w L itself. For given z all but conflict are convex in s.
+
+    anchored  z e^-s + s + kappa/2 s^2: uncertainty weighting with the prior N(0, 1/kappa) on s, so a MAP estimate. At
+              1 + kappa s = z e^-s, s* = W((z/kappa) e^(1/kappa)) - 1/kappa with Lambert's W; weight w e^-s*. As
+              s* >= -1/kappa, no weight exceeds e^(1/kappa) w. kappa -> inf: the prior; kappa -> 0: inside.
+    inside    z e^-s + s: s* = ln z, weight 1 / L up to a factor: the prior cancels, it acts while s is catching up.
+              The network then descends sum_t ln L_t, the geometric mean.
+    outside   w (z e^-s + s): s* = ln z, weight w / L; the network descends sum_t w_t ln L_t.
+    tempered  s as in outside, weight w e^(-s/(1+kappa)) -> w L^(-1/(1+kappa)). kappa -> inf: the prior; 0: outside.
+    excess    anchored on the learnable loss L - L* in place of L. Near its irreducible floor L* a bin keeps a loss that
+              no weight can lower: 1 / L takes it for unsolved, 1 / (L - L*) does not.
+    tilt      s as in inside, weight w e^(s/(1+kappa)) -> w (w L)^(1/(1+kappa)): the opposite sign, more where the
+              weighted loss is large; with floor=, where more can still be learned. kappa -> inf: the prior.
+    conflict  anchored + K u'Gu with u (K,) the shares of the bins in the total weight, G their Gramian over its mean
+              diagonal: the squared length of the step, the objective of MGDA and UGD. Its slope in ln u_k is
+              2 K u_k (Gu)_k: a bin that the step hurts, (Gu)_k < 0, gains weight. G = 0 or kappa -> inf: anchored.
+
+    prior, prior_params: a predefined weighting. s is linear between the centres of bins, or with fourier=True in the
+    features of EDM2; |s| <= clamp. half_life: of the running mean, in images. floor: L* (T,) in the space of the
+    losses, or "online": two running means of a bin, of mean age 1/3 and 1/9 of the training, extrapolated as
+    L* + c / images. (Another power scales c in all bins alike, and z has no scale.) At least 1 % of a loss counts as
+    learnable. outside and tempered depend on the target space of L, the others do not.
+    """
+
+    basis: Tensor
+    log_prior: Tensor
+    prior: Tensor  # (T,), mean 1
+    running: Tensor  # (2,): running sums of 1 and z
+    history: Tensor  # (2, 2, K): for the long and the short memory, running sums of 1 and loss
+    images: Tensor
+
+    def __init__(
+        self,
+        setting: Setting,
+        *,
+        prior: str = "min-snr",
+        prior_params: Mapping[str, float] | None = None,
+        variant: str = "anchored",
+        kappa: float = 1.0,
+        bins: int | Bins = 20,
+        clamp: float = 5.0,
+        fourier: bool = False,
+        floor: Tensor | str | None = None,
+        half_life: float | None = 10_000.0,
+        gramian_every: int = 50,
+    ) -> None:
+        super().__init__(setting, bins)
+        if variant not in VARIANTS:
+            raise KeyError(f"unknown dy-sigma variant {variant!r}; have {list(VARIANTS)}")
+        self.variant = VARIANTS[variant]
+        if kappa != 1 and not self.variant.kappa_in:
+            raise ValueError(f"dy-sigma variant {variant!r} has no kappa; got {kappa!r}")
+        self.kappa, self.clamp = _check_number("kappa", kappa), _check_number("clamp", clamp)
+        self.half_life = half_life if half_life is None else _check_number("half_life", half_life)
+        log_prior = log_weight(prior, setting.schedule, setting.prediction_type, **(prior_params or {}))
+        basis = _fourier_features(setting.schedule.log_snr) if fourier else self.bins.interpolation()
+        # In units of the width of its prior, s has curvature 1 at z = 1 for every kappa, and optimizer steps of fixed
+        # length do not shake what a strong prior holds still.
+        width = (1 + kappa) ** -0.5 if self.variant.kappa_in == "objective" else 1.0
+        self.coefficients = nn.Parameter(torch.zeros(basis.shape[1]))
+        self.register_buffer("basis", basis * width, persistent=False)
+        self.register_buffer("log_prior", log_prior.float(), persistent=False)
+        self.register_buffer("prior", (log_prior.softmax(0) * self.num_timesteps).float(), persistent=False)
+        if half_life is not None:
+            self.register_buffer("running", torch.zeros(2))
+        self._set_floor(self.variant.floor if floor is None else floor)
+        if self.variant.gramian:
+            self.needs_gramian = True
+            self.gramian_every = _check_number("gramian_every", gramian_every, kinds=int)
+            self.register_buffer("gramian", torch.zeros(self.bins.num_bins, self.bins.num_bins))
+
+    def _set_floor(self, floor: Tensor | str | None) -> None:
+        self.floor = floor if floor is None or isinstance(floor, str) else "given"
+        if isinstance(floor, Tensor) and floor.shape == self.bin_index.shape and bool(torch.isfinite(floor).all()):
+            means, _ = self.bins.mean(floor.float().cpu(), torch.arange(self.num_timesteps))
+            self.register_buffer("floor_means", means, persistent=False)
+        elif self.floor not in (None, "online"):
+            raise ValueError(f"floor must be None, 'online' or a finite tensor ({self.num_timesteps},); got {floor!r}")
+        if floor is not None:
+            self.register_buffer("images", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("history", torch.zeros(2, 2, self.bins.num_bins))
+
+    def _unbounded(self) -> Tensor:
+        return (self.basis * self.coefficients).sum(1)  # a matrix product would be rounded by autocast
+
+    def _log_weights(self, s: Tensor) -> Tensor:
+        return self.log_prior + self.variant.boost(s, self.kappa)
+
+    def log_variances(self) -> Tensor:
+        """s: (T,) float32, with gradient to the parameters."""
+        return self._unbounded().clamp(-self.clamp, self.clamp)
+
+    def fixed_point(self, z: Tensor) -> Tensor:
+        """The s, float64, to which a constant z >= 0 leads, clamp included; for conflict, while G = 0."""
+        return self.variant.fixed_point(z, self.kappa).clamp(-self.clamp, self.clamp)
+
+    @torch.no_grad()
+    def weights(self) -> Tensor:
+        return self._from_log(self._log_weights(self.log_variances()))
+
+    def _update(self, losses: Tensor, timesteps: Tensor, importance: Tensor | None) -> Tensor:
+        losses, timesteps, importance = _over_ranks(losses, timesteps, importance)
+        prior = self.prior[timesteps]
+        z = prior * losses if self.variant.weighted else losses
+        if self.floor is not None:
+            z = z * self._learnable_share(losses, timesteps, importance)
+        if self.half_life is not None:
+            self.running.mul_(0.5 ** (len(z) / self.half_life))
+            self.running.add_(torch.stack([importance.sum(), (importance * z).sum()]))
+            z = z / (self.running[1] / self.running[0]).clamp(min=1e-30)
+        unbounded = self._unbounded()
+        s = unbounded.clamp(-self.clamp, self.clamp)
+        each = self.variant.objective(s[timesteps], z, prior, self.kappa)
+        # The clamp stops the gradient both ways; the square brings s back once it is outside.
+        each = each + (unbounded - s.detach())[timesteps] ** 2 / 2
+        objective = (importance * each).mean()
+        if self.variant.gramian:
+            share = self._log_weights(s).softmax(0)
+            shares = share.new_zeros(self.bins.num_bins).index_add(0, self.bin_index, share)
+            objective = objective + self.bins.num_bins * _quadratic(self.gramian, shares)
+        return objective
+
+    def _learnable_share(self, losses: Tensor, timesteps: Tensor, importance: Tensor) -> Tensor:
+        index = self.bin_index[timesteps]
+        self.images += len(losses)
+        # A mean over the past with density images^(p-1) remembers a fixed fraction of the run and reads c / images as
+        # p / (p-1) times its present value: 2 for p = 2, 8/7 for p = 8, hence the 8/7 / (2 - 8/7) below.
+        keep = 1 - len(losses) / self.images.float()
+        keep = torch.stack([keep**2, keep**8])[:, None, None]
+        self.history.mul_(keep).index_add_(2, index, torch.stack([importance, importance * losses]).expand(2, 2, -1))
+        long, short = _ratio(self.history[:, 1], self.history[:, 0], 1.0)
+        learnable = 4 / 3 * (long - short) if self.floor == "online" else short - self.floor_means
+        return (learnable / short.clamp(min=1e-30)).clamp(0.01, 1)[index]
+
+
+class _Uncertainty(DySigma):
+    """Uncertainty weighting (Kendall, Gal, Cipolla 2018): "inside" with weight 1 in the model's own target space.
+
+    s minimises L e^-s + s: e^s* = L, weight 1 / L, the same in every target space; the start is that of the own space.
+    White Gaussian data of variance v have L = 1 / (SNR + 1/v) on x0 at best, so there the weight becomes that of EDM.
+    Without normalize, weights grow as losses fall, which acts like a learning rate.
+    """
+
+    def __init__(self, setting: Setting, *, bins: int | Bins = 20, fourier: bool = False, clamp: float = 10.0) -> None:
+        kind = canonical_prediction_type(setting.prediction_type)
+        prior = {"epsilon": "const-eps", "sample": "const-x0", "v_prediction": "const-v"}[kind]
+        super().__init__(
+            setting, prior=prior, variant="inside", bins=bins, fourier=fourier, clamp=clamp, half_life=None
+        )
+
+
+class _OfGramian(Weighting):
+    """Weights from the shares u_k of the bins, each spread evenly over its timesteps: w_t = u_k T / n_k."""
+
+    needs_gramian = True
+    spread: Tensor
+
+    def __init__(self, setting: Setting, bins: int | Bins, gramian_every: int) -> None:
+        super().__init__(setting, bins)
+        self.gramian_every = _check_number("gramian_every", gramian_every, kinds=int)
+        self.register_buffer("gramian", torch.zeros(self.bins.num_bins, self.bins.num_bins))
+        self.register_buffer("spread", self.num_timesteps / self.bins.counts.float(), persistent=False)
+
+    def _shares(self) -> Tensor:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def weights(self) -> Tensor:
+        return self._scaled((self._shares() * self.spread)[self.bin_index])
+
+
+class _UGD(_OfGramian):
+    """Min-SNR's unconstrained gradient descent (Hang et al. 2023): u = softmax(beta), beta descends u'Gu + lambda u'u.
+
+    Every call descends the last Gramian seen, over its mean diagonal, with the optimizer of parameters(). lambda, the
+    regularization, keeps every bin in; at 0 the fixed point is the min-norm point, that of MGDA.
+    """
+
+    def __init__(
+        self, setting: Setting, *, bins: int | Bins = 10, gramian_every: int = 50, regularization: float = 0.1
+    ) -> None:
+        super().__init__(setting, bins, gramian_every)
+        self.regularization = _check_number("regularization", regularization, low=-1e-9)
+        self.beta = nn.Parameter(torch.zeros(self.bins.num_bins))
+
+    def _shares(self) -> Tensor:
+        return self.beta.softmax(0)
+
+    def _update(self, losses: Tensor, timesteps: Tensor, importance: Tensor | None) -> Tensor:
+        u = self._shares()
+        return _quadratic(self.gramian, u) + self.regularization * (u * u).sum()
+
+
+# Rule: class of torchjd.aggregation and its arguments. Fairness of order 1 solves G a = 1 / a, the bargaining solution
+# of Nash-MTL (Navon et al. 2022), whose own class there asks for the whole Jacobian.
+GRAMIAN_RULES: dict[str, tuple[str, dict[str, float]]] = {
+    "mgda": ("MGDAWeighting", {}),
+    "upgrad": ("UPGradWeighting", {}),
+    "dualproj": ("DualProjWeighting", {}),
+    "pcgrad": ("PCGradWeighting", {}),
+    "gradvac": ("GradVacWeighting", {}),
+    "cagrad": ("CAGradWeighting", {"c": 0.5}),
+    "imtl-g": ("IMTLGWeighting", {}),
+    "nash-mtl": ("FairGradWeighting", {"alpha": 1.0}),
+    "fairgrad": ("FairGradWeighting", {"alpha": 2.0}),
+    "aligned-mtl": ("AlignedMTLWeighting", {}),
+}
+
+
+class _GramianRule(_OfGramian):
+    """Shares by a rule of TorchJD from each Gramian observed, projected to be semi-definite; equal before the first.
+
+    Some rules give negative shares; they are kept.
+    """
+
+    shares: Tensor
+    count: Tensor
+
+    def __init__(
+        self, setting: Setting, *, rule: str = "upgrad", bins: int | Bins = 10, gramian_every: int = 50
+    ) -> None:
+        super().__init__(setting, bins, gramian_every)
+        if rule not in GRAMIAN_RULES:
+            raise KeyError(f"unknown gramian rule {rule!r}; have {list(GRAMIAN_RULES)}")
+        name, options = GRAMIAN_RULES[rule]
+        try:
+            from torchjd import aggregation
+
+            self.rule = getattr(aggregation, name)(**options)
+        except ImportError as error:
+            raise ImportError(f"weighting 'gramian' with rule={rule!r}: {error}. pip install 'dysigma[moo]'") from error
+        self.register_buffer("shares", torch.full((self.bins.num_bins,), 1 / self.bins.num_bins))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def _shares(self) -> Tensor:
+        return self.shares
+
+    def _observe(self, gramian: Tensor) -> None:
+        # Some rules draw a random order; that draw belongs to the state, not to the global generator.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(self.count))
+            shares = self.rule(project_psd(gramian))
+        if not bool(torch.isfinite(shares).all()) or not shares.sum() > 0:
+            raise ValueError(f"{self.rule} found no usable shares, {shares.tolist()}, in {gramian.tolist()}")
+        self.shares.copy_(shares)
+        self.count += 1
+
+
+WEIGHTINGS: dict[str, Callable[..., Weighting]] = {
+    **{name: partial(_Fixed, name) for name in PREDEFINED},
+    "uncertainty": _Uncertainty,
+    "ugd": _UGD,
+    "loss-balance": partial(_Adaptive, _loss_balance),
+    "variance-aware": partial(_Adaptive, _variance_aware),
+    "random": _Random,
+    "dy-sigma": DySigma,
+    "gramian": _GramianRule,
+}
+
+
+def make_weighting(
+    name: str, schedule: NoiseSchedule, prediction_type: str = "epsilon", normalize: bool = True, **params: Any
+) -> Weighting:
+    """The named weighting for losses in the target space of prediction_type, on the device of the schedule.
+
+    normalize=True: weights of mean 1 over timesteps; False: the formula's own scale. params: those of the weighting.
+    Raises KeyError for an unknown name, ValueError for an unknown or bad parameter and for epsilon where SNR = 0.
+    """
+    if name not in WEIGHTINGS:
+        raise KeyError(f"unknown weighting {name!r}; have {list(WEIGHTINGS)}")
+    if not hasattr(schedule, "log_snr"):
+        kind = type(schedule).__name__
+        raise TypeError(f"schedule must be a NoiseSchedule; got {kind}: use NoiseSchedule.from_diffusers(scheduler)")
+    _check_options(name, params, PREDEFINED.get(name, WEIGHTINGS[name]))
+    weighting = WEIGHTINGS[name](Setting(schedule, prediction_type, normalize), **params)
+    return weighting.to(schedule.log_snr.device)
+
+
+def effective_sample_size(weights: Tensor) -> Tensor:
+    """(sum w)^2 / (T sum w^2) in (0, 1], the share of timesteps that does the work: weights (T,) to () float64."""
+    w = weights.double()
+    return w.sum() ** 2 / (len(w) * (w * w).sum())
+
+
+def share_changed(weights: Tensor, reference: Tensor, tolerance: float = 0.01) -> Tensor:
+    """Share of timesteps whose weight relative to reference (T,) is off the median by more than tolerance; () float64.
+
+    A factor common to all is no change.
+    """
+    ratio = weights.double() / reference.double()
+    return ((ratio / ratio.nanmedian() - 1).abs() > tolerance).double().mean()
+
+
+def compare_weightings(
+    schedule: NoiseSchedule,
+    prediction_type: str = "epsilon",
+    names: Sequence[str] | Mapping[str, Weighting] = tuple(PREDEFINED),
+) -> Any:
+    """Weights in one unit, on the error of prediction_type with mean 1 over timesteps: a pandas DataFrame (T, names).
+
+    names: names of WEIGHTINGS, made with their defaults, or {label: weighting}; those may be for any prediction type
+    and are read as they are now. For a summary see effective_sample_size and share_changed.
+    """
+    from pandas import DataFrame
+
+    if not isinstance(names, Mapping):
+        names = {name: make_weighting(name, schedule, prediction_type) for name in names}
+    unit = log_conversion(schedule.log_snr, prediction_type)
+    logs = {label: each.weights().double().log() - each.log_conversion + unit for label, each in names.items()}
+    columns = {label: (log.softmax(0) * len(log)).cpu().numpy() for label, log in logs.items()}
+    return DataFrame(columns).rename_axis("timestep")
+
+
+def fluctuation(trajectory: Tensor, detrend: bool = False) -> Tensor:
+    """Coefficient of variation of weights over training: (steps, T) or (steps, K) to (T,) or (K,), float64.
+
+    Standard deviation over steps, divided by the mean. detrend=True counts only the changes from one row to the next
+    (root mean square over sqrt 2: the same for independent values), so that a weight that drifts scores near 0.
+    """
+    w = torch.as_tensor(trajectory, dtype=torch.float64)
+    if w.ndim != 2 or len(w) < 2:
+        raise ValueError(f"trajectory must be (steps, T) with at least two steps; got shape {tuple(w.shape)}")
+    spread = (w.diff(dim=0) ** 2).mean(0).div(2).sqrt() if detrend else w.std(0)
+    return spread / w.mean(0)
