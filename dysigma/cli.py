@@ -14,7 +14,7 @@ from typing import Any
 from . import __version__
 
 HELP = {
-    "data": 'what to train on: "leaves" (made in memory), "cifar10", or a path to an .npz file or a folder of images',
+    "data": 'what to train on: "leaves" or "gaussian-fields" (made in memory), "cifar10", or a path to an .npz file or a folder of images',
     "data_root": "where CIFAR-10 lies or is downloaded to (default: $DYSIGMA_DATA, then the user's cache)",
     "image_size": "resize images to this (default: as they are; leaves 16)",
     "train_images": "use only the first so many training images",

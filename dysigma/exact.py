@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from .data import ImageData
 from .draws import generator
 from .schedule import NoiseSchedule, canonical_prediction_type
 
@@ -183,3 +184,35 @@ class OptimalDenoiser(nn.Module):
         x0 = self.mixture.posterior_mean(x, square.sqrt(), (1 - square).sqrt())
         noise = (x - square.sqrt() * x0) / (1 - square).sqrt()
         return self.schedule.target(x0, noise, timesteps, self.prediction_type).to(x_t.dtype).view_as(x_t)
+
+
+def field_variances(size: int = 8, std: float = 0.25) -> Tensor:
+    """Variance of each Fourier mode of ``gaussian_fields``, as ``torch.fft.fft2(norm="ortho")`` orders them.
+
+    (size, size) float64; 1/f^2 like natural images, with that of rounding to grey levels added.
+    """
+    f = torch.fft.fftfreq(size, dtype=torch.float64)
+    power = 1 / (f[:, None] ** 2 + f**2 + (0.5 / size) ** 2)
+    return power * (std**2 / power.mean()) + (2 / 255) ** 2 / 12
+
+
+def gaussian_fields(num_images: int, size: int = 8, seed: int = 0, split: str = "train") -> ImageData:
+    """Grey images of stationary Gaussian noise, uint8 (N, 1, size, size), whose best denoiser is known: a Wiener filter.
+
+    Image i is a function of (seed, split, i // 1000, i): more images extend the set.
+    """
+    scale = field_variances(size).sub((2 / 255) ** 2 / 12).sqrt()
+    blocks = []
+    for start in range(0, num_images, 1000):
+        draw = generator(seed, start // 1000, f"fields {split}")
+        white = torch.randn(1000, size, size, generator=draw, dtype=torch.float64)
+        blocks.append(torch.fft.ifft2(torch.fft.fft2(white, norm="ortho") * scale, norm="ortho").real)
+    x0 = torch.cat(blocks)[:num_images, None]
+    return ImageData(x0.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8), name="gaussian-fields")
+
+
+def field_floor(schedule: NoiseSchedule, prediction_type: str = "epsilon", size: int = 8) -> Tensor:
+    """The loss of the best denoiser of ``gaussian_fields`` at each timestep, (T,) float64: nothing trained beats it."""
+    snr = schedule.log_snr.exp()
+    x0 = (1 / (snr[:, None] + 1 / field_variances(size).flatten())).mean(1)
+    return x0 * {"sample": 1.0, "epsilon": snr, "v_prediction": 1 + snr}[canonical_prediction_type(prediction_type)]

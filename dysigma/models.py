@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Parameters are for 3 channels. `tiny` is for CPUs and tests, `compact` for CIFAR-10 on one GPU,
+# Parameters are for 3 channels. `micro` and `tiny` are for CPUs and tests, `compact` for CIFAR-10 on one GPU,
 # `ddpm` is the network of Ho, Jain, Abbeel 2020 for CIFAR-10.
 PRESETS: dict[str, dict[str, Any]] = {
+    "micro": {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention": (False, False)},
     "tiny": {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8, "attention": (False, True)},
     "small": {"block_out_channels": (32, 64, 64), "layers_per_block": 1, "norm_num_groups": 8, "attention": (False, False, True)},
     "compact": {"block_out_channels": (32, 64, 128, 128), "layers_per_block": 2, "norm_num_groups": 32, "attention": (False, False, True, False)},

@@ -19,7 +19,8 @@ from .bins import Bins
 from .data import ImageData, batch, load_data
 from .draws import generator
 from .evaluation import evaluation_timesteps, sample_images, save_grid, validation_losses
-from .gradients import bin_gramian
+from .exact import gaussian_fields
+from .gradients import bin_gramian, bin_timesteps
 from .models import EMA, PRESETS, make_model
 from .objective import sample_losses
 from .runs import (
@@ -47,7 +48,7 @@ class TrainConfig:
     Raises KeyError for an unknown name and ValueError for a number out of range, when constructed.
     """
 
-    data: str = "leaves"  # "leaves", "cifar10", or a path to an .npz file or a folder of images
+    data: str = "leaves"  # "leaves", "cifar10", "gaussian-fields", or a path to an .npz file or a folder of images
     data_root: str | None = None  # where the data lies; default $DYSIGMA_DATA, then the user's cache
     image_size: int | None = None  # None: as in the data (leaves: 16)
     train_images: int | None = None  # use only the first so many
@@ -199,6 +200,8 @@ def resolve_device(name: str) -> torch.device:
 def load_split(config: TrainConfig, split: str, device: torch.device) -> ImageData:
     """The "train" or "test" images a configuration asks for, on the device."""
     count = config.train_images if split == "train" else None
+    if config.data == "gaussian-fields":
+        return gaussian_fields(count or 10_000, config.image_size or 8, split=split).to(device)
     size = 16 if config.image_size is None and config.data == "leaves" else config.image_size
     data = load_data(config.data, root=config.data_root, split=split, size=size, num_images=count).to(device)
     if config.conditional and data.labels is None:
@@ -241,6 +244,21 @@ def _autocast(config: TrainConfig, device: torch.device) -> Any:
     return torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
 
 
+def _step_gramian(state: TrainState, data: ImageData, config: TrainConfig) -> Tensor:
+    """Gramian of the bin losses at this step, on images and noise of its own: at least 2 samples a bin."""
+    bins, step, device = state.weighting.bins, state.step, data.images.device
+    per_bin = max(2, -(-config.batch_size // bins.num_bins))
+    timesteps = bin_timesteps(bins, per_bin, generator(config.seed, step, "gramian timesteps")).flatten().to(device)
+    # Another seed gives another order of the images than training has at this step.
+    x0, labels, _ = batch(data, config.seed + 2**32, step, len(timesteps), flip=config.flip)
+    noise = torch.randn(x0.shape, generator=generator(config.seed, step, "gramian noise", device), device=device)
+    kwargs = {"class_labels": labels} if config.conditional else {}
+    with _autocast(config, device):
+        return bin_gramian(
+            state.model, state.schedule, x0, noise, timesteps, bins, prediction_type=config.prediction, model_kwargs=kwargs
+        )
+
+
 def train_step(state: TrainState, data: ImageData, config: TrainConfig) -> StepRecord:
     """One optimizer step on batch_size images; a function of (state, data, config) alone.
 
@@ -253,8 +271,7 @@ def train_step(state: TrainState, data: ImageData, config: TrainConfig) -> StepR
     noise = torch.randn(x0.shape, generator=generator(seed, step, "noise", device), device=device)
     kwargs = {"class_labels": labels} if config.conditional else {}
     if state.weighting.needs_gramian and step % state.weighting.gramian_every == 0:
-        with _autocast(config, device):
-            state.weighting.observe_gramian(_step_gramian(state, x0, step, config, kwargs))
+        state.weighting.observe_gramian(_step_gramian(state, data, config))
 
     warmup = min(1.0, (step + 1) * config.batch_size / max(1, config.warmup_images))
     for group in state.optimizer.param_groups:
