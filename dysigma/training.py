@@ -496,13 +496,14 @@ def _run(state: TrainState, data: ImageData, config: TrainConfig, recorder: _Rec
             done = state.step == config.num_steps
             save = done or state.step % config.interval("checkpoint_every") == 0
             validate = done or state.step % config.interval("validate_every") == 0
-            log = done or state.step % config.log_every == 0
-            if stopped() or save or log or validate or state.step % check_every == 0:
+            # A line ends at every checkpoint, so that a resumed run writes the lines of one never interrupted.
+            log = save or validate or state.step % config.log_every == 0
+            if stopped() or log or state.step % check_every == 0:
                 failed = _first_failure(recorder.pending[-check_every:])
                 if failed is not None:
                     recorder.summarise("failed")
                     raise _explain_failure(failed, state, config, recorder.out)
-            if log or validate:
+            if log:
                 bar.set_postfix(loss=f"{float(record.losses.mean()):.4f}", refresh=False)
                 recorder.log(recorder.validate() if validate else None)
             if save and not done:

@@ -86,7 +86,8 @@ def test_stopping_the_loop_leaves_a_whole_step(data):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 def test_training_lowers_the_validation_loss(tmp_path, prediction):
-    config = with_(prediction=prediction, images=640, lr=3e-3, num_timesteps=1000, weighting="const-x0" if prediction == "sample" else "const-eps")
+    weighting = {"epsilon": "const-eps", "sample": "const-x0", "v_prediction": "const-v"}[prediction]
+    config = with_(prediction=prediction, images=640, lr=3e-3, num_timesteps=1000, weighting=weighting)
     metrics = train(config, tmp_path / "run", progress=False).metrics
     curve = [sum(v) for v in metrics.validation_losses.dropna()]
     assert curve[-1] < 0.8 * curve[0]
