@@ -245,9 +245,9 @@ def _autocast(config: TrainConfig, device: torch.device) -> Any:
 
 
 def _step_gramian(state: TrainState, data: ImageData, config: TrainConfig) -> Tensor:
-    """Gramian of the bin losses at this step, on images and noise of its own: at least 2 samples a bin."""
+    """Debiased Gramian of the bin losses at this step, on images and noise of its own: at least 4 samples a bin."""
     bins, step, device = state.weighting.bins, state.step, data.images.device
-    per_bin = max(2, -(-config.batch_size // bins.num_bins))
+    per_bin = max(4, config.batch_size // bins.num_bins)
     timesteps = bin_timesteps(bins, per_bin, generator(config.seed, step, "gramian timesteps")).flatten().to(device)
     # Another seed gives another order of the images than training has at this step.
     x0, labels, _ = batch(data, config.seed + 2**32, step, len(timesteps), flip=config.flip)
@@ -255,7 +255,7 @@ def _step_gramian(state: TrainState, data: ImageData, config: TrainConfig) -> Te
     kwargs = {"class_labels": labels} if config.conditional else {}
     with _autocast(config, device):
         return bin_gramian(
-            state.model, state.schedule, x0, noise, timesteps, bins, prediction_type=config.prediction, model_kwargs=kwargs
+            state.model, state.schedule, x0, noise, timesteps, bins, prediction_type=config.prediction, splits=4, model_kwargs=kwargs
         )
 
 

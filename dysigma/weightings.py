@@ -181,7 +181,9 @@ class Weighting(nn.Module):
     gramian_every = 0
     suggested_lr = 1e-2
     log_conversion: Tensor
-    gramian: Tensor  # (K, K), mean diagonal 1; 0 before the first
+    gramian: Tensor  # (K, K) positive semi-definite, mean diagonal 1; 0 before the first
+    gramian_mean: Tensor  # (K, K) running mean of what was observed
+    gramians_seen: Tensor
     bins: Bins
     bin_index: Tensor  # (T,)
 
@@ -235,23 +237,37 @@ class Weighting(nn.Module):
         lr = self.suggested_lr if lr is None else lr
         return [{"params": parameters, "lr": lr, "weight_decay": 0.0}] if parameters else []
 
+    def _expect_gramian(self, gramian_every: int) -> None:
+        size = self.bins.num_bins
+        self.needs_gramian = True
+        self.gramian_every = _check_number("gramian_every", gramian_every, kinds=int)
+        self.register_buffer("gramian", torch.zeros(size, size))
+        self.register_buffer("gramian_mean", torch.zeros(size, size, dtype=torch.float64))
+        self.register_buffer("gramians_seen", torch.zeros((), dtype=torch.int64))
+
     @torch.no_grad()
     def observe_gramian(self, gramian: Tensor) -> None:
         """Take in G (K, K), the inner products of the gradients of the mean losses of self.bins; the same on all ranks.
 
-        The losses are unweighted, in the model's own target space; a debiased estimate is welcome. Ignored in eval()
-        mode. Raises ValueError for another shape, entries that are not finite, or a trace that is not positive.
+        The losses are unweighted, in the model's own target space. Give a debiased estimate, although it is noisy and
+        perhaps indefinite: the last ten or so are averaged, which noise in the diagonal would survive, and the positive
+        semi-definite matrix nearest to the mean is what weights use, once it is not 0. Ignored in eval() mode. Raises
+        ValueError for another shape or entries that are not finite.
         """
         if not self.needs_gramian:
             raise ValueError(f"{type(self).__name__} uses no Gramian (needs_gramian is False)")
         size = self.bins.num_bins
-        if gramian.shape != (size, size) or not bool(torch.isfinite(gramian).all()) or not gramian.trace() > 0:
-            raise ValueError(f"gramian must be ({size}, {size}), finite, of trace > 0; got {gramian}")
+        if gramian.shape != (size, size) or not bool(torch.isfinite(gramian).all()):
+            raise ValueError(f"gramian must be ({size}, {size}) and finite; got {gramian}")
         if self.training:
-            self._observe(gramian.double() * size / gramian.double().trace())
+            self.gramians_seen += 1
+            self.gramian_mean.lerp_(gramian.double(), (1 / self.gramians_seen.double()).clamp(min=0.1))
+            nearest = project_psd(self.gramian_mean)
+            if nearest.trace() > 0:
+                self._observe(nearest * (size / nearest.trace()))
 
     def _observe(self, gramian: Tensor) -> None:
-        """Keep a finite Gramian whose diagonal has mean 1."""
+        """Keep a positive semi-definite Gramian whose diagonal has mean 1."""
         self.gramian.copy_(gramian)
 
 
@@ -439,12 +455,12 @@ class DySigma(Weighting):
     features of EDM2; |s| <= clamp. half_life: of the running mean, in images. floor: L* (T,) in the space of the
     losses, or "online": two running means of a bin, of mean age 1/3 and 1/9 of the training, extrapolated as
     L* + c / images. (Another power scales c in all bins alike, and z has no scale.) At least 1 % of a loss counts as
-    learnable. outside and tempered depend on the target space of L, the others do not.
+    learnable. The target space of L matters to outside, tempered and conflict alone.
     """
 
     basis: Tensor
     log_prior: Tensor
-    prior: Tensor  # (T,), mean 1
+    prior: Tensor  # (T,) the w of the objective: mean 1 where z is relative
     running: Tensor  # (2,): running sums of 1 and z
     history: Tensor  # (2, 2, K): for the long and the short memory, running sums of 1 and loss
     images: Tensor
@@ -480,14 +496,13 @@ class DySigma(Weighting):
         self.coefficients = nn.Parameter(torch.zeros(basis.shape[1]))
         self.register_buffer("basis", basis * width, persistent=False)
         self.register_buffer("log_prior", log_prior.float(), persistent=False)
-        self.register_buffer("prior", (log_prior.softmax(0) * self.num_timesteps).float(), persistent=False)
+        prior_weights = log_prior.exp() if half_life is None else log_prior.softmax(0) * self.num_timesteps
+        self.register_buffer("prior", prior_weights.float(), persistent=False)
         if half_life is not None:
             self.register_buffer("running", torch.zeros(2))
         self._set_floor(self.variant.floor if floor is None else floor)
         if self.variant.gramian:
-            self.needs_gramian = True
-            self.gramian_every = _check_number("gramian_every", gramian_every, kinds=int)
-            self.register_buffer("gramian", torch.zeros(self.bins.num_bins, self.bins.num_bins))
+            self._expect_gramian(gramian_every)
 
     def _set_floor(self, floor: Tensor | str | None) -> None:
         self.floor = floor if floor is None or isinstance(floor, str) else "given"
@@ -546,7 +561,7 @@ class DySigma(Weighting):
         # A mean over the past with density images^(p-1) remembers a fixed fraction of the run and reads c / images as
         # p / (p-1) times its present value: 2 for p = 2, 8/7 for p = 8, hence the 8/7 / (2 - 8/7) below.
         keep = 1 - len(losses) / self.images.float()
-        keep = torch.stack([keep**2, keep**8])[:, None, None]
+        keep = torch.stack([keep, keep**7])[:, None, None]
         self.history.mul_(keep).index_add_(2, index, torch.stack([importance, importance * losses]).expand(2, 2, -1))
         long, short = _ratio(self.history[:, 1], self.history[:, 0], 1.0)
         learnable = 4 / 3 * (long - short) if self.floor == "online" else short - self.floor_means
@@ -577,8 +592,7 @@ class _OfGramian(Weighting):
 
     def __init__(self, setting: Setting, bins: int | Bins, gramian_every: int) -> None:
         super().__init__(setting, bins)
-        self.gramian_every = _check_number("gramian_every", gramian_every, kinds=int)
-        self.register_buffer("gramian", torch.zeros(self.bins.num_bins, self.bins.num_bins))
+        self._expect_gramian(gramian_every)
         self.register_buffer("spread", self.num_timesteps / self.bins.counts.float(), persistent=False)
 
     def _shares(self) -> Tensor:
@@ -618,7 +632,6 @@ GRAMIAN_RULES: dict[str, tuple[str, dict[str, float]]] = {
     "upgrad": ("UPGradWeighting", {}),
     "dualproj": ("DualProjWeighting", {}),
     "pcgrad": ("PCGradWeighting", {}),
-    "gradvac": ("GradVacWeighting", {}),
     "cagrad": ("CAGradWeighting", {"c": 0.5}),
     "imtl-g": ("IMTLGWeighting", {}),
     "nash-mtl": ("FairGradWeighting", {"alpha": 1.0}),
@@ -628,13 +641,9 @@ GRAMIAN_RULES: dict[str, tuple[str, dict[str, float]]] = {
 
 
 class _GramianRule(_OfGramian):
-    """Shares by a rule of TorchJD from each Gramian observed, projected to be semi-definite; equal before the first.
-
-    Some rules give negative shares; they are kept.
-    """
+    """Shares of the bins by a rule of TorchJD, equal before the first Gramian; negative ones of some rules are kept."""
 
     shares: Tensor
-    count: Tensor
 
     def __init__(
         self, setting: Setting, *, rule: str = "upgrad", bins: int | Bins = 10, gramian_every: int = 50
@@ -650,7 +659,6 @@ class _GramianRule(_OfGramian):
         except ImportError as error:
             raise ImportError(f"weighting 'gramian' with rule={rule!r}: {error}. pip install 'dysigma[moo]'") from error
         self.register_buffer("shares", torch.full((self.bins.num_bins,), 1 / self.bins.num_bins))
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     def _shares(self) -> Tensor:
         return self.shares
@@ -658,12 +666,11 @@ class _GramianRule(_OfGramian):
     def _observe(self, gramian: Tensor) -> None:
         # Some rules draw a random order; that draw belongs to the state, not to the global generator.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(self.count))
-            shares = self.rule(project_psd(gramian))
+            torch.manual_seed(int(self.gramians_seen))
+            shares = self.rule(gramian)
         if not bool(torch.isfinite(shares).all()) or not shares.sum() > 0:
             raise ValueError(f"{self.rule} found no usable shares, {shares.tolist()}, in {gramian.tolist()}")
         self.shares.copy_(shares)
-        self.count += 1
 
 
 WEIGHTINGS: dict[str, Callable[..., Weighting]] = {
