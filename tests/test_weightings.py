@@ -15,6 +15,7 @@ from torch import nn
 
 from dysigma.bins import Bins
 from dysigma.pareto import min_norm_weights
+from dysigma.samplers import make_sampler
 from dysigma.schedule import PREDICTION_TYPES, SCHEDULES, NoiseSchedule, make_schedule
 from dysigma.weightings import (
     GRAMIAN_RULES,
@@ -808,10 +809,18 @@ def step_on_share(name, params, rank, ranks):
     return [weighting.weights(), *weighting.state_dict().values(), *(p.grad for p in weighting.parameters())]
 
 
+def update_on_share(rank, ranks):
+    """The adaptive sampler, which shares its statistics in the same way."""
+    sampler = make_sampler("loss-second-moment", LINEAR, bins=10, warmup=1)
+    for losses, timesteps in batches(3, size=96):
+        sampler.update(losses[rank::ranks], timesteps[rank::ranks])
+    return [sampler.probabilities()]
+
+
 def run_rank(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    results = [step_on_share(name, params, rank, 2) for name, params in RANKED]
+    results = [step_on_share(name, params, rank, 2) for name, params in RANKED] + [update_on_share(rank, 2)]
     torch.distributed.destroy_process_group()
     torch.save(results, f"{folder}/{rank}.pt")
 
@@ -819,8 +828,9 @@ def run_rank(rank, folder):
 def test_two_ranks_learn_what_one_rank_learns_from_the_whole_batch(tmp_path):
     torch.multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for index, (name, params) in enumerate(RANKED):
-        for one, first, second in zip(step_on_share(name, params, 0, 1), ranks[0][index], ranks[1][index], strict=True):
+    alone = [step_on_share(name, params, 0, 1) for name, params in RANKED] + [update_on_share(0, 1)]
+    for results in zip(alone, *ranks, strict=True):
+        for one, first, second in zip(*results, strict=True):
             assert torch.equal(first, second)
             torch.testing.assert_close(first, one, rtol=1e-4, atol=1e-6)
 
