@@ -147,7 +147,7 @@ SAMPLERS = every()
 
 
 def test_it_follows_the_second_moment_after_the_warm_up():
-    """As in improved-diffusion: uniform up to ten losses for each timestep, then roots of second moments, 0.1 % uniform."""
+    """As in improved-diffusion: uniform up to ten losses a timestep, then roots of second moments, 0.1 % uniform."""
     schedule = make_schedule("linear", 20)
     sampler = make_sampler("loss-second-moment", schedule, bins=20, half_life=1e9)
     timesteps = torch.arange(20).repeat(9)
