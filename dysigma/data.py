@@ -46,7 +46,7 @@ PALETTES = {  # a leaf takes a colour between two neighbours
 LEAF_CLASSES = tuple(f"{palette} {shape}" for palette in PALETTES for shape in ("discs", "shards"))
 # In units of the image's side: the smallest leaf is wider than two pixels at 16 x 16, so that its shape can be seen.
 LEAF_RADII = (0.09, 0.5)
-# The leaves lie 3.7 deep on average, so a pixel stays bare with probability exp(-3.7) = 2 %.
+# The leaves lie 4.2 deep on average, so a pixel stays bare with probability exp(-4.2) = 1.5 %.
 NUM_LEAVES = 80
 # Part of what a seed means: the images drawn from one generator.
 _BLOCK = 1000
@@ -67,27 +67,28 @@ class ImageData:
     exact: Tensor | None = None
 
     def __post_init__(self) -> None:
-        fields = {"images": self.images, "labels": self.labels, "exact": self.exact}
-        got = ", ".join(f"{key} {x.dtype} {tuple(x.shape)}" for key, x in fields.items() if x is not None)
-        total, labels, exact = len(self), self.labels, self.exact
+        total = len(self)
         if self.images.ndim != 4 or self.images.dtype != torch.uint8 or 0 in self.images.shape:
+            got = f"{self.images.dtype} {(*self.images.shape,)}"
             raise ValueError(f"{self.name}: images must be uint8 (N, C, H, W), none of them 0; got {got}")
-        if labels is not None and (labels.dtype != torch.int64 or labels.shape != (total,)):
-            raise ValueError(f"{self.name}: labels must be int64 ({total},); got {got}")
-        if exact is not None and (exact.dtype != torch.bool or exact.shape != (total,)):
-            raise ValueError(f"{self.name}: exact must be bool ({total},); got {got}")
-        if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < (self.num_classes or 0):
-            raise ValueError(f"{self.name}: labels must lie in [0, {self.num_classes}); got {labels.unique().tolist()}")
+        for what, values, dtype in (("labels", self.labels, torch.int64), ("exact", self.exact, torch.bool)):
+            if values is not None and (values.dtype != dtype or values.shape != (total,)):
+                got = f"{values.dtype} {(*values.shape,)}"
+                raise ValueError(f"{self.name}: {what} must be {dtype} ({total},), one per image; got {got}")
+        if self.labels is not None and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < (
+            self.num_classes or 0
+        ):
+            raise ValueError(
+                f"{self.name}: labels must lie in [0, {self.num_classes}); got {self.labels.unique().tolist()}"
+            )
 
     def __len__(self) -> int:
         return len(self.images)
 
     @property
     def num_classes(self) -> int | None:
-        """How many class_names; without them, one more than the largest label; without labels, None."""
-        if self.class_names is not None:
-            return len(self.class_names)
-        return None if self.labels is None else int(self.labels.max()) + 1
+        """How many class_names, or else one more than the largest label; None without labels."""
+        return None if self.labels is None else len(self.class_names or ()) or int(self.labels.max()) + 1
 
     def to(self, device: torch.device | str) -> ImageData:
         """The same data on `device`; where it already is there, in the same memory."""
@@ -135,9 +136,7 @@ def load_data(
     elif path.is_dir():
         data = _folder(path, split, size, num_images)
     else:
-        raise ValueError(
-            f"no data {str(source)!r}; have 'leaves', 'cifar10', an .npz file or a folder of PNG/JPEG files"
-        )
+        raise ValueError(f"no data {str(source)!r}; have 'leaves', 'cifar10', .npz files, folders of PNG/JPEG files")
     count = num_images or len(data)
     if count > len(data):
         raise ValueError(f"{data.name} has {len(data)} {split} images; {count} were asked for")
@@ -268,17 +267,13 @@ def _npz(path: Path, split: str) -> ImageData:
             keys = [key if whole else f"{split}_{key}" for key in ("images", "labels", "exact")]
             images, labels, exact = (file[key] if key in found else None for key in keys)
     except Exception as error:  # a damaged file makes zipfile and numpy raise almost anything
-        raise ValueError(
-            f"{path} is no readable .npz of plain arrays ({error}); write it anew: numpy.savez(path, images=...)"
-        ) from error
+        raise ValueError(f"{path}: not a readable .npz of plain arrays ({error}); write it with numpy.savez") from error
     if images is None:
         raise ValueError(f"{path} holds no {split} images; expected {split}_images or images, found {found}")
     if images.ndim == 3:
         images = images[..., None]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise ValueError(
-            f"{path}: images must be uint8 (N, H, W, 1 or 3) or (N, H, W); got {images.dtype} {images.shape}"
-        )
+        raise ValueError(f"{path}: images must be uint8 (N, H, W[, 1 or 3]); got {images.dtype} {images.shape}")
     if (labels is not None and labels.dtype.kind not in "iu") or (exact is not None and exact.dtype != bool):
         raise ValueError(f"{path}: labels must be integers and exact bool, one per image")
     count, height, width, channels = images.shape
@@ -308,9 +303,7 @@ def _gather(blocks: Iterable[tuple[Any, Tensor]], names: list[Any]) -> Tensor:
         if len(missing) == len(names):
             out = block.new_empty(len(names), *block.shape)
         if block.shape != out.shape[1:]:
-            raise ValueError(
-                f"{name} has shape {(*block.shape,)}, not {(*out.shape[1:],)}: only `size` makes them equal"
-            )
+            raise ValueError(f"{name} is {(*block.shape,)}, not {(*out.shape[1:],)}: give a size to resize to")
         out[missing.pop(name)] = block
     if missing:
         raise ValueError(f"{', '.join(map(str, missing))} missing")
