@@ -197,6 +197,17 @@ def test_no_tricks(source):
             assert lines <= 15, f"{node.name} has {lines} lines: it belongs in the package"
 
 
+def test_the_map_lists_every_notebook_and_promises_none_that_is_here():
+    table = (
+        (FOLDER / "00_start_here.py").read_text(encoding="utf-8").split("## The map")[1].split("**Three routes.**")[0]
+    )
+    for number in range(1, 11):
+        row = next(line for line in table.splitlines() if re.match(rf"# \| \[?{number:02d} ", line))
+        here = [source.stem for source in SOURCES if source.stem.startswith(f"{number:02d}")]
+        assert ("*(planned)*" in row) == (not here), row
+        assert all(f"({stem}.ipynb)" in row for stem in here), row
+
+
 # Figures.
 
 
