@@ -296,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (TrainingDiverged, NotebookError) as error:
         print(f"dysigma: {error}", file=sys.stderr)
         return 1
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, ConnectionError) as error:
         print(f"dysigma: {error.args[0] if error.args else error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
