@@ -1,4 +1,4 @@
-"""Contiguous bins of timesteps: per-bin means, and the way back from bin values to timesteps."""
+"""Contiguous bins of timesteps: per-bin means, the way back from bin values to timesteps, samples of all ranks."""
 
 from __future__ import annotations
 
@@ -101,3 +101,13 @@ class Bins(nn.Module):
         passed = ((t - self.centers[:-1]) / self.centers.diff()).clamp(0, 1)
         one = torch.ones_like(t)
         return (torch.cat([one, passed], 1) - torch.cat([passed, 0 * one], 1)).float()
+
+
+def over_ranks(*columns: Tensor) -> tuple[Tensor, ...]:
+    """Detached float32 columns (B,), those of all ranks one after the other; every rank must bring the same B."""
+    mine = torch.stack([column.detach().float() for column in columns])  # exact for timesteps below 2^24
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return tuple(mine)
+    every = mine.new_empty(torch.distributed.get_world_size() * len(mine), mine.shape[1])
+    torch.distributed.all_gather_into_tensor(every, mine)
+    return tuple(every.view(-1, *mine.shape).transpose(0, 1).reshape(len(mine), -1))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bins import Bins
+from .bins import Bins, over_ranks
 from .draws import check_timesteps
 from .schedule import NoiseSchedule
 
@@ -65,12 +65,8 @@ def _laplace(log_snr: Tensor, *, mean: float = 0.0, scale: float = 0.5) -> Tenso
     return _mass((_noise_edges(log_snr) + mean) / _check_positive("scale", scale), _laplace_cdf)
 
 
-def _uniform(log_snr: Tensor) -> Tensor:
-    return torch.ones_like(log_snr)
-
-
 DENSITIES: dict[str, Callable[..., Tensor]] = {
-    "uniform": _uniform,
+    "uniform": lambda log_snr: torch.ones_like(log_snr),
     "logit-normal": _logit_normal,
     "lognormal": _lognormal,
     "laplace": _laplace,
@@ -164,13 +160,10 @@ class _LossSecondMoment(TimestepSampler):
         check_timesteps(timesteps, self.num_timesteps, len(losses))
         if not self.training:
             return
-        mine = torch.stack([torch.ones_like(losses).float(), losses.float() ** 2, timesteps.float()])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            every = mine.new_empty(torch.distributed.get_world_size() * 3, len(losses))
-            torch.distributed.all_gather_into_tensor(every, mine)
-            mine = every.view(-1, 3, len(losses)).transpose(0, 1).reshape(3, -1)
-        self.moments[1:] *= 0.5 ** (mine.shape[1] / self.half_life)
-        self.moments.index_add_(1, self.bin_index[mine[2].long()], mine[[0, 0, 1]])
+        losses, steps = over_ranks(losses, timesteps)
+        self.moments[1:] *= 0.5 ** (len(losses) / self.half_life)
+        one = torch.ones_like(losses)
+        self.moments.index_add_(1, self.bin_index[steps.long()], torch.stack([one, one, losses**2]))
 
 
 TIMESTEP_SAMPLERS: dict[str, Callable[..., TimestepSampler]] = {

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .bins import Bins
+from .bins import Bins, over_ranks
 from .draws import check_timesteps
 from .pareto import project_psd
 from .schedule import NoiseSchedule, canonical_prediction_type
@@ -28,74 +28,36 @@ def _log_add(log_snr: Tensor, other: float) -> Tensor:
     return torch.logaddexp(log_snr, log_snr.new_tensor(other))
 
 
-def _const_x0(log_snr: Tensor) -> Tensor:
-    """1: what Min-SNR calls Const."""
-    return torch.zeros_like(log_snr)
-
-
-def _const_eps(log_snr: Tensor) -> Tensor:
-    """SNR: plain epsilon error (Ho, Jain, Abbeel 2020)."""
-    return log_snr
-
-
-def _const_v(log_snr: Tensor) -> Tensor:
-    """SNR + 1: plain v error (Salimans, Ho 2022)."""
-    return _log_add(log_snr, 0.0)
-
-
-def _max_snr(log_snr: Tensor, *, gamma: float = 5.0) -> Tensor:
-    """max(SNR, gamma); gamma = 1 is the truncated SNR of Salimans, Ho 2022."""
-    return log_snr.clamp(min=math.log(gamma))
-
-
-def _min_snr(log_snr: Tensor, *, gamma: float = 5.0) -> Tensor:
-    """min(SNR, gamma) (Hang et al. 2023)."""
-    return log_snr.clamp(max=math.log(gamma))
-
-
-def _soft_min_snr(log_snr: Tensor, *, gamma: float = 4.0) -> Tensor:
-    """gamma SNR / (SNR + gamma) (k-diffusion, where gamma = 1 / sigma_data^2)."""
-    return log_snr + math.log(gamma) - _log_add(log_snr, math.log(gamma))
-
-
-def _p2(log_snr: Tensor, *, k: float = 1.0, gamma: float = 1.0) -> Tensor:
-    """SNR / (k + SNR)^gamma (Choi et al. 2022)."""
-    return log_snr - gamma * _log_add(log_snr, math.log(k))
-
-
-def _debiased(log_snr: Tensor) -> Tensor:
-    """sqrt(SNR) (arXiv 2310.08442)."""
-    return log_snr / 2
-
-
-def _edm(log_snr: Tensor, *, sigma_data: float = 0.5) -> Tensor:
-    """SNR + 1 / sigma_data^2: lambda(sigma) of Karras et al. 2022 at sigma^2 = 1 / SNR, without their sampling."""
-    return _log_add(log_snr, -2 * math.log(sigma_data))
-
-
-def _sigmoid(log_snr: Tensor, *, bias: float = 2.0) -> Tensor:
-    """SNR sigmoid(bias - log_snr), here per timestep; Kingma, Gao 2023 have it per unit of log_snr."""
-    return log_snr - _log_add(log_snr - bias, 0.0)
-
-
 def _elbo(log_snr: Tensor) -> Tensor:
-    """(SNR(t-1) - SNR(t)) / 2 (Kingma et al. 2021); t = 0, which has no predecessor, repeats the first log-SNR step."""
+    # t = 0 has no predecessor: it repeats the first step in log SNR.
     before = torch.cat([2 * log_snr[:1] - log_snr[1:2], log_snr[:-1]])
     return before + torch.log(-torch.expm1(log_snr - before)) - math.log(2)
 
 
+# Log of the weight on the x0 error, as a function of log_snr; the comments give the weight itself and where it is from.
 PREDEFINED: dict[str, Callable[..., Tensor]] = {
-    "const-x0": _const_x0,
-    "const-eps": _const_eps,
-    "const-v": _const_v,
-    "truncated-snr": partial(_max_snr, gamma=1.0),
-    "min-snr": _min_snr,
-    "max-snr": _max_snr,
-    "soft-min-snr": _soft_min_snr,
-    "p2": _p2,
-    "debiased": _debiased,
-    "edm": _edm,
-    "sigmoid": _sigmoid,
+    # 1; what Min-SNR calls Const
+    "const-x0": lambda log_snr: torch.zeros_like(log_snr),
+    # SNR, plain epsilon error (Ho, Jain, Abbeel 2020)
+    "const-eps": lambda log_snr: log_snr,
+    # SNR + 1, plain v error (Salimans, Ho 2022)
+    "const-v": lambda log_snr: _log_add(log_snr, 0.0),
+    # max(SNR, 1) (Salimans, Ho 2022), and for any gamma
+    "truncated-snr": lambda log_snr, *, gamma=1.0: log_snr.clamp(min=math.log(gamma)),
+    "max-snr": lambda log_snr, *, gamma=5.0: log_snr.clamp(min=math.log(gamma)),
+    # min(SNR, gamma) (Hang et al. 2023)
+    "min-snr": lambda log_snr, *, gamma=5.0: log_snr.clamp(max=math.log(gamma)),
+    # gamma SNR / (SNR + gamma) (k-diffusion, with gamma = 1 / sigma_data^2)
+    "soft-min-snr": lambda log_snr, *, gamma=4.0: log_snr + math.log(gamma) - _log_add(log_snr, math.log(gamma)),
+    # SNR / (k + SNR)^gamma (Choi et al. 2022)
+    "p2": lambda log_snr, *, k=1.0, gamma=1.0: log_snr - gamma * _log_add(log_snr, math.log(k)),
+    # sqrt(SNR) (arXiv 2310.08442)
+    "debiased": lambda log_snr: log_snr / 2,
+    # SNR + 1 / sigma_data^2, lambda(sigma) of Karras et al. 2022 at sigma^2 = 1 / SNR, without their sampling
+    "edm": lambda log_snr, *, sigma_data=0.5: _log_add(log_snr, -2 * math.log(sigma_data)),
+    # SNR sigmoid(bias - log_snr), here per timestep; Kingma, Gao 2023 have it per unit of log_snr
+    "sigmoid": lambda log_snr, *, bias=2.0: log_snr - _log_add(log_snr - bias, 0.0),
+    # (SNR(t-1) - SNR(t)) / 2 (Kingma et al. 2021)
     "elbo": _elbo,
 }
 
@@ -136,20 +98,6 @@ def log_weight(name: str, schedule: NoiseSchedule, prediction_type: str, **param
     return PREDEFINED[name](schedule.log_snr, **params) + log_conversion(schedule.log_snr, prediction_type)
 
 
-def _over_ranks(losses: Tensor, timesteps: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Detached float32 (losses, timesteps, importance) of all ranks; every rank must bring the same B."""
-    losses = losses.detach().float()
-    importance = torch.ones_like(losses) if importance is None else importance.float()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # One message instead of three; float32 is exact for timesteps below 2^24.
-        mine = torch.stack([losses, timesteps.float(), importance])
-        every = mine.new_empty(torch.distributed.get_world_size() * 3, len(losses))
-        torch.distributed.all_gather_into_tensor(every, mine)
-        losses, steps, importance = every.view(-1, 3, len(mine[0])).transpose(0, 1).reshape(3, -1)
-        timesteps = steps.long()
-    return losses, timesteps, importance
-
-
 def _ratio(total: Tensor, count: Tensor, default: Tensor | float) -> Tensor:
     return torch.where(count > 1e-12, total / count.clamp(min=1e-12), default)
 
@@ -180,6 +128,7 @@ class Weighting(nn.Module):
     needs_gramian = False  # whether the loop must call observe_gramian, every gramian_every steps
     gramian_every = 0
     suggested_lr = 1e-2
+    learns = True  # whether the losses change it
     log_conversion: Tensor
     gramian: Tensor  # (K, K) positive semi-definite, mean diagonal 1; 0 before the first
     gramian_mean: Tensor  # (K, K) running mean of what was observed
@@ -213,8 +162,8 @@ class Weighting(nn.Module):
         """(T,) float32, detached: the gradient weight of each timestep now; mean 1 over timesteps if normalize."""
         raise NotImplementedError
 
-    def _update(self, losses: Tensor, timesteps: Tensor, importance: Tensor | None) -> Tensor | None:
-        """Move the statistics; return what the parameters minimise, if there are any."""
+    def _update(self, losses: Tensor, timesteps: Tensor, importance: Tensor) -> Tensor | None:
+        """Move the statistics, from (B,) of all ranks; return what the parameters minimise, if there are any."""
         return None
 
     def forward(self, losses: Tensor, timesteps: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -226,9 +175,12 @@ class Weighting(nn.Module):
         check_timesteps(timesteps, self.num_timesteps, len(losses))
         if importance is not None and importance.shape != losses.shape:
             raise ValueError(f"importance must have shape {tuple(losses.shape)}; got {tuple(importance.shape)}")
-        weights = self.weights()[timesteps]
-        loss = (weights * losses if importance is None else weights * importance * losses).mean()
-        objective = self._update(losses, timesteps, importance) if self.training else None
+        importance = torch.ones_like(losses, dtype=torch.float32) if importance is None else importance
+        loss = (self.weights()[timesteps] * importance * losses).mean()
+        if not (self.training and self.learns):
+            return loss
+        losses, steps, importance = over_ranks(losses, timesteps, importance)
+        objective = self._update(losses, steps.long(), importance)
         return loss if objective is None else loss + (objective - objective.detach())
 
     def parameter_groups(self, lr: float | None = None) -> list[dict[str, Any]]:
@@ -272,6 +224,7 @@ class Weighting(nn.Module):
 
 
 class _Fixed(Weighting):
+    learns = False
     table: Tensor
 
     def __init__(self, name: str, setting: Setting, **params: float) -> None:
@@ -304,7 +257,7 @@ class _Random(Weighting):
         normal = torch.special.ndtri(((x ^ (x >> 15)).double() + 0.5) / 2**32)
         return self._scaled(normal.softmax(0).float()[self.bin_index] * self.bins.num_bins)
 
-    def _update(self, losses: Tensor, timesteps: Tensor, importance: Tensor | None) -> None:
+    def _update(self, losses: Tensor, timesteps: Tensor, importance: Tensor) -> None:
         self.count += 1
 
 
@@ -349,72 +302,53 @@ class _Adaptive(Weighting):
         each = self.rule(_ratio(total, count, mean) / mean, deviation, self.strength)
         return self._scaled((self.basis * each).sum(1))
 
-    def _update(self, losses: Tensor, timesteps: Tensor, importance: Tensor | None) -> None:
-        losses, timesteps, importance = _over_ranks(losses, timesteps, importance)
+    def _update(self, losses: Tensor, timesteps: Tensor, importance: Tensor) -> None:
         powers = torch.stack([importance, importance * losses, importance * losses**2])
         self.moments.mul_(0.5 ** (len(losses) / self.half_life)).index_add_(1, self.bin_index[timesteps], powers)
-
-
-def _likelihood(s: Tensor, z: Tensor, w: Tensor, kappa: float) -> Tensor:
-    return z * torch.exp(-s) + s
-
-
-def _weighted_likelihood(s: Tensor, z: Tensor, w: Tensor, kappa: float) -> Tensor:
-    return w * (z * torch.exp(-s) + s)
-
-
-def _posterior(s: Tensor, z: Tensor, w: Tensor, kappa: float) -> Tensor:
-    return z * torch.exp(-s) + s + kappa / 2 * s**2
-
-
-def _log(z: Tensor, kappa: float) -> Tensor:
-    return z.double().log()
-
-
-def _lambert(z: Tensor, kappa: float) -> Tensor:
-    from scipy.special import wrightomega
-
-    # W(e^y) is wrightomega(y); e^(1 / kappa) itself would overflow for small kappa.
-    y = z.double().log() + 1 / kappa - math.log(kappa)
-    return torch.as_tensor(wrightomega(y.cpu().numpy())).to(z.device) - 1 / kappa
-
-
-def _divide(s: Tensor, kappa: float) -> Tensor:
-    return -s
-
-
-def _temper(s: Tensor, kappa: float) -> Tensor:
-    return -s / (1 + kappa)
-
-
-def _tilt(s: Tensor, kappa: float) -> Tensor:
-    return s / (1 + kappa)
 
 
 class Variant(NamedTuple):
     """A member of the Dy-Sigma family: what s, the log variance of a timestep, minimises, and what it does to a weight.
 
-    s minimises the mean over samples of objective(s, z, w, kappa): w is the prior's weight, z the loss that s looks at,
-    w L or (not weighted) L. The weight is w exp(boost(s, kappa)); fixed_point(z, kappa) is where constant z leads s.
+    w is the prior's weight and z the loss that s looks at: w L, or L unless weighted. kappa is the trust in the prior.
     """
 
-    objective: Callable[[Tensor, Tensor, Tensor, float], Tensor]
-    boost: Callable[[Tensor, float], Tensor]
-    fixed_point: Callable[[Tensor, float], Tensor]
-    weighted: bool = True
     kappa_in: str = ""  # "objective", "boost", or nowhere
+    weighted: bool = True
+    outside: bool = False
+    sign: int = -1
     floor: str | None = None  # the default of floor=
     gramian: bool = False  # whether the Gramian term is added
 
+    def objective(self, s: Tensor, z: Tensor, w: Tensor, kappa: float) -> Tensor:
+        """What s minimises the mean of over samples."""
+        each = z * torch.exp(-s) + s
+        each = each + kappa / 2 * s**2 if self.kappa_in == "objective" else each
+        return w * each if self.outside else each
+
+    def boost(self, s: Tensor, kappa: float) -> Tensor:
+        """Log of the factor on the prior's weight."""
+        return self.sign * s / (1 + kappa) if self.kappa_in == "boost" else self.sign * s
+
+    def fixed_point(self, z: Tensor, kappa: float) -> Tensor:
+        """Where constant z leads s, float64."""
+        if self.kappa_in != "objective":
+            return z.double().log()
+        from scipy.special import wrightomega
+
+        # W(e^y) is wrightomega(y); e^(1 / kappa) itself would overflow for small kappa.
+        y = z.double().log() + 1 / kappa - math.log(kappa)
+        return torch.as_tensor(wrightomega(y.cpu().numpy())).to(z.device) - 1 / kappa
+
 
 VARIANTS: dict[str, Variant] = {
-    "anchored": Variant(_posterior, _divide, _lambert, kappa_in="objective"),
-    "inside": Variant(_likelihood, _divide, _log),
-    "outside": Variant(_weighted_likelihood, _divide, _log, weighted=False),
-    "tempered": Variant(_likelihood, _temper, _log, weighted=False, kappa_in="boost"),
-    "excess": Variant(_posterior, _divide, _lambert, kappa_in="objective", floor="online"),
-    "tilt": Variant(_likelihood, _tilt, _log, kappa_in="boost"),
-    "conflict": Variant(_posterior, _divide, _lambert, kappa_in="objective", gramian=True),
+    "anchored": Variant("objective"),
+    "inside": Variant(),
+    "outside": Variant(weighted=False, outside=True),
+    "tempered": Variant("boost", weighted=False),
+    "excess": Variant("objective", floor="online"),
+    "tilt": Variant("boost", sign=1),
+    "conflict": Variant("objective", gramian=True),
 }
 
 
@@ -533,8 +467,7 @@ class DySigma(Weighting):
     def weights(self) -> Tensor:
         return self._from_log(self._log_weights(self.log_variances()))
 
-    def _update(self, losses: Tensor, timesteps: Tensor, importance: Tensor | None) -> Tensor:
-        losses, timesteps, importance = _over_ranks(losses, timesteps, importance)
+    def _update(self, losses: Tensor, timesteps: Tensor, importance: Tensor) -> Tensor:
         prior = self.prior[timesteps]
         z = prior * losses if self.variant.weighted else losses
         if self.floor is not None:
@@ -620,7 +553,7 @@ class _UGD(_OfGramian):
     def _shares(self) -> Tensor:
         return self.beta.softmax(0)
 
-    def _update(self, losses: Tensor, timesteps: Tensor, importance: Tensor | None) -> Tensor:
+    def _update(self, losses: Tensor, timesteps: Tensor, importance: Tensor) -> Tensor:
         u = self._shares()
         return _quadratic(self.gramian, u) + self.regularization * (u * u).sum()
 

@@ -497,17 +497,19 @@ def test_excess_judges_by_the_learnable_part():
 def test_the_online_floor_finds_the_learnable_share(power):
     """Losses floor + c / images^power: the share of c is found; for another power than 1, up to a common factor."""
     weighting = make_weighting("dy-sigma", SHORT, variant="excess", bins=12)
-    generator = torch.Generator().manual_seed(0)
     shares = torch.linspace(0.05, 0.5, 12)
-    timesteps = torch.arange(12).repeat(40)
-    for step in range(1, 200):
-        learnable = (200 / step) ** power * shares * LOSSES
-        noise = 1 + 0.3 * torch.randn(len(timesteps), generator=generator)
-        found = weighting._learnable_share(
-            ((1 - shares) * LOSSES + learnable)[timesteps] * noise, timesteps, torch.ones(len(timesteps))
-        )[:12]
+    steps = torch.arange(1, 301)
+    learnable = (300 / steps[:, None]) ** power * shares * LOSSES
+    for losses in (1 - shares) * LOSSES + learnable:
+        found = weighting._learnable_share(losses, torch.arange(12), torch.ones(12))
     factor = {1.0: 1.0, 0.5: (4 / 3) * (2 / 1.5 - 8 / 7.5)}[power]
-    torch.testing.assert_close(found, factor * shares, rtol=0.15, atol=0.02)
+    torch.testing.assert_close(found, factor * shares, rtol=0.1, atol=0.02)
+    # The two means, summed directly with the weights they are meant to have.
+    long, short = (
+        (1 - shares) * LOSSES + (learnable * steps[:, None] ** (p - 1.0)).sum(0) / (steps ** (p - 1.0)).sum()
+        for p in (2, 8)
+    )
+    torch.testing.assert_close(found, 4 / 3 * (long - short) / short, rtol=2e-4, atol=0)
 
 
 def test_conflict_without_a_gramian_is_anchored_and_with_one_helps_the_hurt_bin():
