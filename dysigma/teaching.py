@@ -70,10 +70,10 @@ def reveal(question: str, measured: Any) -> None:
     elif guess * measured > 0:
         ratio = max(guess / measured, measured / guess)
         side = "too high" if abs(guess) > abs(measured) else "too low"
-        verdict = "close" if ratio < 1.1 else f"{side} by a factor of {ratio:.2g}"
+        verdict = "close" if ratio < 1.1 else f"{side} by a factor of {ratio:{'.2g' if ratio < 100 else '.0f'}}"
     else:
         verdict = "exactly" if guess == measured else f"off by {abs(guess - measured):.3g}"
-    shown = measured if isinstance(measured, str) else f"{measured:.3g}"
+    shown = f"{measured:.3g}" if isinstance(measured, float) else measured
     print(f"{question} Predicted {'nothing' if guess is ... else guess}, measured {shown}: {verdict}.")
 
 

@@ -64,7 +64,7 @@ banner(NOTEBOOK)
 # | 00 Start here | you are here |
 # | [01 Forward process and SNR](01_forward_process_and_snr.ipynb) | what is a noise schedule, in one number per timestep? |
 # | 02 One network, many objectives | does training one noise level hurt another? *(planned)* |
-# | 03 SNR weightings | where do Min-SNR and its relatives come from, and are they right in the wild? *(planned)* |
+# | [03 SNR weightings](03_snr_weightings.ipynb) | where do Min-SNR and its relatives come from, and are they right in the wild? |
 # | 04 Learnable weightings | what do learned weights converge to, and why do they fluctuate? *(planned)* |
 # | 05 Dy-Sigma derived | which formulas fit the abstract, and what does each minimise? *(planned)* |
 # | 06 Train a compact DDPM | a real model on real images, live and from recorded GPU runs *(planned)* |
@@ -73,7 +73,7 @@ banner(NOTEBOOK)
 # | 09 The convergence race | is it 3.7 times faster, and than what? *(planned)* |
 # | 10 Reuse | your own loop, your own data, your own weighting *(planned)* |
 #
-# **Three routes.** *The 45-minute tour:* this notebook, then sections 1 to 4 of 01; later 03, 05 and 09. *The full course:* in order; each
+# **Three routes.** *The 45-minute tour:* this notebook, sections 1 to 4 of 01, sections 1, 2 and 7 of 03; later 05 and 09. *The full course:* in order; each
 # notebook needs the ones before it, says how long it takes, and has exercises with checks. *Only the API:* read the
 # cell called "the whole loop" below, and the README.
 #
