@@ -78,11 +78,8 @@ class ConflictReport:
         off = self.cosine_debiased.clone().fill_diagonal_(float("nan"))
         columns: dict[str, Any] = {"first": self.edges[:-1], "last": [edge - 1 for edge in self.edges[1:]]}
         columns |= {name: getattr(self, name) for name in ("log_snr", "losses", "gnr", "noise_scale", "weights")}
-        columns |= {
-            "norm": self.gramian.diagonal().sqrt(),
-            "mean_cosine": off.nanmean(1),
-            "conflicts": (off < 0).sum(1),
-        }
+        columns |= {"norm": self.gramian.diagonal().sqrt(), "mean_cosine": off.nanmean(1)}
+        columns |= {"conflicts": (off < 0).sum(1)}
         columns |= {} if self.update_cosine is None else {"update_cosine": self.update_cosine}
         return pandas.DataFrame({name: np.asarray(column) for name, column in columns.items()})
 
@@ -133,6 +130,8 @@ def bin_timesteps(bins: Bins, per_bin: int, draw: torch.Generator) -> Tensor:
     return edges[:-1, None] + (u * edges.diff()[:, None]).long()
 
 
+Images = Tensor | ImageData
+Kwargs = Mapping[str, Tensor] | None
 Part = tuple[Tensor, Tensor, Tensor, Tensor]  # x0, noise, timesteps and image indices of the samples of one bin
 
 
@@ -147,20 +146,12 @@ def _draw(images: Tensor, bins: Bins, per_bin: int, seed: int, step: int, paired
     return [(x0[k % parts], noise[k % parts], t, index[k % parts]) for k, t in enumerate(timesteps)]
 
 
-def _losses(
-    model: nn.Module,
-    schedule: NoiseSchedule,
-    prediction_type: str,
-    model_kwargs: Mapping[str, Tensor] | None,
-    part: Part,
-) -> Tensor:
-    kwargs = {name: rows[part[3]] for name, rows in (model_kwargs or {}).items()}
-    return sample_losses(model, schedule, *part[:3], prediction_type, **kwargs)
+def _losses(model: nn.Module, schedule: NoiseSchedule, kind: str, kwargs: Kwargs, part: Part) -> Tensor:
+    own = {name: rows[part[3]] for name, rows in (kwargs or {}).items()}
+    return sample_losses(model, schedule, *part[:3], kind, **own)
 
 
-def _inputs(
-    model: nn.Module, images: Tensor | ImageData, schedule: NoiseSchedule, bins: int | Bins
-) -> tuple[Tensor, Bins]:
+def _inputs(model: nn.Module, images: Images, schedule: NoiseSchedule, bins: int | Bins) -> tuple[Tensor, Bins]:
     table = images.images if isinstance(images, ImageData) else images
     cut = bins if isinstance(bins, Bins) else Bins.uniform(schedule.num_timesteps, bins)
     devices = sorted({str(t.device) for t in (table, schedule.log_snr, *model.parameters())})
@@ -260,7 +251,7 @@ def bin_gramian(
     *,
     prediction_type: str = "epsilon",
     splits: int = 2,
-    model_kwargs: Mapping[str, Tensor] | None = None,
+    model_kwargs: Kwargs = None,
 ) -> Tensor:
     """Inner products (K, K) float64 of the gradients of the bins' mean losses, from one batch: for use in training.
 
@@ -303,8 +294,7 @@ def _jackknife_se(left_out: Tensor) -> Tensor:
 
 def _leave_one_out(sketches: Tensor) -> tuple[Tensor, Tensor]:
     """From micro-batch gradients (M, K, D): the debiased Gramian (K, K), and (M, K, K) leaving out each micro-batch."""
-    rows, count = sketches.double(), len(sketches)
-    own, with_all = rows @ rows.mT, rows @ rows.sum(0).T
+    count, own, with_all = len(sketches), sketches @ sketches.mT, sketches @ sketches.sum(0).T
     total = with_all.sum(0) - own.sum(0)
     left_out = (total - with_all - with_all.mT + 2 * own) / ((count - 1) * (count - 2))
     return (total / (count * (count - 1))).cpu(), left_out.cpu()
@@ -321,11 +311,11 @@ def _cross_fitted(sketches: Tensor) -> tuple[float, float]:
     return sum(squares) / 2, sum(variances) ** 0.5 / 2
 
 
-def _sketch(rows: Tensor, signs: Tensor) -> Tensor:
+def _sketch(rows: Tensor, bits: Tensor) -> Tensor:
     """(K, P) to (K, D): folded with random signs, which keeps inner products in expectation; as it is if P <= D."""
     if rows.shape[1] <= SKETCH_COLUMNS:
         return rows
-    fold = (0, -rows.shape[1] % SKETCH_COLUMNS)
+    fold, signs = (0, -rows.shape[1] % SKETCH_COLUMNS), 2 * bits - 1
     return torch.stack([nn.functional.pad(row * signs, fold).view(-1, SKETCH_COLUMNS).sum(0) for row in rows])
 
 
@@ -389,7 +379,7 @@ def _gramian_statistics(gradients: _Accumulator, sketches: Tensor, batch_per_bin
 
 def conflicts(
     model: nn.Module,
-    images: Tensor | ImageData,
+    images: Images,
     schedule: NoiseSchedule,
     bins: int | Bins = 10,
     *,
@@ -400,7 +390,7 @@ def conflicts(
     optimizer: torch.optim.Optimizer | None = None,
     groups: Callable[[str], str] = layer_group,
     paired: bool = False,
-    model_kwargs: Mapping[str, Tensor] | None = None,
+    model_kwargs: Kwargs = None,
     seed: int = 0,
     progress: bool = True,
 ) -> ConflictReport:
@@ -427,12 +417,9 @@ def conflicts(
     rows, size = gradients.rows, (micro_batches, cut.num_bins)
     scale = torch.ones_like(schedule.alpha) if weighting is None else weighting.weights()
     update = None if optimizer is None else _last_step(optimizer, gradients.parameters)
-    signs = (
-        torch.randint(2, rows.shape[1:], generator=generator(seed, 0, "signs"), dtype=torch.int8).to(rows.device) * 2
-        - 1
-    )
+    bits = torch.randint(2, rows.shape[1:], generator=generator(seed, 0, "signs"), dtype=torch.int8).to(rows.device)
     losses, along = rows.new_zeros(2, *size, dtype=torch.float64)
-    sketches = rows.new_zeros(*size, min(SKETCH_COLUMNS, rows.shape[1]))
+    sketches = losses.new_zeros(*size, min(SKETCH_COLUMNS, rows.shape[1]))
     in_metric = torch.zeros_like(sketches if update else losses)
     distributed = bare is not model
     first, stride = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
@@ -445,10 +432,10 @@ def conflicts(
             torch.manual_seed(generator(seed, m, "dropout").initial_seed())
             parts = _draw(table, cut, batch_per_bin, seed, m, paired)
             losses[m] = gradients.add(functools.partial(bin_loss, parts))
-            sketches[m] = _sketch(rows, signs)
+            sketches[m] = _sketch(rows, bits)
             if update:
                 along[m] = torch.stack([row.double() @ update[0] for row in rows])
-                in_metric[m] = _sketch(rows * update[1].sqrt(), signs)
+                in_metric[m] = _sketch(rows * update[1].sqrt(), bits)
     _all_reduce(model, gradients.sums, gradients.own, losses, along, sketches, in_metric)
 
     values, left_out = _gramian_statistics(gradients, sketches, batch_per_bin)
@@ -475,7 +462,7 @@ def conflicts(
 
 def negative_transfer(
     model: nn.Module,
-    images: Tensor | ImageData,
+    images: Images,
     schedule: NoiseSchedule,
     bins: int | Bins = 10,
     *,
@@ -484,7 +471,7 @@ def negative_transfer(
     batch_size: int = 16,
     samples_per_bin: int = 64,
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
-    model_kwargs: Mapping[str, Tensor] | None = None,
+    model_kwargs: Kwargs = None,
     seed: int = 0,
     progress: bool = True,
 ) -> NegativeTransfer:
@@ -497,7 +484,7 @@ def negative_transfer(
     from tqdm import tqdm
 
     table, cut = _inputs(model, images, schedule, bins)
-    losses = functools.partial(_losses, schedule=schedule, prediction_type=prediction_type, model_kwargs=model_kwargs)
+    losses = functools.partial(_losses, schedule=schedule, kind=prediction_type, kwargs=model_kwargs)
     held = _draw(table, cut, samples_per_bin, seed, 0, False)
 
     @torch.no_grad()

@@ -120,7 +120,7 @@ def test_parts_are_multiplied_with_each_other_only():
 
 
 def test_the_training_gramian_is_unbiased():
-    exact, repeats = Linear(), 400
+    exact, repeats = Linear(), 200
     bins = Bins.uniform(10, 10)
     estimates, plain = [], []
     for seed in range(repeats):
@@ -140,7 +140,7 @@ def test_the_training_gramian_is_unbiased():
 @pytest.mark.parametrize("paired", [False, True])
 def test_the_report_is_unbiased_and_its_intervals_cover(paired):
     """Also where bins share images and noise: there the naive cosines are wrong by something else than shrinkage."""
-    exact, repeats = Linear(), 60
+    exact, repeats = Linear(), 40
     reports = [exact.report(seed, paired=paired) for seed in range(repeats)]
     gramians = torch.stack([r.gramian for r in reports])
     z = (gramians.mean(0) - exact.gramian) / (gramians.std(0) / math.sqrt(repeats))
@@ -164,7 +164,7 @@ def test_the_report_is_unbiased_and_its_intervals_cover(paired):
     if paired:
         assert (naive - predicted)[OFF].abs().max() > 0.1
     else:
-        assert (naive - predicted)[OFF].abs().max() < 0.04 < 0.1 < (naive - exact.cosine)[OFF].abs().max()
+        assert (naive - predicted)[OFF].abs().max() < 0.06 < 0.1 < (naive - exact.cosine)[OFF].abs().max()
     scale = torch.stack([r.noise_scale for r in reports]).nanmedian(0).values
     torch.testing.assert_close(scale[4:], (exact.trace / exact.gramian.diagonal())[4:], rtol=0.3, atol=0)
 
