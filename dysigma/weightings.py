@@ -251,7 +251,7 @@ class _Random(Weighting):
 
     def weights(self) -> Tensor:
         index = torch.arange(self.bins.num_bins, device=self.count.device)
-        x = (self.seed * 0x9E3779B1 + self.count * self.bins.num_bins + index) & 0xFFFFFFFF
+        x = (self.seed * 0x9E3779B1 % 2**32 + self.count * self.bins.num_bins + index) & 0xFFFFFFFF
         for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):  # the 32-bit mixer "lowbias32" (Wellons)
             x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
         normal = torch.special.ndtri(((x ^ (x >> 15)).double() + 0.5) / 2**32)
@@ -376,11 +376,13 @@ class DySigma(Weighting):
     inside    z e^-s + s: s* = ln z, weight 1 / L up to a factor: the prior cancels, it acts while s is catching up.
               The network then descends sum_t ln L_t, the geometric mean.
     outside   w (z e^-s + s): s* = ln z, weight w / L; the network descends sum_t w_t ln L_t.
-    tempered  s as in outside, weight w e^(-s/(1+kappa)) -> w L^(-1/(1+kappa)). kappa -> inf: the prior; 0: outside.
+    tempered  s as in outside, weight w e^(-s/(1+kappa)) -> w L^(-1/(1+kappa)); the network descends sum_t
+              w_t L_t^(kappa/(1+kappa)). kappa -> inf: the prior; kappa -> 0: outside.
     excess    anchored on the learnable loss L - L* in place of L. Near its irreducible floor L* a bin keeps a loss that
               no weight can lower: 1 / L takes it for unsolved, 1 / (L - L*) does not.
     tilt      s as in inside, weight w e^(s/(1+kappa)) -> w (w L)^(1/(1+kappa)): the opposite sign, more where the
-              weighted loss is large; with floor=, where more can still be learned. kappa -> inf: the prior.
+              weighted loss is large; with floor=, where more can still be learned. The network descends a power mean
+              of the w L, exponent 1 + 1/(1+kappa), on the way from mean to maximum. kappa -> inf: the prior.
     conflict  anchored + K u'Gu with u (K,) the shares of the bins in the total weight, G their Gramian over its mean
               diagonal: the squared length of the step, the objective of MGDA and UGD. Its slope in ln u_k is
               2 K u_k (Gu)_k: a bin that the step hurts, (Gu)_k < 0, gains weight. G = 0 or kappa -> inf: anchored.
@@ -410,7 +412,7 @@ class DySigma(Weighting):
         bins: int | Bins = 20,
         clamp: float = 5.0,
         fourier: bool = False,
-        floor: Tensor | str | None = None,
+        floor: Tensor | Sequence[float] | str | None = None,
         half_life: float | None = 10_000.0,
         gramian_every: int = 50,
     ) -> None:
@@ -438,16 +440,18 @@ class DySigma(Weighting):
         if self.variant.gramian:
             self._expect_gramian(gramian_every)
 
-    def _set_floor(self, floor: Tensor | str | None) -> None:
+    def _set_floor(self, floor: Any) -> None:
         self.floor = floor if floor is None or isinstance(floor, str) else "given"
-        if isinstance(floor, Tensor) and floor.shape == self.bin_index.shape and bool(torch.isfinite(floor).all()):
-            means, _ = self.bins.mean(floor.float().cpu(), torch.arange(self.num_timesteps))
-            self.register_buffer("floor_means", means, persistent=False)
-        elif self.floor not in (None, "online"):
-            raise ValueError(f"floor must be None, 'online' or a finite tensor ({self.num_timesteps},); got {floor!r}")
-        if floor is not None:
+        if self.floor is not None:
             self.register_buffer("images", torch.zeros((), dtype=torch.int64))
             self.register_buffer("history", torch.zeros(2, 2, self.bins.num_bins))
+        if self.floor == "given":
+            table = torch.as_tensor(floor, dtype=torch.float32, device="cpu")
+            if table.shape != self.bin_index.shape or not bool(torch.isfinite(table).all()):
+                raise ValueError(f"floor must be finite, ({self.num_timesteps},); got shape {tuple(table.shape)}")
+            self.register_buffer("floor_means", self.bins.mean(table, torch.arange(len(table)))[0], persistent=False)
+        elif self.floor not in (None, "online"):
+            raise ValueError(f"floor must be None, 'online' or the floor of each timestep; got {floor!r}")
 
     def _unbounded(self) -> Tensor:
         return (self.basis * self.coefficients).sum(1)  # a matrix product would be rounded by autocast
@@ -597,6 +601,7 @@ class _GramianRule(_OfGramian):
         return self.shares
 
     def _observe(self, gramian: Tensor) -> None:
+        super()._observe(gramian)
         # Some rules draw a random order; that draw belongs to the state, not to the global generator.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(self.gramians_seen))
