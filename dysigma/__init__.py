@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "EMA", "SCHEDULES", "TIMESTEP_SAMPLERS", "WEIGHTINGS", "Bins", "ConflictReport", "ImageData", "NoiseSchedule", "Run",
-    "TrainConfig", "TrainingDiverged", "Weighting", "batch", "conflicts", "leaves", "load_data", "load_run", "make_model",
-    "make_sampler", "make_schedule", "make_weighting", "pareto", "sample_losses", "train",
+    "EMA", "SCHEDULES", "TIMESTEP_SAMPLERS", "WEIGHTINGS", "Bins", "ConflictReport", "ImageData", "NoiseSchedule",
+    "Run", "TrainConfig", "TrainingDiverged", "Weighting", "batch", "conflicts", "leaves", "load_data", "load_run",
+    "make_model", "make_sampler", "make_schedule", "make_weighting", "pareto", "sample_losses", "train",
 ]  # fmt: skip
 
 

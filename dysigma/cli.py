@@ -1,4 +1,4 @@
-"""The command line: dysigma train | sample | evaluate | race | notebooks | benchmark. Bad input ends with code 2."""
+"""The command line. Bad input ends with one line and code 2."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from . import __version__
 
 HELP = {
-    "data": 'what to train on: "leaves" or "gaussian-fields" (made in memory), "cifar10", or a path to an .npz file or a folder of images',
+    "data": "leaves or gaussian-fields (both made in memory), cifar10, an .npz file, or a folder of images",
     "data_root": "where CIFAR-10 lies or is downloaded to (default: $DYSIGMA_DATA, then the user's cache)",
     "image_size": "resize images to this (default: as they are; leaves 16)",
     "train_images": "use only the first so many training images",
@@ -27,7 +27,7 @@ HELP = {
     "weighting": "loss weighting; dysigma train --weighting ? lists them",
     "weighting_params": "parameter of the weighting, as name=value; may be repeated (kappa=0.5 prior=min-snr)",
     "normalize": "scale weights to mean 1 over timesteps (the default)",
-    "timestep_sampler": "how timesteps are drawn: uniform, stratified, logit-normal, lognormal, laplace, loss-second-moment",
+    "timestep_sampler": "uniform, stratified, logit-normal, lognormal, laplace or loss-second-moment timesteps",
     "sampler_params": "parameter of the timestep sampler, as name=value; may be repeated",
     "images": "how many images to train on, repeats included",
     "batch_size": "images per step",
@@ -84,16 +84,18 @@ def _add_train(commands: Any) -> None:
         help="train a diffusion model into a run folder",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train a diffusion model with a loss weighting. The run folder gets config.json, metrics.jsonl,\n"
-        "summary.json, checkpoint/, samples.png, and pipeline/, which diffusers opens with DDPMPipeline.from_pretrained.",
+        "summary.json, checkpoint/, samples.png, and pipeline/, which opens with DDPMPipeline.from_pretrained.",
         epilog="examples:\n"
         "  dysigma train --out runs/first                                       a minute on a CPU\n"
         "  dysigma train --weighting dy-sigma --weighting-params kappa=0.5 --out runs/second\n"
-        "  dysigma train --data cifar10 --data-root DIR --model compact --images 20000000 --batch-size 512 --out runs/gpu\n"
+        "  dysigma train --data cifar10 --model compact --images 20000000 --batch-size 512 --out runs/gpu\n"
         "  dysigma train --resume --out runs/gpu                                go on where it stopped",
     )
     parser.add_argument("--out", type=Path, required=True, help="run folder to write (must be new or empty)")
     parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
-    parser.add_argument("--config", type=Path, help="JSON or TOML file with any of the options below; flags win over it")
+    parser.add_argument(
+        "--config", type=Path, help="JSON or TOML file with any of the options below; flags win over it"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     group = parser.add_argument_group("configuration")
     for f in dataclasses.fields(TrainConfig):
@@ -118,7 +120,9 @@ def _train(args: argparse.Namespace) -> None:
     if args.weighting == "?":
         print("\n".join(WEIGHTINGS))
         return
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if getattr(args, f.name) is not None}
+    given = {
+        f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if getattr(args, f.name) is not None
+    }
     for name in ("weighting_params", "sampler_params"):
         if name in given:
             given[name] = _pairs(given[name])
@@ -211,7 +215,13 @@ def _evaluate(args: argparse.Namespace) -> None:
     print(f"{config.prediction} loss on {len(images)} test images: {float(losses.mean()):.5f}")
     if not (config.zero_terminal_snr and config.prediction == "epsilon"):
         bound = elbo(
-            model, images, schedule, config.prediction, labels=labels, timesteps_per_image=args.elbo_timesteps, seed=args.seed
+            model,
+            images,
+            schedule,
+            config.prediction,
+            labels=labels,
+            timesteps_per_image=args.elbo_timesteps,
+            seed=args.seed,
         )
         result["elbo"] = bound._asdict()
         print(f"ELBO: at most {bound.bits_per_dim:.4f} ± {bound.standard_error:.4f} bits/dim")
@@ -221,7 +231,9 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _add_race(commands: Any) -> None:
     parser = commands.add_parser("race", help="train arms x seeds on common random numbers; goes on where it stopped")
-    parser.add_argument("spec", type=Path, metavar="SPEC", help="TOML file, for example data/races/weightings-leaves.toml")
+    parser.add_argument(
+        "spec", type=Path, metavar="SPEC", help="TOML file, for example data/races/weightings-leaves.toml"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for records.jsonl")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at once, one CPU thread each (default: 1)")
     parser.add_argument("--device", help="instead of the specification's")
@@ -242,7 +254,9 @@ def _race(args: argparse.Namespace) -> None:
 def _add_notebooks(commands: Any) -> None:
     parser = commands.add_parser("notebooks", help="execute the notebooks")
     parser.add_argument("names", nargs="*", help="notebooks to run, such as 00 or 06_train (default: all)")
-    parser.add_argument("--fast", action="store_true", help="small sizes, in a temporary folder; the committed outputs stay")
+    parser.add_argument(
+        "--fast", action="store_true", help="small sizes, in a temporary folder; the committed outputs stay"
+    )
     parser.add_argument("--folder", type=Path, default=Path("notebooks"), help="where they are (default: notebooks)")
     parser.set_defaults(run=_notebooks)
 
@@ -275,7 +289,7 @@ def _benchmark(args: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dysigma",
-        description="Loss weightings for diffusion training, and the analysis of the timestep objectives they trade off. "
+        description="Loss weightings for diffusion training, and analysis of the timestep objectives they trade off. "
         "Start with: dysigma train --out runs/first",
     )
     parser.add_argument("--version", action="version", version=f"dysigma {__version__}")

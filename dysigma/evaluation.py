@@ -31,7 +31,9 @@ def evaluation_timesteps(num_timesteps: int, count: int) -> Tensor:
     return ((torch.arange(count, dtype=torch.float64) + 0.5) * num_timesteps / count).long()
 
 
-def _pairs(images: Tensor, labels: Tensor | None, seed: int, repeats: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+def _pairs(
+    images: Tensor, labels: Tensor | None, seed: int, repeats: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """`repeats` times (x0, noise, labels): the same images each time, fresh noise, functions of seed alone."""
     x0 = images.float().div(127.5).sub(1)
     for repeat in range(repeats):
@@ -73,7 +75,7 @@ def validation_losses(
 
 
 class Elbo(NamedTuple):
-    """An upper bound on the negative log-likelihood in bits per dimension, and its terms; standard error over images."""
+    """An upper bound on the negative log-likelihood, bits per dimension; its terms; standard error over images."""
 
     bits_per_dim: float
     standard_error: float
@@ -103,7 +105,9 @@ def elbo(
     Raises ValueError for epsilon at zero terminal SNR, where x0_hat does not exist.
     """
     if canonical_prediction_type(prediction_type) == "epsilon" and schedule.log_snr[-1] == -math.inf:
-        raise ValueError("an epsilon model implies no x0 at zero SNR, so it has no ELBO on this schedule; use v_prediction")
+        raise ValueError(
+            "an epsilon model implies no x0 at zero SNR, so it has no ELBO on this schedule; use v_prediction"
+        )
     if len(images) < 2:
         raise ValueError(f"the standard error needs at least 2 images; got {len(images)}")
     device = images.device
@@ -147,7 +151,7 @@ def _prior_nats(images: Tensor, schedule: NoiseSchedule) -> Tensor:
 
 
 def _reconstruction_nats(images: Tensor, schedule: NoiseSchedule, seed: int) -> Tensor:
-    """-log p(x0 | x_0-th latent) per image, p a softmax over the 256 grey levels of the latent's Gaussian likelihood."""
+    """-log p(x0 | latent at t = 0) per image: a softmax over 256 grey levels of the latent's Gaussian likelihood."""
     device = images.device
     half_snr = 0.5 * schedule.log_snr[0].exp().to(device)
     levels = torch.arange(256, device=device, dtype=torch.float64).div(127.5).sub(1)
@@ -185,7 +189,11 @@ def sample_images(
     import diffusers
     from tqdm.auto import tqdm
 
-    classes = {"ddim": diffusers.DDIMScheduler, "dpm-solver": diffusers.DPMSolverMultistepScheduler, "ddpm": diffusers.DDPMScheduler}
+    classes = {
+        "ddim": diffusers.DDIMScheduler,
+        "dpm-solver": diffusers.DPMSolverMultistepScheduler,
+        "ddpm": diffusers.DDPMScheduler,
+    }
     scheduler = schedule.to_diffusers(classes[sampler], prediction_type, timestep_spacing="trailing")
     device = next(model.parameters()).device
     was_training = model.training
@@ -194,7 +202,9 @@ def sample_images(
     done = []
     for first in range(0, shape[0], batch_size):
         numbers = range(first, min(first + batch_size, shape[0]))
-        x = torch.stack([torch.randn(shape[1:], generator=generator(seed, i, "latent", device), device=device) for i in numbers])
+        x = torch.stack(
+            [torch.randn(shape[1:], generator=generator(seed, i, "latent", device), device=device) for i in numbers]
+        )
         kwargs = _model_kwargs(None if labels is None else labels[first : first + len(x)].to(device))
         noise = generator(seed, first, "sampler noise", device)
         scheduler.set_timesteps(num_steps, device=device)

@@ -197,7 +197,7 @@ def field_variances(size: int = 8, std: float = 0.25) -> Tensor:
 
 
 def gaussian_fields(num_images: int, size: int = 8, seed: int = 0, split: str = "train") -> ImageData:
-    """Grey images of stationary Gaussian noise, uint8 (N, 1, size, size), whose best denoiser is known: a Wiener filter.
+    """Stationary Gaussian noise, uint8 (N, 1, size, size), whose best denoiser is known: a Wiener filter.
 
     Image i is a function of (seed, split, i // 1000, i): more images extend the set.
     """
@@ -215,4 +215,5 @@ def field_floor(schedule: NoiseSchedule, prediction_type: str = "epsilon", size:
     """The loss of the best denoiser of ``gaussian_fields`` at each timestep, (T,) float64: nothing trained beats it."""
     snr = schedule.log_snr.exp()
     x0 = (1 / (snr[:, None] + 1 / field_variances(size).flatten())).mean(1)
-    return x0 * {"sample": 1.0, "epsilon": snr, "v_prediction": 1 + snr}[canonical_prediction_type(prediction_type)]
+    kind = canonical_prediction_type(prediction_type)
+    return x0 if kind == "sample" else x0 * snr if kind == "epsilon" else x0 * (1 + snr)

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Parameters are for 3 channels. `micro` and `tiny` are for CPUs and tests, `compact` for CIFAR-10 on one GPU,
+# attention: which resolutions have it. `micro` and `tiny` are for CPUs and tests, `compact` for CIFAR-10 on one GPU,
 # `ddpm` is the network of Ho, Jain, Abbeel 2020 for CIFAR-10.
 PRESETS: dict[str, dict[str, Any]] = {
-    "micro": {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention": (False, False)},
-    "tiny": {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8, "attention": (False, True)},
-    "small": {"block_out_channels": (32, 64, 64), "layers_per_block": 1, "norm_num_groups": 8, "attention": (False, False, True)},
-    "compact": {"block_out_channels": (32, 64, 128, 128), "layers_per_block": 2, "norm_num_groups": 32, "attention": (False, False, True, False)},
-    "ddpm": {"block_out_channels": (128, 256, 256, 256), "layers_per_block": 2, "norm_num_groups": 32, "attention": (False, True, False, False)},
-}  # fmt: skip
+    "micro": {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention": ()},
+    "tiny": {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8, "attention": (1,)},
+    "small": {"block_out_channels": (32, 64, 64), "layers_per_block": 1, "norm_num_groups": 8, "attention": (2,)},
+    "compact": {"block_out_channels": (32, 64, 128, 128), "layers_per_block": 2, "attention": (2,)},
+    "ddpm": {"block_out_channels": (128, 256, 256, 256), "layers_per_block": 2, "attention": (1,)},
+}
 
 
 def make_model(preset: str, image_size: int = 32, channels: int = 3, num_classes: int | None = None) -> nn.Module:
@@ -29,11 +29,13 @@ def make_model(preset: str, image_size: int = 32, channels: int = 3, num_classes
     from diffusers import UNet2DModel
 
     options = dict(PRESETS[preset])
-    attention = options.pop("attention")
-    factor = 2 ** (len(attention) - 1)
+    levels = len(options["block_out_channels"])
+    attention = [level in options["attention"] for level in range(levels)]
+    del options["attention"]
+    factor = 2 ** (levels - 1)
     if image_size % factor or image_size // factor < 2:
         raise ValueError(
-            f"preset {preset!r} halves the image {len(attention) - 1} times: image_size must be a multiple of {factor} "
+            f"preset {preset!r} halves the image {levels - 1} times: image_size must be a multiple of {factor} "
             f"and at least {2 * factor}; got {image_size}"
         )
     return UNet2DModel(

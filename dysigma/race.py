@@ -27,7 +27,7 @@ class Race:
     """A specification: every arm is raced with every seed under every entry of `grid`.
 
     base: TrainConfig fields common to all; arms: name -> fields it changes; grid: label -> fields it changes. Two arms
-    with one seed share initial weights, images, timesteps and noise. Raises ValueError when the file says something else.
+    with one seed share initial weights, images, timesteps and noise. Raises ValueError for anything else.
     """
 
     name: str

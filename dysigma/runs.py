@@ -1,6 +1,6 @@
 """Run folders: what a training run leaves behind, written so that a crash at any moment loses nothing that was whole.
 
-    config.json  metrics.jsonl  summary.json  checkpoint/  pipeline/
+config.json  metrics.jsonl  summary.json  checkpoint/  pipeline/
 """
 
 from __future__ import annotations
@@ -154,7 +154,9 @@ class Run:
         from diffusers import DDPMPipeline
 
         if not (self.path / "pipeline" / "model_index.json").exists():
-            raise RunError(f"{self.path} has no pipeline yet (status: {self.summary.get('status')}); let it finish first")
+            raise RunError(
+                f"{self.path} has no pipeline yet (status: {self.summary.get('status')}); let it finish first"
+            )
         return DDPMPipeline.from_pretrained(self.path / "pipeline", local_files_only=True)
 
 

@@ -91,7 +91,7 @@ class NoiseSchedule(nn.Module):
         self.register_buffer("sigma", (1 - bar).sqrt().float(), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoiseSchedule:
-        # .half() or .to(bfloat16) on an enclosing module must not round the schedule: follow the device, keep the dtype.
+        # .half() on an enclosing module must not round the schedule: follow the device, keep the dtype.
         for name, table in self.named_buffers(recurse=False):
             setattr(self, name, table.to(fn(table).device))
         return self
@@ -103,7 +103,12 @@ class NoiseSchedule(nn.Module):
 
     @classmethod
     def linear(
-        cls, num_timesteps: int = 1000, *, beta_start: float = 1e-4, beta_end: float = 0.02, zero_terminal_snr: bool = False
+        cls,
+        num_timesteps: int = 1000,
+        *,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        zero_terminal_snr: bool = False,
     ) -> NoiseSchedule:
         """Betas linear in t (Ho, Jain, Abbeel 2020); diffusers "linear"."""
         config = {"beta_schedule": "linear", "beta_start": beta_start, "beta_end": beta_end}
@@ -111,7 +116,12 @@ class NoiseSchedule(nn.Module):
 
     @classmethod
     def scaled_linear(
-        cls, num_timesteps: int = 1000, *, beta_start: float = 0.00085, beta_end: float = 0.012, zero_terminal_snr: bool = False
+        cls,
+        num_timesteps: int = 1000,
+        *,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        zero_terminal_snr: bool = False,
     ) -> NoiseSchedule:
         """Square roots of betas linear in t, with the defaults of Stable Diffusion; diffusers "scaled_linear"."""
         config = {"beta_schedule": "scaled_linear", "beta_start": beta_start, "beta_end": beta_end}
@@ -119,7 +129,12 @@ class NoiseSchedule(nn.Module):
 
     @classmethod
     def cosine(
-        cls, num_timesteps: int = 1000, *, offset: float = 0.008, max_beta: float = 0.999, zero_terminal_snr: bool = False
+        cls,
+        num_timesteps: int = 1000,
+        *,
+        offset: float = 0.008,
+        max_beta: float = 0.999,
+        zero_terminal_snr: bool = False,
     ) -> NoiseSchedule:
         """alphas_cumprod a squared cosine of t, betas capped (Nichol, Dhariwal 2021); diffusers "squaredcos_cap_v2"."""
         config = {"beta_schedule": "squaredcos_cap_v2"} if (offset, max_beta) == (0.008, 0.999) else None
@@ -127,7 +142,12 @@ class NoiseSchedule(nn.Module):
 
     @classmethod
     def sigmoid(
-        cls, num_timesteps: int = 1000, *, beta_start: float = 1e-4, beta_end: float = 0.02, zero_terminal_snr: bool = False
+        cls,
+        num_timesteps: int = 1000,
+        *,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        zero_terminal_snr: bool = False,
     ) -> NoiseSchedule:
         """Betas a sigmoid of t from -6 to 6 (as in GeoDiff); diffusers "sigmoid"."""
         config = {"beta_schedule": "sigmoid", "beta_start": beta_start, "beta_end": beta_end}
@@ -150,8 +170,8 @@ class NoiseSchedule(nn.Module):
         table = getattr(scheduler, "alphas_cumprod", None)
         if table is None:
             raise ValueError(
-                f"{type(scheduler).__name__} has no alphas_cumprod, so it is not a discrete variance-preserving schedule; "
-                "pass a scheduler of the DDPM family, or NoiseSchedule(alphas_cumprod) with your own table"
+                f"{type(scheduler).__name__} has no alphas_cumprod, so it is no discrete variance-preserving schedule; "
+                "pass one of the DDPM family, or NoiseSchedule(alphas_cumprod) with your own table"
             )
         bar = torch.as_tensor(table).detach().to("cpu", torch.float64)
         config = scheduler.config
@@ -162,8 +182,10 @@ class NoiseSchedule(nn.Module):
         keys = ("beta_schedule", "beta_start", "beta_end", "trained_betas")
         return cls(bar, config={key: config[key] for key in keys if config.get(key) is not None})
 
-    def to_diffusers(self, scheduler_class: type | None = None, prediction_type: str = "epsilon", **options: Any) -> Any:
-        """A diffusers scheduler with this schedule (DDPMScheduler unless another class is given).
+    def to_diffusers(
+        self, scheduler_class: type | None = None, prediction_type: str = "epsilon", **options: Any
+    ) -> Any:
+        """A diffusers scheduler with this schedule, DDPMScheduler unless another class is given.
 
         options go to the scheduler's constructor unchanged (for example ``timestep_spacing="trailing"``).
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import signal
@@ -86,11 +87,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prediction", canonical_prediction_type(self.prediction))
-        for kind, name, known in [("schedule", self.schedule, SCHEDULES), ("model preset", self.model, PRESETS)]:
-            if name not in known:
-                raise KeyError(f"unknown {kind} {name!r}; have {list(known)}")
-        if self.precision not in ("auto", "float32", "bfloat16"):
-            raise KeyError(f"unknown precision {self.precision!r}; have ['auto', 'float32', 'bfloat16']")
+        choices = {"schedule": [*SCHEDULES], "model": [*PRESETS], "precision": ["auto", "float32", "bfloat16"]}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise KeyError(f"unknown {name} {getattr(self, name)!r}; have {known}")
         counts = "images batch_size accumulate bins log_every validation_images validation_timesteps num_timesteps"
         for name in counts.split():
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
@@ -149,7 +149,7 @@ class TrainState:
     """Everything a step changes, and nothing else; state_dict() is what a checkpoint holds."""
 
     model: nn.Module
-    forward: nn.Module  # the model, or its compiled form
+    forward: Any  # the model, or its compiled form
     ema: EMA
     schedule: NoiseSchedule
     weighting: Weighting
@@ -190,7 +190,9 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} asked for, but this torch ({torch.__version__}) sees no CUDA device; use cpu")
+        raise ValueError(
+            f"device {name!r} asked for, but this torch ({torch.__version__}) sees no CUDA device; use cpu"
+        )
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -219,7 +221,9 @@ def build(config: TrainConfig, data: ImageData) -> TrainState:
         torch.manual_seed(config.seed)
         classes = data.num_classes if config.conditional else None
         model = make_model(config.model, height, channels, classes).to(device)
-    schedule = make_schedule(config.schedule, config.num_timesteps, zero_terminal_snr=config.zero_terminal_snr).to(device)
+    schedule = make_schedule(config.schedule, config.num_timesteps, zero_terminal_snr=config.zero_terminal_snr).to(
+        device
+    )
     weighting = make_weighting(
         config.weighting, schedule, config.prediction, config.normalize, **config.weighting_params
     ).to(device)
@@ -239,6 +243,10 @@ def build(config: TrainConfig, data: ImageData) -> TrainState:
     )
 
 
+def _kwargs(config: TrainConfig, labels: Tensor | None) -> dict[str, Any]:
+    return {"class_labels": labels} if config.conditional else {}
+
+
 def _autocast(config: TrainConfig, device: torch.device) -> Any:
     low = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
     return torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
@@ -252,11 +260,13 @@ def _step_gramian(state: TrainState, data: ImageData, config: TrainConfig) -> Te
     # Another seed gives another order of the images than training has at this step.
     x0, labels, _ = batch(data, config.seed + 2**32, step, len(timesteps), flip=config.flip)
     noise = torch.randn(x0.shape, generator=generator(config.seed, step, "gramian noise", device), device=device)
-    kwargs = {"class_labels": labels} if config.conditional else {}
+    options: dict[str, Any] = {
+        "prediction_type": config.prediction,
+        "splits": 4,
+        "model_kwargs": _kwargs(config, labels),
+    }
     with _autocast(config, device):
-        return bin_gramian(
-            state.model, state.schedule, x0, noise, timesteps, bins, prediction_type=config.prediction, splits=4, model_kwargs=kwargs
-        )
+        return bin_gramian(state.model, state.schedule, x0, noise, timesteps, bins, **options)
 
 
 def train_step(state: TrainState, data: ImageData, config: TrainConfig) -> StepRecord:
@@ -269,7 +279,7 @@ def train_step(state: TrainState, data: ImageData, config: TrainConfig) -> StepR
     u = torch.rand(config.batch_size, generator=generator(seed, step, "timesteps"))
     timesteps, importance = state.sampler(u.to(device))
     noise = torch.randn(x0.shape, generator=generator(seed, step, "noise", device), device=device)
-    kwargs = {"class_labels": labels} if config.conditional else {}
+    kwargs = _kwargs(config, labels)
     if state.weighting.needs_gramian and step % state.weighting.gramian_every == 0:
         state.weighting.observe_gramian(_step_gramian(state, data, config))
 
@@ -277,14 +287,12 @@ def train_step(state: TrainState, data: ImageData, config: TrainConfig) -> StepR
     for group in state.optimizer.param_groups:
         group["lr"] = group["base_lr"] * warmup
     state.optimizer.zero_grad(set_to_none=True)
-    size = config.batch_size // config.accumulate
     losses, total = [], torch.zeros((), device=device)
-    for part in torch.arange(config.batch_size, device=device).split(size):
+    for part in torch.arange(config.batch_size, device=device).chunk(config.accumulate):
+        draws = x0[part], noise[part], timesteps[part]
         part_kwargs = {key: value[part] for key, value in kwargs.items()}
         with _autocast(config, device):
-            part_losses = sample_losses(
-                state.forward, state.schedule, x0[part], noise[part], timesteps[part], config.prediction, **part_kwargs
-            )
+            part_losses = sample_losses(state.forward, state.schedule, *draws, config.prediction, **part_kwargs)
         correction = importance[part] if state.sampler.corrected else None
         loss = state.weighting(part_losses, timesteps[part], correction) / config.accumulate
         loss.backward()
@@ -305,27 +313,19 @@ def iterate(state: TrainState, data: ImageData, config: TrainConfig) -> Iterator
 
 
 def _first_failure(records: list[StepRecord]) -> StepRecord | None:
-    finite = torch.stack([torch.isfinite(r.losses).all() & torch.isfinite(r.loss) & torch.isfinite(r.grad_norm) for r in records])
+    finite = torch.stack([torch.cat([r.losses, r.loss[None], r.grad_norm[None]]).isfinite().all() for r in records])
     return None if bool(finite.all()) else records[int(finite.logical_not().nonzero()[0])]
 
 
 def _explain_failure(record: StepRecord, state: TrainState, config: TrainConfig, out: Path) -> TrainingDiverged:
     """Write failure.json beside the last whole checkpoint and return the error to raise."""
-    bins = Bins.uniform(config.num_timesteps, config.bins)
-    bad = ~torch.isfinite(record.losses)
-    timesteps = (record.timesteps[bad] if bad.any() else record.timesteps).cpu()
-    index = int(bins.index(timesteps)[0])
-    what = "loss" if bad.any() else "weighted loss" if not torch.isfinite(record.loss) else "gradient"
-    report = {
-        "step": record.step,
-        "what": what,
-        "weighting": config.weighting,
-        "timesteps": record.timesteps.tolist(),
-        "losses": [str(v) for v in record.losses.tolist()],
-        "grad_norm": str(float(record.grad_norm)),
-        "weights": [str(v) for v in state.weighting.weights().tolist()],
-    }
-    write_json(out / "failure.json", report)
+    bins, bad = Bins.uniform(config.num_timesteps, config.bins), ~record.losses.isfinite()
+    index = int(bins.index((record.timesteps[bad] if bad.any() else record.timesteps).cpu())[0])
+    what = "loss" if bad.any() else "weighted loss" if not record.loss.isfinite() else "gradient"
+    numbers = {"losses": record.losses, "weights": state.weighting.weights(), "grad_norm": record.grad_norm[None]}
+    report = {"step": record.step, "what": what, "weighting": config.weighting, "timesteps": record.timesteps.tolist()}
+    # As text, because JSON has no NaN.
+    write_json(out / "failure.json", report | {name: [str(v) for v in t.tolist()] for name, t in numbers.items()})
     return TrainingDiverged(
         f"{what} is not finite at step {record.step}, first in timestep bin {index} "
         f"({int(bins.edges[index])}..{int(bins.edges[index + 1]) - 1}), weighting {config.weighting!r}; nothing was "
@@ -355,73 +355,74 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
 
 
 class _Recorder:
-    """Turns step records into the run folder: metrics, checkpoints, validation, summary."""
+    """Turns step records into the run folder: metrics, validation, checkpoints, summary."""
 
     def __init__(self, config: TrainConfig, state: TrainState, test: ImageData, out: Path) -> None:
         self.config, self.state, self.out = config, state, out
-        self.bins = Bins.uniform(config.num_timesteps, config.bins).to(test.images.device)
         self.pending: list[StepRecord] = []
         self.seconds, self.since = 0.0, time.perf_counter()
-        self.test_images = test.images[: config.validation_images]
-        self.test_labels = test.labels[: config.validation_images] if config.conditional and test.labels is not None else None
-        self.timesteps = evaluation_timesteps(config.num_timesteps, min(config.validation_timesteps, config.num_timesteps))
-        with torch.random.fork_rng(devices=[]):
-            channels, size = self.test_images.shape[1], self.test_images.shape[2]
-            classes = test.num_classes if config.conditional else None
-            self.ema_model = make_model(config.model, size, channels, classes).to(test.images.device)
+        self.images = test.images[: config.validation_images]
+        self.labels = (
+            test.labels[: config.validation_images] if config.conditional and test.labels is not None else None
+        )
+        self.timesteps = evaluation_timesteps(
+            config.num_timesteps, min(config.validation_timesteps, config.num_timesteps)
+        )
+        self.ema_model: Any = copy.deepcopy(state.model).requires_grad_(False)
 
     def log(self, extra: dict[str, Any] | None = None) -> None:
         """Write one metrics line for the steps since the last one."""
-        config, now = self.config, time.perf_counter()
+        now = time.perf_counter()
         self.seconds, self.since = self.seconds + now - self.since, now
-        row: dict[str, Any] = {"step": self.state.step, "images": self.state.step * config.batch_size, "seconds": round(self.seconds, 3)}
+        images = self.state.step * self.config.batch_size
+        row: dict[str, Any] = {"step": self.state.step, "images": images, "seconds": round(self.seconds, 3)}
         if self.pending:
-            losses, timesteps = (torch.cat([getattr(r, name) for r in self.pending]) for name in ("losses", "timesteps"))
-            weights = self.state.weighting.weights().to(losses.device)
-            every = torch.arange(config.num_timesteps, device=losses.device)
+            losses, timesteps, weights = self._window()
+            bins = Bins.uniform(self.config.num_timesteps, self.config.bins)
             row |= {
-                "loss": float(torch.stack([r.loss for r in self.pending]).mean()),
-                "mean_loss": float(losses.mean()),
-                "grad_norm": float(torch.stack([r.grad_norm for r in self.pending]).mean()),
-                "bin_losses": self.bins.mean(losses, timesteps)[0],
-                "bin_weights": self.bins.mean(weights.to(losses.dtype), every)[0],
+                name: float(torch.stack([getattr(r, name) for r in self.pending]).mean())
+                for name in ("loss", "grad_norm")
             }
+            row |= {"mean_loss": float(losses.mean()), "bin_losses": bins.mean(losses, timesteps)[0]}
+            row |= {"bin_weights": bins.mean(weights, torch.arange(len(weights)))[0]}
         append_metrics(self.out / "metrics.jsonl", row | (extra or {}))
         self.pending.clear()
 
+    def _window(self) -> tuple[Tensor, Tensor, Tensor]:
+        losses, timesteps = (torch.cat([getattr(r, name) for r in self.pending]) for name in ("losses", "timesteps"))
+        return losses.cpu(), timesteps.cpu(), self.state.weighting.weights().cpu()
+
     def validate(self) -> dict[str, Any]:
-        """EMA losses at fixed timesteps, images and noise."""
+        """Losses of the EMA weights at fixed timesteps, images and noise."""
         self.state.ema.copy_to(self.ema_model)
-        config = self.config
-        losses = validation_losses(
-            self.ema_model, self.test_images, self.state.schedule, config.prediction, timesteps=self.timesteps, labels=self.test_labels
-        )
+        fixed: dict[str, Any] = {"timesteps": self.timesteps, "labels": self.labels}
+        losses = validation_losses(self.ema_model, self.images, self.state.schedule, self.config.prediction, **fixed)
         return {"validation_timesteps": self.timesteps, "validation_losses": losses}
 
     def save(self, status: str) -> None:
+        """Checkpoint, then summary."""
         tensors, rest = self.state.state_dict()
         save_checkpoint(self.out / "checkpoint", self.state.step, tensors, rest | {"seconds": self.seconds})
         self.summarise(status)
 
     def summarise(self, status: str, **more: Any) -> None:
+        """Write summary.json."""
         images = self.state.step * self.config.batch_size
         base = {"status": status, "step": self.state.step, "images": images, "seconds": round(self.seconds, 3)}
         write_json(self.out / "summary.json", base | more | {"provenance": provenance()})
 
     def finish(self) -> None:
-        """Write the diffusers pipeline with the EMA weights, a grid of samples and the summary."""
+        """Write the diffusers pipeline with the EMA weights, a grid of samples, the last checkpoint and the summary."""
         from diffusers import DDPMPipeline
 
-        config, state = self.config, self.state
-        validation = self.validate()
-        state.ema.copy_to(self.ema_model)
-        DDPMPipeline(self.ema_model, state.schedule.to_diffusers(prediction_type=config.prediction)).save_pretrained(self.out / "pipeline")
-        shape = (64, *self.test_images.shape[1:])
-        labels = torch.arange(64) % self.ema_model.config["num_class_embeds"] if config.conditional else None
-        samples = sample_images(self.ema_model, state.schedule, shape, prediction_type=config.prediction, labels=labels)
-        save_grid(samples, self.out / "samples.png", scale=2 if shape[-1] <= 32 else 1)
+        kind, model, schedule = self.config.prediction, self.ema_model, self.state.schedule
+        loss = float(self.validate()["validation_losses"].mean())
+        DDPMPipeline(model, schedule.to_diffusers(prediction_type=kind)).save_pretrained(self.out / "pipeline")
+        labels = torch.arange(64) % model.config["num_class_embeds"] if self.config.conditional else None
+        samples = sample_images(model, schedule, (64, *self.images.shape[1:]), prediction_type=kind, labels=labels)
+        save_grid(samples, self.out / "samples.png", scale=2 if samples.shape[-1] <= 32 else 1)
         self.save("done")
-        self.summarise("done", validation_loss=float(validation["validation_losses"].mean()))
+        self.summarise("done", validation_loss=loss)
 
 
 def _check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
@@ -436,7 +437,9 @@ def _check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
     differing = [key for key in given if saved.get(key) != given[key] and key not in ("device", "data_root")]
     if differing:
         pairs = ", ".join(f"{key} {saved.get(key)!r} there, {given[key]!r} here" for key in differing)
-        raise RunError(f"{out} is a run of another configuration ({pairs}); resume it as it was, or choose another --out")
+        raise RunError(
+            f"{out} is a run of another configuration ({pairs}); resume it as it was, or choose another --out"
+        )
 
 
 def _claim_folder(config: TrainConfig, out: Path) -> None:
@@ -486,7 +489,10 @@ def _run(state: TrainState, data: ImageData, config: TrainConfig, recorder: _Rec
 
     # On a CPU a check costs nothing; on a GPU it would stall the queue, so it waits for the log line.
     check_every = 1 if data.images.device.type == "cpu" else config.log_every
-    bar = tqdm(total=config.images, initial=state.step * config.batch_size, unit="img", unit_scale=True, disable=not progress, desc=config.weighting)
+    bar = tqdm(
+        total=config.images, initial=state.step * config.batch_size, unit="img", unit_scale=True, disable=not progress
+    )
+    bar.set_description(config.weighting, refresh=False)
     with _stop_signals() as stopped, bar:
         if state.step == 0:
             recorder.log(recorder.validate())

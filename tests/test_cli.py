@@ -9,7 +9,13 @@ import pytest
 from dysigma.cli import HELP, main
 from dysigma.training import TrainConfig
 
-QUICK = "--images 32 --batch-size 8 --image-size 8 --train-images 32 --validation-images 4 --validation-timesteps 5 --device cpu --quiet".split()
+QUICK = [
+    f"--{name}={value}"
+    for name, value in {
+        "images": 32, "batch-size": 8, "image-size": 8, "train-images": 32, "validation-images": 4,
+        "validation-timesteps": 5, "device": "cpu",
+    }.items()
+] + ["--quiet"]  # fmt: skip
 
 
 def test_every_configuration_field_has_a_help_text():
@@ -20,10 +26,13 @@ def test_train_sample_evaluate_on_ones_own_images(tmp_path, capsys):
     images = np.random.default_rng(0).integers(0, 256, (16, 12, 12, 3), dtype=np.uint8)
     np.savez(tmp_path / "mine.npz", train_images=images, test_images=images[:4])
     out = tmp_path / "run"
-    assert main(["train", "--data", str(tmp_path / "mine.npz"), "--out", str(out), "--images", "32", *QUICK[2:4], "--train-images", "16", "--validation-timesteps", "5", "--device", "cpu", "--quiet"]) == 0
-    assert main(["sample", str(out), "--num-images", "3", "--steps", "4", "--device", "cpu", "--npz", str(tmp_path / "s.npz")]) == 0
+    train = ["train", "--data", str(tmp_path / "mine.npz"), "--out", str(out), *QUICK, "--image-size=12"]
+    assert main([*train, "--train-images=16"]) == 0
+    sample = ["sample", str(out), "--num-images", "3", "--steps", "4", "--device", "cpu"]
+    assert main([*sample, "--npz", str(tmp_path / "s.npz")]) == 0
     assert np.load(tmp_path / "s.npz")["images"].shape == (3, 12, 12, 3)
-    assert main(["evaluate", str(out), "--num-images", "4", "--timesteps", "5", "--elbo-timesteps", "4", "--device", "cpu"]) == 0
+    evaluate = ["evaluate", str(out), "--num-images", "4", "--timesteps", "5", "--elbo-timesteps", "4"]
+    assert main([*evaluate, "--device", "cpu"]) == 0
     report = json.loads((out / "evaluation.json").read_text())
     assert len(report["losses"]) == 5 and report["elbo"]["bits_per_dim"] > 0
     assert "bits/dim" in capsys.readouterr().out

@@ -26,7 +26,11 @@ class GaussianDenoiser(nn.Module):
 
 def draws(size=512):
     g = torch.Generator().manual_seed(0)
-    return torch.randn(size, 64, generator=g) * 0.5, torch.randn(size, 64, generator=g), torch.randint(0, 1000, (size,), generator=g)
+    return (
+        torch.randn(size, 64, generator=g) * 0.5,
+        torch.randn(size, 64, generator=g),
+        torch.randint(0, 1000, (size,), generator=g),
+    )
 
 
 def test_losses_of_the_three_types_differ_by_the_snr_factors():
@@ -55,7 +59,9 @@ def test_losses_are_unreduced_and_float32_under_autocast():
     model = nn.Conv2d(1, 1, 3, padding=1)
     schedule = NoiseSchedule.cosine(10)
     with torch.autocast("cpu", torch.bfloat16):
-        losses = sample_losses(lambda x, t: model(x), schedule, torch.rand(4, 1, 8, 8), torch.randn(4, 1, 8, 8), torch.arange(4))
+        losses = sample_losses(
+            lambda x, t: model(x), schedule, torch.rand(4, 1, 8, 8), torch.randn(4, 1, 8, 8), torch.arange(4)
+        )
     assert losses.shape == (4,) and losses.dtype == torch.float32
 
 
@@ -68,4 +74,10 @@ def test_diffusers_outputs_and_tuples_are_unwrapped():
 
 def test_mismatched_noise_is_refused():
     with pytest.raises(ValueError, match="one shape"):
-        sample_losses(lambda x, t: x, NoiseSchedule.linear(10), torch.zeros(2, 3), torch.zeros(1, 3), torch.zeros(2, dtype=torch.long))
+        sample_losses(
+            lambda x, t: x,
+            NoiseSchedule.linear(10),
+            torch.zeros(2, 3),
+            torch.zeros(1, 3),
+            torch.zeros(2, dtype=torch.long),
+        )

@@ -4,7 +4,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from dysigma.runs import RunError, append_metrics, load_checkpoint, load_run, read_metrics, save_checkpoint, write_atomically, write_json
+from dysigma.runs import (
+    RunError,
+    append_metrics,
+    load_checkpoint,
+    load_run,
+    read_metrics,
+    save_checkpoint,
+    write_atomically,
+    write_json,
+)
 
 TENSORS = {"a": torch.arange(5.0), "b": torch.tensor(3)}
 

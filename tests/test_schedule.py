@@ -10,7 +10,12 @@ from diffusers.training_utils import compute_snr
 from dysigma.draws import check_timesteps, generator
 from dysigma.schedule import SCHEDULES, NoiseSchedule, canonical_prediction_type, make_schedule
 
-DIFFUSERS_NAMES = {"linear": "linear", "scaled-linear": "scaled_linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
+DIFFUSERS_NAMES = {
+    "linear": "linear",
+    "scaled-linear": "scaled_linear",
+    "cosine": "squaredcos_cap_v2",
+    "sigmoid": "sigmoid",
+}
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -27,7 +32,9 @@ def test_tables_equal_those_of_diffusers(name):
 
 def test_log_snr_matches_a_hand_computation():
     schedule = NoiseSchedule(torch.tensor([0.8, 0.5, 0.1]))
-    torch.testing.assert_close(schedule.log_snr, torch.tensor([math.log(4), 0.0, -math.log(9)], dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        schedule.log_snr, torch.tensor([math.log(4), 0.0, -math.log(9)], dtype=torch.float64), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -36,7 +43,9 @@ def test_add_noise_equals_diffusers(name):
     theirs = schedule.to_diffusers()
     x0, noise = torch.randn(2, 8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     timesteps = torch.arange(0, 1000, 125)
-    torch.testing.assert_close(schedule.add_noise(x0, noise, timesteps), theirs.add_noise(x0, noise, timesteps), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        schedule.add_noise(x0, noise, timesteps), theirs.add_noise(x0, noise, timesteps), rtol=1e-3, atol=1e-5
+    )
     velocity = theirs.get_velocity(x0, noise, timesteps)
     torch.testing.assert_close(schedule.target(x0, noise, timesteps, "v"), velocity, rtol=1e-3, atol=1e-5)
 
@@ -49,7 +58,9 @@ def test_every_prediction_type_recovers_x0(name, zero_terminal_snr):
     timesteps = torch.arange(100)
     x_t = schedule.add_noise(x0, noise, timesteps)
     for kind in ("sample", "v_prediction"):
-        torch.testing.assert_close(schedule.to_x0(schedule.target(x0, noise, timesteps, kind), x_t, timesteps, kind), x0, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            schedule.to_x0(schedule.target(x0, noise, timesteps, kind), x_t, timesteps, kind), x0, rtol=1e-4, atol=1e-5
+        )
     keep = schedule.alpha > 0.01
     back = schedule.to_x0(noise[keep], x_t[keep], timesteps[keep], "epsilon")
     torch.testing.assert_close(back, x0[keep], rtol=1e-3, atol=1e-3)
@@ -72,7 +83,14 @@ def test_zero_terminal_snr_agrees_with_diffusers():
 
 @pytest.mark.parametrize(
     "scheduler_class",
-    ["DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler"],
+    [
+        "DDPMScheduler",
+        "DDIMScheduler",
+        "DPMSolverMultistepScheduler",
+        "EulerDiscreteScheduler",
+        "PNDMScheduler",
+        "UniPCMultistepScheduler",
+    ],
 )
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
 def test_round_trip_through_diffusers(scheduler_class, zero_terminal_snr):
@@ -116,7 +134,10 @@ def test_tables_that_are_no_schedule_are_refused(table):
         NoiseSchedule(torch.tensor(table))
 
 
-@pytest.mark.parametrize("timesteps", [torch.tensor([0.5]), torch.tensor([[1]]), torch.tensor([100]), torch.tensor([-1]), torch.tensor([1, 2])])
+@pytest.mark.parametrize(
+    "timesteps",
+    [torch.tensor([0.5]), torch.tensor([[1]]), torch.tensor([100]), torch.tensor([-1]), torch.tensor([1, 2])],
+)
 def test_bad_timesteps_are_refused(timesteps):
     with pytest.raises(ValueError, match="timesteps must"):
         check_timesteps(timesteps, 100, batch=1)

@@ -1,4 +1,4 @@
-"""Laws of training: it learns, it resumes exactly, two weightings see the same draws, and nothing is repaired in silence."""
+"""Laws of training: it learns, it resumes exactly, all arms see the same draws, and nothing is repaired in silence."""
 
 import dataclasses
 import json
@@ -106,7 +106,9 @@ def test_a_finished_run_opens_in_diffusers_and_in_a_table(tmp_path):
 def test_a_non_finite_loss_stops_the_run_and_names_step_bin_and_weighting(tmp_path, monkeypatch):
     def poisoned(model, schedule, x0, noise, timesteps, *args, **kwargs):
         losses = torch.ones(len(x0), requires_grad=True) * sum(p.sum() for p in model.parameters())
-        return torch.where(torch.arange(len(x0)) == 3, torch.tensor(float("nan")), losses) if timesteps[0] > 25 else losses
+        return (
+            torch.where(torch.arange(len(x0)) == 3, torch.tensor(float("nan")), losses) if timesteps[0] > 25 else losses
+        )
 
     monkeypatch.setattr("dysigma.training.sample_losses", poisoned)
     with pytest.raises(TrainingDiverged, match=r"loss is not finite at step \d+.*bin \d.*'min-snr'"):
@@ -118,8 +120,10 @@ def test_a_non_finite_loss_stops_the_run_and_names_step_bin_and_weighting(tmp_pa
 
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
     out = tmp_path / "run"
-    arguments = "train --images 800000 --batch-size 8 --image-size 8 --train-images 64 --device cpu --quiet --out".split()
-    process = subprocess.Popen([sys.executable, "-m", "dysigma", *arguments, str(out)], stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "dysigma", "train", "--images=800000", "--batch-size=8", "--image-size=8"]
+    command += ["--train-images=64", "--device=cpu", "--quiet", f"--out={out}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     for _ in range(600):
         if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) > 1:
             break
