@@ -65,6 +65,7 @@ def _clean(text: str, root: Path) -> str:
 
 def normalise(notebook: Any, root: Path) -> None:
     """Drop from an executed notebook, in place, what would differ between two runs or is of no use to a reader."""
+    notebook.metadata["language_info"] = METADATA["language_info"]  # the kernel put its version there
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
             if "text" in output:

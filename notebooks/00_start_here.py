@@ -139,7 +139,7 @@ plots.show(
     title="Three weightings of the same losses",
     caption="Min-SNR turns down the clean end and leaves the rest alone. Const-x0 hands nearly everything to the few noisiest timesteps.",
     alt="Weights against log-SNR on logarithmic axes. A flat line for const-eps; min-snr is flat on the left and falls on the right; "
-    "const-x0 falls steeply everywhere, from thousands at the noisy end to less than a ten-thousandth.",
+    "const-x0 falls steeply everywhere, from about a thousand at the noisy end to less than a ten-thousandth.",
     notebook=NOTEBOOK,
 )
 

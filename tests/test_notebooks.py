@@ -74,7 +74,7 @@ def test_page_is_small_and_says_nothing_of_the_machine_it_ran_on(source):
     text = source.with_suffix(".ipynb").read_text(encoding="utf-8")
     assert len(text.encode()) <= MAX_BYTES
     notebook = page(source)
-    assert set(notebook.metadata) == {"jupytext", "kernelspec", "language_info"}
+    assert notebook.metadata == convert(source).metadata
     for cell in notebook.cells:
         assert set(cell.metadata) <= {"tags", "jupyter", "mystnb"}
         shown = printed(cell) + "".join(
@@ -189,12 +189,13 @@ def test_links_resolve(source):
 def test_no_tricks(source):
     notebook = convert(source)
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
-    for trick in ("sys.path", "%pip", "!pip", "urllib", "requests", ".cuda()", "data:image"):
-        assert trick not in code + prose(notebook), trick
+    for trick in ("sys.path", "%pip", "!pip", "urllib", "import requests", ".cuda()"):
+        assert trick not in code, trick
+    assert "data:image" not in prose(notebook), "a picture belongs in figures/, not in the text"
     for node in ast.walk(code_of(notebook.cells)):
         if isinstance(node, ast.FunctionDef):
             lines = node.end_lineno - node.lineno + 1
-            assert lines <= 15, f"{node.name} has {lines} lines: it belongs in the package"
+            assert lines <= 20, f"{node.name} has {lines} lines: it belongs in the package"
 
 
 def test_the_map_lists_every_notebook_and_promises_none_that_is_here():
