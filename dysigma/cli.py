@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import sys
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ HELP = {
     "num_timesteps": "number of timesteps T",
     "zero_terminal_snr": "rescale the schedule to end in pure noise (not with epsilon)",
     "prediction": "what the network predicts: epsilon, sample (x0) or v_prediction (v)",
-    "weighting": "loss weighting; dysigma train --weighting ? lists them",
+    "weighting": "loss weighting, one of ",
     "weighting_params": "parameter of the weighting, as name=value; may be repeated (kappa=0.5 prior=min-snr)",
     "normalize": "scale weights to mean 1 over timesteps (the default)",
     "timestep_sampler": "uniform, stratified, logit-normal, lognormal, laplace or loss-second-moment timesteps",
@@ -66,18 +65,9 @@ def _pairs(items: Sequence[str]) -> dict[str, Any]:
     return pairs
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text()
-        return tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except OSError as error:
-        raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid {'TOML' if path.suffix == '.toml' else 'JSON'}: {error}") from None
-
-
 def _add_train(commands: Any) -> None:
     from .training import TrainConfig
+    from .weightings import WEIGHTINGS
 
     parser = commands.add_parser(
         "train",
@@ -101,6 +91,8 @@ def _add_train(commands: Any) -> None:
     for f in dataclasses.fields(TrainConfig):
         default = f.default if f.default is not dataclasses.MISSING else None
         flag, text = "--" + f.name.replace("_", "-"), HELP[f.name]
+        if f.name == "weighting":
+            text += ", ".join(WEIGHTINGS)
         if default is not None and not isinstance(default, bool):
             text += f" (default: {default})"
         if "bool" in str(f.type):
@@ -114,21 +106,18 @@ def _add_train(commands: Any) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
+    from .runs import read_config
     from .training import TrainConfig, train
-    from .weightings import WEIGHTINGS
 
-    if args.weighting == "?":
-        print("\n".join(WEIGHTINGS))
-        return
     given = {
         f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if getattr(args, f.name) is not None
     }
     for name in ("weighting_params", "sampler_params"):
         if name in given:
             given[name] = _pairs(given[name])
-    base = _read_config(args.config) if args.config else {}
+    base = read_config(args.config) if args.config else {}
     if args.resume and not args.config and (args.out / "config.json").exists():
-        base = _read_config(args.out / "config.json")
+        base = read_config(args.out / "config.json")
     run = train(TrainConfig.from_dict(base | given), args.out, resume=args.resume, progress=not args.quiet)
     print(f"done: {run.summary['images']:,} images, validation loss {run.summary['validation_loss']:.4f}, {run.path}")
 

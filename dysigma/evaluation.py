@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .draws import generator
 from .objective import predict, sample_losses
+from .plots import tile
 from .schedule import NoiseSchedule, canonical_prediction_type
-
-if TYPE_CHECKING:
-    import numpy
 
 SAMPLERS = ("ddim", "dpm-solver", "ddpm")
 
@@ -219,22 +217,9 @@ def sample_images(
     return torch.cat(done)
 
 
-def image_grid(images: Tensor, columns: int | None = None, padding: int = 1) -> numpy.ndarray:
-    """Tile (N, C, H, W) uint8 images into one (H', W', 3) uint8 array, row by row on white."""
-    from einops import rearrange
-
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    images = images.cpu()
-    blank = -len(images) % columns
-    images = torch.cat([images, images.new_full((blank, *images.shape[1:]), 255)])
-    framed = torch.nn.functional.pad(images, (0, padding, 0, padding), value=255)
-    grid = rearrange(framed, "(r c) k h w -> (r h) (c w) k", c=columns)[: -padding or None, : -padding or None]
-    return grid.expand(-1, -1, 3).contiguous().numpy() if grid.shape[-1] == 1 else grid.numpy()
-
-
-def save_grid(images: Tensor, path: Path, columns: int | None = None, scale: int = 1) -> None:
-    """Write a grid of images as a PNG, each pixel enlarged `scale` times."""
+def save_grid(images: Tensor, path: Path, columns: int = 8, scale: int = 1) -> None:
+    """Write (N, C, H, W) images as one PNG, row by row, each pixel enlarged `scale` times."""
     from PIL import Image
 
-    picture: Any = Image.fromarray(image_grid(images, columns))
+    picture: Any = Image.fromarray(tile(images.cpu(), columns))
     picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(path, optimize=True)

@@ -172,19 +172,27 @@ def heatmap(ax: Axes, matrix: ArrayLike, *, labels: Sequence[str] = (), limit: f
     return ax
 
 
-def image_grid(ax: Axes, images: ArrayLike, *, columns: int, row_labels: Sequence[str] = ()) -> Axes:
-    """Images (N, 1 or 3, H, W), uint8 or floating in [-1, 1], row by row; clipped to that range for the eye only."""
+def tile(images: ArrayLike, columns: int) -> NDArray:
+    """One picture (H', W', 3) uint8 of images (N, 1 or 3, H, W), row by row on white, a pixel apart.
+
+    Floating images lie in [-1, 1] and are clipped to it, for the eye only.
+    """
+    from einops import rearrange
+
     array = np.asarray(images)
     if array.ndim != 4 or array.shape[1] not in (1, 3):
         raise ValueError(f"images must be (N, 1 or 3, H, W); got shape {array.shape}")
     if array.dtype != np.uint8:
         array = np.round(np.clip(array * 127.5 + 127.5, 0, 255)).astype(np.uint8)
     array = np.broadcast_to(array, (len(array), 3, *array.shape[2:]))
-    rows, height, width = -(-len(array) // columns), array.shape[2] + 1, array.shape[3] + 1
-    sheet = np.full((rows * columns, height, width, 3), 255, dtype=np.uint8)
-    sheet[: len(array), :-1, :-1] = array.transpose(0, 2, 3, 1)
-    sheet = sheet.reshape(rows, columns, height, width, 3).swapaxes(1, 2)
-    ax.imshow(sheet.reshape(rows * height, columns * width, 3), interpolation="nearest")
+    framed = np.pad(array, ((0, -len(array) % columns), (0, 0), (0, 1), (0, 1)), constant_values=255)
+    return rearrange(framed, "(row column) c h w -> (row h) (column w) c", column=columns)
+
+
+def image_grid(ax: Axes, images: ArrayLike, *, columns: int, row_labels: Sequence[str] = ()) -> Axes:
+    """Draw `tile`, with a label per row."""
+    height = np.shape(images)[2] + 1
+    ax.imshow(tile(images, columns), interpolation="nearest")
     ax.set(xticks=[], frame_on=False)
     ax.set_yticks([(i + 0.5) * height for i in range(len(row_labels))], labels=row_labels)
     ax.grid(False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -15,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .bins import Bins
-from .runs import RunError, append_metrics, provenance, read_json, read_metrics, write_json
-from .training import TrainConfig, TrainingDiverged, train
+from .runs import RunError, append_metrics, provenance, read_config, read_json, read_metrics, write_json
+from .training import TrainConfig, TrainingDiverged, make_parts, train
 
 if TYPE_CHECKING:
     import pandas
@@ -39,13 +38,7 @@ class Race:
     @classmethod
     def read(cls, path: Path) -> Race:
         """From a TOML file with the tables base, arms and grid and the keys name and seeds."""
-        try:
-            values = tomllib.loads(path.read_text())
-        except OSError as error:
-            raise ValueError(f"cannot read the race {path}: {error.strerror}") from None
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path} is not valid TOML: {error}") from None
-        return cls.from_dict(values, str(path))
+        return cls.from_dict(read_config(path), str(path))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: str = "race") -> Race:
@@ -54,8 +47,9 @@ class Race:
         if set(values) != keys or not values["seeds"] or not values["arms"] or not values["grid"]:
             raise ValueError(f"{origin} must have exactly the keys {sorted(keys)}, none empty; got {sorted(values)}")
         race = cls(values["name"], tuple(values["seeds"]), values["base"], values["arms"], values["grid"])
-        for _ in race.entries():
-            pass  # every configuration is built once here, so that a misspelled field is found before hours are spent
+        # Everything is built once here, so that a misspelled name is found before hours are spent.
+        for _, config in race.entries():
+            make_parts(config)
         return race
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import subprocess
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,17 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path} does not exist") from None
     except ValueError as error:
         raise RunError(f"{path} is not valid JSON ({error}): the file is damaged") from None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The table in a .toml file, or the object in a JSON file; ValueError if it cannot be read."""
+    kind = "TOML" if path.suffix == ".toml" else "JSON"
+    try:
+        return tomllib.loads(path.read_text()) if kind == "TOML" else json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid {kind}: {error}") from None
 
 
 def provenance() -> dict[str, Any]:

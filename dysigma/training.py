@@ -211,6 +211,14 @@ def load_split(config: TrainConfig, split: str, device: torch.device) -> ImageDa
     return data
 
 
+def make_parts(config: TrainConfig) -> tuple[NoiseSchedule, Weighting, TimestepSampler]:
+    """Schedule, weighting and timestep sampler of a configuration, on the CPU."""
+    schedule = make_schedule(config.schedule, config.num_timesteps, zero_terminal_snr=config.zero_terminal_snr)
+    params = config.weighting_params
+    weighting = make_weighting(config.weighting, schedule, config.prediction, config.normalize, **params)
+    return schedule, weighting, make_sampler(config.timestep_sampler, schedule, **config.sampler_params)
+
+
 def build(config: TrainConfig, data: ImageData) -> TrainState:
     """A fresh TrainState on the device of the data; initial weights are a function of config.seed."""
     device = data.images.device
@@ -221,12 +229,8 @@ def build(config: TrainConfig, data: ImageData) -> TrainState:
         torch.manual_seed(config.seed)
         classes = data.num_classes if config.conditional else None
         model = make_model(config.model, height, channels, classes).to(device)
-    schedule = make_schedule(config.schedule, config.num_timesteps, zero_terminal_snr=config.zero_terminal_snr).to(
-        device
-    )
-    weighting = make_weighting(
-        config.weighting, schedule, config.prediction, config.normalize, **config.weighting_params
-    ).to(device)
+    schedule, weighting, sampler = make_parts(config)
+    weighting.to(device)
     groups = [{"params": list(model.parameters()), "lr": config.lr, "weight_decay": config.weight_decay}]
     groups += weighting.parameter_groups(config.weighting_lr)
     for group in groups:
@@ -236,9 +240,9 @@ def build(config: TrainConfig, data: ImageData) -> TrainState:
         model=model,
         forward=torch.compile(model) if use_compile else model,
         ema=EMA(model, config.ema_half_life),
-        schedule=schedule,
+        schedule=schedule.to(device),
         weighting=weighting,
-        sampler=make_sampler(config.timestep_sampler, schedule, **config.sampler_params).to(device),
+        sampler=sampler.to(device),
         optimizer=torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu")),
     )
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dysigma.evaluation import SAMPLERS, elbo, evaluation_timesteps, image_grid, sample_images, validation_losses
+from dysigma.evaluation import SAMPLERS, elbo, evaluation_timesteps, sample_images, validation_losses
 from dysigma.schedule import NoiseSchedule
 
 
@@ -85,10 +85,3 @@ def test_samples_are_a_function_of_seed_and_image_number():
 def test_unknown_sampler_shows_the_choices():
     with pytest.raises(KeyError, match="dpm-solver"):
         sample_images(nn.Identity(), NoiseSchedule.linear(), (1, 3, 4, 4), sampler="euler")
-
-
-def test_image_grid_places_images_row_by_row():
-    images = torch.arange(5, dtype=torch.uint8).mul(10).view(5, 1, 1, 1).expand(5, 3, 2, 2)
-    grid = image_grid(images, columns=3, padding=1)
-    assert grid.shape == (5, 8, 3)
-    assert [grid[0, 0, 0], grid[0, 3, 0], grid[3, 0, 0], grid[3, 6, 0], grid[2, 0, 0]] == [0, 10, 30, 255, 255]
