@@ -89,7 +89,9 @@ def _execute(source: Path, figures: Path, fast: bool, timeout: int, solutions: b
     client = NotebookClient(notebook, timeout=timeout, record_timing=False, coalesce_streams=True, resources=resources)
     client.extra_arguments = ["--log-level=ERROR"]
     try:
-        client.execute(env={**os.environ, "DYSIGMA_FAST": str(int(fast)), "DYSIGMA_FIGURES": str(figures)})
+        # One thread by default: the networks are tiny, and two threads on a busy machine spend their time waiting.
+        told = {"DYSIGMA_FAST": str(int(fast)), "DYSIGMA_FIGURES": str(figures)}
+        client.execute(env={"OMP_NUM_THREADS": "1", **os.environ, **told})
     except (CellExecutionError, CellTimeoutError) as error:
         cell = sum(1 for cell in notebook.cells if cell.get("execution_count"))
         reason = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip().splitlines()[-1]
