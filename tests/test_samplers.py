@@ -143,6 +143,22 @@ def test_the_same_u_gives_the_same_timestep_and_never_one_out_of_range(u):
 SAMPLERS = every()
 
 
+def test_parts_of_the_unit_interval_are_closed_below():
+    sampler = make_sampler("uniform", NoiseSchedule(torch.tensor([0.9, 0.6, 0.3, 0.1])))
+    assert sampler(torch.tensor([0.0, 0.2499, 0.25, 0.5, 0.75, 0.99999994]))[0].tolist() == [0, 0, 1, 2, 3, 3]
+
+
+def test_the_step_at_zero_snr_gets_the_mass_beyond_the_last_level():
+    from scipy.stats import laplace, norm
+
+    schedule = NoiseSchedule(torch.tensor([0.9, 0.5, 0.2, 0.0]))
+    level = schedule.log_snr[:3].numpy()
+    edges = np.array([np.inf, level[:2].mean(), level[1:].mean(), level[2] - (level[1] - level[2]) / 2, -np.inf])
+    for name, distribution, x in (("laplace", laplace(0, 0.5), edges), ("lognormal", norm(-1.2, 1.2), -edges / 2)):
+        wanted = np.abs(np.diff(distribution.cdf(x)))
+        np.testing.assert_allclose(make_sampler(name, schedule).probabilities().numpy(), wanted, rtol=1e-9)
+
+
 # ---------------------------------------------------------------- loss-second-moment
 
 
@@ -160,6 +176,15 @@ def test_it_follows_the_second_moment_after_the_warm_up():
     roots = np.sqrt(np.mean(history**2, axis=0))
     wanted = roots / roots.sum() * (1 - 0.001) + 0.001 / 20
     np.testing.assert_allclose(sampler.probabilities().numpy(), wanted, rtol=1e-5)
+
+
+def test_the_warm_up_counts_losses_that_the_running_mean_forgets():
+    sampler = make_sampler("loss-second-moment", make_schedule("linear", 4), bins=4, warmup=10, half_life=4.0)
+    losses = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    for _ in range(10):
+        assert sampler.probabilities().std() < 1e-12
+        sampler.update(losses, torch.arange(4))
+    torch.testing.assert_close(sampler.probabilities(), losses.double() / 10 * 0.999 + 0.001 / 4, rtol=1e-6, atol=0)
 
 
 def test_it_lowers_the_variance_of_the_corrected_mean():

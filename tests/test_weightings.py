@@ -428,6 +428,15 @@ def test_a_small_kappa_is_the_learnable_weighting_and_inside_forgets_its_prior()
         torch.testing.assert_close(inside, pure, rtol=5e-3, atol=0)
 
 
+def test_over_a_wide_bin_outside_weighs_the_losses_by_the_prior_and_tempered_does_not():
+    w = make_weighting("min-snr", SHORT).weights()
+    wanted = {"outside": (w * LOSSES).sum() / w.sum() / LOSSES.mean(), "tempered": torch.tensor(1.0)}
+    for variant, ratio in wanted.items():
+        weighting = make_weighting("dy-sigma", SHORT, variant=variant, bins=1)
+        settle(weighting, LOSSES, steps=300)
+        torch.testing.assert_close(weighting.log_variances()[0].detach(), ratio.log(), rtol=0, atol=5e-3)
+
+
 def test_dy_sigma_starts_exactly_at_its_prior():
     for variant in VARIANTS:
         for prior, params in (("min-snr", {"gamma": 2.0}), ("p2", {}), ("debiased", {})):
