@@ -1,0 +1,101 @@
+"""Races: common draws, nothing lost, nothing compared that should not be."""
+
+import json
+
+import pytest
+import torch
+
+from dysigma.cli import main
+from dysigma.exact import field_floor, field_variances, gaussian_fields
+from dysigma.race import Race, binned, load_race, race
+from dysigma.runs import RunError
+from dysigma.schedule import NoiseSchedule
+
+SPEC = {
+    "name": "test",
+    "seeds": [0, 1],
+    "base": {
+        "data": "gaussian-fields", "image_size": 8, "train_images": 64, "model": "micro", "images": 64, "batch_size": 8,
+        "validate_every": 32, "validation_images": 8, "validation_timesteps": 5, "log_every": 4, "device": "cpu",
+    },
+    "arms": {"const-eps": {"weighting": "const-eps"}, "min-snr": {"weighting": "min-snr"}},
+    "grid": {"epsilon": {"prediction": "epsilon"}},
+}  # fmt: skip
+
+
+def test_a_race_records_every_entry_once_and_goes_on_where_it_stopped(tmp_path):
+    spec = Race.from_dict(SPEC)
+    records = race(spec, tmp_path, progress=False)
+    lines = records.read_text().splitlines()
+    assert len(lines) == 4
+    # As if it had been stopped after two entries.
+    records.write_text("\n".join(lines[:2]) + "\n")
+    race(spec, tmp_path, progress=False)
+    table = load_race(tmp_path)
+    assert sorted(zip(table.arm, table.seed, strict=True)) == [(a, s) for a in ("const-eps", "min-snr") for s in (0, 1)]
+    assert sorted(records.read_text().splitlines()) != [] and not any((tmp_path / "work").iterdir())
+    first = {(r.arm, r.seed): r.validation_losses[0] for r in table.itertuples()}
+    # Paired: before the first step two arms with one seed are the same network; two seeds are not.
+    assert first["const-eps", 0] == first["min-snr", 0] != first["const-eps", 1]
+    rerun = {(r["arm"], r["seed"]): r["validation_losses"] for r in map(json.loads, lines)}
+    again = {(r.arm, r.seed): r.validation_losses for r in table.itertuples()}
+    assert rerun == again
+
+
+def test_a_folder_of_another_race_is_refused(tmp_path):
+    race(Race.from_dict(SPEC | {"seeds": [0]}), tmp_path, progress=False)
+    with pytest.raises(RunError, match="another specification"):
+        race(Race.from_dict(SPEC), tmp_path, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"seeds": []}, ValueError, "none empty"),
+        ({"extra": 1}, ValueError, "exactly the keys"),
+        ({"arms": {"a": {"weighting": "min-srn"}}}, KeyError, "min-snr"),
+        ({"arms": {"a": {"wieghting": "min-snr"}}}, KeyError, "wieghting"),
+        ({"arms": {"a": {"weighting": "min-snr", "weighting_params": {"gama": 1}}}}, ValueError, "gama"),
+    ],
+)
+def test_a_bad_specification_is_refused_before_anything_runs(change, error, message):
+    with pytest.raises(error, match=message):
+        Race.from_dict(SPEC | change)
+
+
+def test_a_missing_specification_is_one_line_and_code_2(tmp_path, capsys):
+    assert main(["race", str(tmp_path / "none.toml"), "--out", str(tmp_path)]) == 2
+    assert "none.toml" in capsys.readouterr().err
+
+
+def test_no_records_is_an_error(tmp_path):
+    with pytest.raises(RunError, match="no records"):
+        load_race(tmp_path)
+
+
+def test_binned_averages_in_uniform_bins():
+    losses = torch.tensor([[1.0, 3.0, 5.0, 7.0]])
+    assert binned(losses, torch.tensor([0, 4, 5, 9]), 10, 2).tolist() == [[2.0, 6.0]]
+
+
+def test_the_floor_of_gaussian_fields_is_what_the_wiener_filter_loses():
+    schedule, t = NoiseSchedule.linear(), 300
+    data = gaussian_fields(2000)
+    x0 = data.images.double().div(127.5).sub(1)
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    bar = schedule.alphas_cumprod[t]
+    x_t = bar.sqrt() * x0 + (1 - bar).sqrt() * noise
+    variance = field_variances()
+    gain = (1 - bar).sqrt() / (bar * variance + 1 - bar)
+    best = torch.fft.ifft2(torch.fft.fft2(x_t, norm="ortho") * gain, norm="ortho").real
+    measured = float((best - noise).square().mean())
+    assert abs(measured / float(field_floor(schedule)[t]) - 1) < 0.02
+    snr = schedule.log_snr.exp()
+    torch.testing.assert_close(field_floor(schedule, "sample") * snr, field_floor(schedule))
+    torch.testing.assert_close(field_floor(schedule, "sample") * (1 + snr), field_floor(schedule, "v"))
+
+
+def test_fields_of_a_split_extend_and_splits_differ():
+    few, many = gaussian_fields(10).images, gaussian_fields(1500).images
+    assert torch.equal(few, many[:10])
+    assert not torch.equal(few, gaussian_fields(10, split="test").images)
