@@ -7,11 +7,13 @@ import hashlib
 import os
 import pickle
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
@@ -54,33 +56,25 @@ _BLOCK = 1000
 
 @dataclass(eq=False)
 class ImageData:
-    """A data set in memory: images uint8 (N, C, H, W), labels int64 (N,) or None, class_names one per label value.
+    """A data set in memory. Raises ValueError when its parts do not fit together."""
 
-    exact: bool (N,), False where an image only approximates the original; None: all are exact.
-    Raises ValueError when these do not fit together.
-    """
-
-    images: Tensor
-    labels: Tensor | None = None
+    images: Tensor  # uint8 (N, C, H, W)
+    labels: Tensor | None = None  # int64 (N,)
     name: str = "images"
-    class_names: tuple[str, ...] | None = None
-    exact: Tensor | None = None
+    class_names: tuple[str, ...] | None = None  # one for each value of labels
+    exact: Tensor | None = None  # bool (N,), False where an image only approximates the original; None: all are exact
 
     def __post_init__(self) -> None:
-        total = len(self)
-        if self.images.ndim != 4 or self.images.dtype != torch.uint8 or 0 in self.images.shape:
-            got = f"{self.images.dtype} {(*self.images.shape,)}"
-            raise ValueError(f"{self.name}: images must be uint8 (N, C, H, W), none of them 0; got {got}")
-        for what, values, dtype in (("labels", self.labels, torch.int64), ("exact", self.exact, torch.bool)):
-            if values is not None and (values.dtype != dtype or values.shape != (total,)):
-                got = f"{values.dtype} {(*values.shape,)}"
-                raise ValueError(f"{self.name}: {what} must be {dtype} ({total},), one per image; got {got}")
-        if self.labels is not None and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < (
-            self.num_classes or 0
-        ):
-            raise ValueError(
-                f"{self.name}: labels must lie in [0, {self.num_classes}); got {self.labels.unique().tolist()}"
-            )
+        x, n = self.images, len(self)
+        if x.ndim != 4 or x.dtype != torch.uint8 or 0 in x.shape:
+            raise ValueError(f"{self.name}: need uint8 images (N, C, H, W), none of them 0; got {x.dtype} {[*x.shape]}")
+        for y, dtype in ((self.labels, torch.int64), (self.exact, torch.bool)):
+            if y is not None and (y.dtype != dtype or y.shape != (n,)):
+                wanted = f"labels must be integers (int64) and exact bool, both ({n},)"
+                raise ValueError(f"{self.name}: {wanted}; got {y.dtype} {[*y.shape]}")
+        classes = self.num_classes or 0
+        if self.labels is not None and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < classes:
+            raise ValueError(f"{self.name}: labels must lie in [0, {classes}); got {self.labels.unique().tolist()}")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -110,22 +104,19 @@ def load_data(
 ) -> ImageData:
     """One split of a data set, on the CPU, in one uint8 tensor and no second copy.
 
-    source: "leaves"; "cifar10" (Krizhevsky 2009); an .npz file of `{split}_images` uint8 (N, H, W, C) or (N, H, W) and
-        perhaps `{split}_labels` and `{split}_exact` for each split, or of `images` and perhaps `labels`; or a folder of
-        PNG/JPEG files at any depth: `train` and `test` in it are the splits, the next subfolders the classes, if any.
-        Of images without splits every tenth is a test image.
-    root: where CIFAR-10 lies, or goes: a folder with the official archive, its batches or cifar10.npz, or one of these
-        files. Default: the environment variable DYSIGMA_DATA, else the user's cache. Other sources have no root.
-    size: side in pixels; the central square is averaged over blocks if `size` divides its side, else resized
-        bicubically with antialiasing. Default: as it is; leaves: 32.
+    source: "leaves"; "cifar10" (Krizhevsky 2009); an .npz file of uint8 `train_images` and `test_images` (N, H, W[, C])
+        and perhaps `train_labels`, `train_exact`, ..., or of `images` and perhaps `labels`; or a folder of PNG/JPEG
+        files, its subfolders the classes, if any, in `train` and `test` or not. Without splits every tenth is for test.
+    root: folder of the official archive, its batches or cifar10.npz, or one of these files; where they are missing the
+        archive is downloaded. Default: the environment variable DYSIGMA_DATA, else the user's cache.
+    size: side in pixels, of block means of the central square where they fit, else of bicubic values, antialiased.
+        Default: as it is; leaves: 32.
     num_images: the first so many, but spread over all files of a folder. Default: all; leaves: 10,000 and 2,000.
-    seed: which leaves; other sources have none.
+    seed: which leaves.
     Raises ValueError for a bad argument or file, ConnectionError if CIFAR-10 is not here and cannot be downloaded.
     """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; have {list(SPLITS)}")
-    if (size is not None and not 8 <= size <= 1024) or (num_images is not None and num_images < 1):
-        raise ValueError(f"size must lie in [8, 1024] and num_images be at least 1; got {size=}, {num_images=}")
+    if split not in SPLITS or not (size is None or 8 <= size <= 1024) or not (num_images is None or num_images >= 1):
+        raise ValueError(f"{split=}, {size=}, {num_images=}: choose from {SPLITS}, 8 <= size <= 1024, num_images >= 1")
     path = Path(source).expanduser()
     if source == "leaves":
         return leaves(num_images or (10_000 if split == "train" else 2_000), size or 32, seed, split)
@@ -235,26 +226,22 @@ def _draw_leaves(uniform: np.ndarray, labels: np.ndarray, size: int) -> np.ndarr
         shadow = (0.6 + 8 / size * distance).clip(0, 1)
         light = 1 - 0.3 * dy / r  # from above, so that a mirrored image looks as natural
         pixels = rows[:, None, None], top[:, :, None] * size + left[:, None, :]
-        canvas[pixels] = (
-            canvas[pixels] * (shadow * (1 - cover))[..., None] + (cover * light)[..., None] * color[rows, k, None, None]
-        )
+        behind, leaf = (shadow * (1 - cover))[..., None], (cover * light)[..., None] * color[rows, k, None, None]
+        canvas[pixels] = canvas[pixels] * behind + leaf
     return (canvas.clip(0, 255) + 0.5).astype(np.uint8).reshape(-1, size, size, 3)
 
 
 def _resize(images: Tensor, size: int | None) -> Tensor:
     """The central squares of uint8 (N, C, H, W), at `size` if given; a few images at a time, to spare memory."""
-    height, width = images.shape[-2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
+    side = min(images.shape[-2:])
+    top, left = ((length - side) // 2 for length in images.shape[-2:])
     images = images[..., top : top + side, left : left + side]
     if size is None or size == side:
         return images.contiguous()
+    mode = "bicubic" if side % size else "area"
     out = torch.empty(*images.shape[:2], size, size, dtype=torch.uint8)
     for block, resized in zip(images.split(256), out.split(256), strict=True):
-        if side % size == 0:
-            real = F.avg_pool2d(block.float(), side // size)
-        else:
-            real = F.interpolate(block.float(), (size, size), mode="bicubic", antialias=True)
+        real = F.interpolate(block.float(), (size, size), mode=mode, antialias=mode == "bicubic")
         resized.copy_(real.round_().clamp_(0, 255))
     return out
 
@@ -263,31 +250,24 @@ def _npz(path: Path, split: str) -> ImageData:
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             found = file.files
-            whole = not any(f"{name}_images" in found for name in SPLITS)
-            keys = [key if whole else f"{split}_{key}" for key in ("images", "labels", "exact")]
-            images, labels, exact = (file[key] if key in found else None for key in keys)
+            prefix = f"{split}_" if any(f"{name}_images" in found for name in SPLITS) else ""
+            keys = {key: prefix + key for key in ("images", "labels", "exact") if prefix + key in found}
+            arrays = {key: torch.from_numpy(file[name]) for key, name in keys.items()}
     except Exception as error:  # a damaged file makes zipfile and numpy raise almost anything
         raise ValueError(f"{path}: not a readable .npz of plain arrays ({error}); write it with numpy.savez") from error
-    if images is None:
+    if "images" not in arrays:
         raise ValueError(f"{path} holds no {split} images; expected {split}_images or images, found {found}")
-    if images.ndim == 3:
-        images = images[..., None]
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise ValueError(f"{path}: images must be uint8 (N, H, W[, 1 or 3]); got {images.dtype} {images.shape}")
-    if (labels is not None and labels.dtype.kind not in "iu") or (exact is not None and exact.dtype != bool):
-        raise ValueError(f"{path}: labels must be integers and exact bool, one per image")
+    images, labels = arrays["images"].contiguous(), arrays.get("labels")
+    images = images[..., None] if images.ndim == 3 else images
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+        raise ValueError(f"{path}: images must be uint8 (N, H, W[, 1 or 3]); got {images.dtype} {(*images.shape,)}")
     count, height, width, channels = images.shape
-    flat = np.ascontiguousarray(images).reshape(count, height * width * channels)
-    # Channels go first in place, block by block, so that a second copy never exists.
-    for block in np.array_split(flat, 1 + count // 1024):
-        block[:] = block.reshape(-1, height, width, channels).transpose(0, 3, 1, 2).reshape(block.shape)
-    data = ImageData(
-        torch.from_numpy(flat.reshape(count, channels, height, width)),
-        None if labels is None else torch.from_numpy(labels.astype(np.int64)),
-        path.name,
-        exact=None if exact is None else torch.from_numpy(exact),
-    )
-    return data._map(lambda x: x[_held_out(count, split)]) if whole else data
+    for image in images:  # in place, so that a second copy of all never exists
+        image.view(channels, height, width).copy_(image.permute(2, 0, 1).clone())
+    if labels is not None and not labels.is_floating_point():
+        labels = labels.long()
+    data = ImageData(images.view(count, channels, height, width), labels, path.name, exact=arrays.get("exact"))
+    return data if prefix else data._map(lambda x: x[_held_out(count, split)])
 
 
 def _held_out(count: int, split: str) -> list[int]:
@@ -296,17 +276,14 @@ def _held_out(count: int, split: str) -> list[int]:
     return [i for i in range(count) if (i % every == every - 1) == (split == "test")]
 
 
-def _gather(blocks: Iterable[tuple[Any, Tensor]], names: list[Any]) -> Tensor:
-    """Named blocks (n, C, H, W) uint8 of one shape -> one tensor in the order of `names`, never held twice."""
-    out, missing = torch.empty(0), {name: i for i, name in enumerate(names)}
-    for name, block in blocks:
-        if len(missing) == len(names):
-            out = block.new_empty(len(names), *block.shape)
+def _stack(blocks: Iterable[tuple[Any, Tensor]], count: int) -> Tensor:
+    """`count` named blocks (n, ...) of one shape -> one tensor (count n, ...), filled as they come: none is kept."""
+    out = torch.empty(0)
+    for i, (name, block) in enumerate(blocks):
+        out = block.new_empty(count, *block.shape) if i == 0 else out
         if block.shape != out.shape[1:]:
             raise ValueError(f"{name} is {(*block.shape,)}, not {(*out.shape[1:],)}: give a size to resize to")
-        out[missing.pop(name)] = block
-    if missing:
-        raise ValueError(f"{', '.join(map(str, missing))} missing")
+        out[i] = block
     return out.flatten(0, 1)
 
 
@@ -317,7 +294,7 @@ def _folder(path: Path, split: str, size: int | None, num_images: int | None) ->
     if depth:
         files = [f for f in files if f.parts[0] in SPLITS]
     # Named before a split is taken, so that labels mean the same in both.
-    classes = tuple(sorted({f.parts[depth] if len(f.parts) > depth + 1 else "" for f in files}))
+    classes = sorted({"".join(f.parts[depth:-1][:1]) for f in files})
     files = [f for f in files if f.parts[0] == split] if depth else [files[i] for i in _held_out(len(files), split)]
     if not files:
         raise ValueError(f"{path} has no PNG or JPEG files for the {split} split (CIFAR-10 is called 'cifar10')")
@@ -325,10 +302,10 @@ def _folder(path: Path, split: str, size: int | None, num_images: int | None) ->
         raise ValueError(f"{path}: its subfolders name classes, but some images lie outside them; move those")
     count = min(num_images or len(files), len(files))
     files = [files[i * len(files) // count] for i in range(count)]
-    images = _gather(((path / f, _resize(_decode(path / f), size)) for f in files), [path / f for f in files])
-    if classes[0] == "":
+    images = _stack(((path / f, _resize(_decode(path / f), size)) for f in files), count)
+    if not classes[0]:
         return ImageData(images, None, path.name)
-    return ImageData(images, torch.tensor([classes.index(f.parts[depth]) for f in files]), path.name, classes)
+    return ImageData(images, torch.tensor([classes.index(f.parts[depth]) for f in files]), path.name, tuple(classes))
 
 
 def _decode(file: Path) -> Tensor:
@@ -340,9 +317,7 @@ def _decode(file: Path) -> Tensor:
             image = ImageOps.exif_transpose(opened)
         if image.mode[0] in "IF":
             raise ValueError(f"{image.mode} pixels")
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None]
     except Exception as error:  # a damaged file makes the decoders raise almost anything
         raise ValueError(f"{file} cannot be read as an image of 8 bits a channel ({error})") from error
@@ -353,52 +328,44 @@ def _cifar10(root: str | Path | None, split: str) -> ImageData:
     place = Path(root or os.environ.get("DYSIGMA_DATA") or cache).expanduser()
     if place.suffix in (".gz", ".npz") and not place.is_file():
         raise ValueError(f"there is no CIFAR-10 file {place}: give an existing file, or the folder that holds it")
-    for folder in (place, place / "cifar-10-batches-py"):
-        if all((folder / name).is_file() for name in CIFAR10_BATCHES[split]):
-            return _official(folder, split)
-    copy = place if place.suffix == ".npz" else place / "cifar10.npz"
-    archive = place if place.is_file() and place != copy else place / "cifar-10-python.tar.gz"
-    if copy.is_file() and not archive.is_file():
-        return replace(_npz(copy, split), class_names=CIFAR10_CLASSES)
-    if not archive.is_file():
-        _download(archive)
+    archive = place / "cifar-10-python.tar.gz"
+    for found in (place, place / "cifar-10-batches-py", archive, place / "cifar10.npz"):
+        if found.is_file() and found.suffix == ".npz":
+            return replace(_npz(found, split), class_names=CIFAR10_CLASSES)
+        if found.is_file() or all((found / name).is_file() for name in CIFAR10_BATCHES[split]):
+            return _official(found, split)
+    _download(archive)
     return _official(archive, split)
 
 
 def _official(place: Path, split: str) -> ImageData:
     """CIFAR-10 from the official archive or its extracted folder: verified, then unpickled, arrays only."""
-    labels: dict[str, Tensor] = {}
-
-    def blocks() -> Iterator[tuple[str, Tensor]]:
-        for name, raw in _read_batches(place, split):
-            _check_md5(BytesIO(raw), name, CIFAR10_BATCHES[split][name])
-            content = _ArraysOnly(BytesIO(raw), encoding="bytes").load()  # Python 2 wrote it, with strings of bytes
-            labels[name] = torch.tensor(content[b"labels"])
-            yield name, torch.from_numpy(content[b"data"]).view(-1, 3, 32, 32)
-
+    hashes, contents = CIFAR10_BATCHES[split], {}
     try:
-        images = _gather(blocks(), list(CIFAR10_BATCHES[split]))
-        marks = torch.cat([labels[name] for name in CIFAR10_BATCHES[split]])
-        return ImageData(images, marks, "cifar10", CIFAR10_CLASSES)
+        files = _read_batches(place, hashes.keys())
+        for name, expected in hashes.items():
+            raw = files.pop(name)
+            _check_md5(BytesIO(raw), name, expected)
+            contents[name] = _ArraysOnly(BytesIO(raw), encoding="bytes").load()  # Python 2 wrote it: strings are bytes
+        labels = torch.cat([torch.tensor(contents[name][b"labels"]) for name in hashes])
+        images = _stack(((name, torch.from_numpy(contents.pop(name)[b"data"])) for name in hashes), len(hashes))
+        return ImageData(images.view(-1, 3, 32, 32), labels, "cifar10", CIFAR10_CLASSES)
     except Exception as error:  # a damaged archive or pickle raises almost anything
-        raise ValueError(
-            f"{place} is not the official CIFAR-10 ({error}): delete it and run again to download it, or put an intact "
-            f"copy of {CIFAR10_URL} there"
-        ) from error
+        raise ValueError(f"{place} is not the official CIFAR-10 ({error}): delete it and run again") from error
 
 
-def _read_batches(place: Path, split: str) -> Iterator[tuple[str, bytes]]:
-    """The files of a split, in any order; nothing in an archive is ever extracted to the disk."""
+def _read_batches(place: Path, names: Set[str]) -> dict[str, bytes]:
+    """The files of these names; nothing in an archive is ever extracted to the disk."""
     if place.is_dir():
-        yield from ((name, (place / name).read_bytes()) for name in CIFAR10_BATCHES[split])
-        return
+        return {name: (place / name).read_bytes() for name in names}
     with place.open("rb") as stream:
         _check_md5(stream, "the archive", CIFAR10_MD5)
     with tarfile.open(place, "r:gz") as tar:
-        for member in tar:
-            folder, _, name = member.name.rpartition("/")
-            if folder == "cifar-10-batches-py" and name in CIFAR10_BATCHES[split] and member.isreg():
-                yield name, tar.extractfile(member).read()  # type: ignore[union-attr]  # never None for a file
+        members = ((Path(member.name).name, tar.extractfile(member)) for member in tar if member.isreg())
+        files = {name: file.read() for name, file in members if name in names and file}
+    if missing := names - files.keys():
+        raise ValueError(f"{', '.join(sorted(missing))} missing")
+    return files
 
 
 def _check_md5(stream: Any, name: str, expected: str) -> None:
@@ -420,35 +387,30 @@ class _ArraysOnly(pickle.Unpickler):
 
 def _download(archive: Path) -> None:
     """Fetch the official archive over HTTPS; what an interrupted download left in `.part` is continued."""
-    from http.client import HTTPException
-    from urllib.request import Request, urlopen
-
     from tqdm import tqdm
 
     part = archive.with_name(archive.name + ".part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("ab") as file, tqdm(total=CIFAR10_BYTES, unit="B", unit_scale=True, desc=archive.name) as bar:
-            if file.tell() < CIFAR10_BYTES:
-                request = Request(CIFAR10_URL, headers={"Range": f"bytes={file.tell()}-"})
-                with urlopen(request, timeout=30) as reply:
-                    if reply.status != 206:  # the server sends all of it again
-                        file.seek(0)
-                        file.truncate()
-                    bar.update(file.tell())
+        done = part.stat().st_size if part.exists() else 0
+        if done < CIFAR10_BYTES:
+            request = Request(CIFAR10_URL, headers={"Range": f"bytes={done}-"})
+            # A status other than 206 means that the server sends all of it again.
+            with urlopen(request, timeout=30) as reply, part.open("ab" if reply.status == 206 else "wb") as file:
+                with tqdm(total=CIFAR10_BYTES, initial=file.tell(), unit="B", unit_scale=True) as bar:
                     while block := reply.read(1 << 20):
                         bar.update(file.write(block))
-            if file.tell() < CIFAR10_BYTES:
-                raise ConnectionError(f"it broke off after {file.tell()} of {CIFAR10_BYTES} bytes")
+                done = file.tell()
+        if done < CIFAR10_BYTES:
+            raise ConnectionError(f"it broke off after {done} of {CIFAR10_BYTES} bytes")
+        with part.open("rb") as stream:
+            _check_md5(stream, "the download", CIFAR10_MD5)
+        part.replace(archive)
     except (OSError, HTTPException) as error:
         raise ConnectionError(
             f"CIFAR-10 is not in {archive.parent}, and downloading {CIFAR10_URL} failed ({error}): run again when "
             "online to continue, put that file there, or name a folder that holds it (--data-root or DYSIGMA_DATA)"
         ) from error
-    try:
-        with part.open("rb") as stream:
-            _check_md5(stream, "the download", CIFAR10_MD5)
     except ValueError as error:
         part.unlink()
         raise ValueError(f"{CIFAR10_URL}: {error}; it was removed, run again") from error
-    part.replace(archive)
