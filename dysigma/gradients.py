@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import pareto
@@ -57,10 +57,10 @@ class ConflictReport:
     null_cosine: float  # -1 / (K - 1): the mean where K gradients of equal norm cancel, as they do at a minimiser
     group_names: list[str]
     group_gramian: Tensor  # (groups, K, K) debiased; sums to gramian
-    update_cosine: Tensor | None  # (K,) of the optimizer's last step and minus the gradient; < 0: the bin gets worse
-    update_cosine_se: Tensor | None  # (K,)
-    cosine_preconditioned: Tensor | None  # (K, K) debiased, in the metric of the optimizer
     settings: dict[str, Any]  # micro_batches, batch_per_bin, paired, prediction_type, seed, training (the model's mode)
+    update_cosine: Tensor | None = None  # (K,) of the optimizer's step and minus the gradient; < 0: the bin gets worse
+    update_cosine_se: Tensor | None = None  # (K,)
+    cosine_preconditioned: Tensor | None = None  # (K, K) debiased, in the metric of the optimizer
 
     def interval(self) -> tuple[Tensor, Tensor]:
         """Low and high ends (K, K) of the intervals of cosine_debiased."""
@@ -77,28 +77,27 @@ class ConflictReport:
 
         off = self.cosine_debiased.clone().fill_diagonal_(float("nan"))
         columns: dict[str, Any] = {"first": self.edges[:-1], "last": [edge - 1 for edge in self.edges[1:]]}
-        columns |= {name: getattr(self, name) for name in ("log_snr", "losses", "gnr", "noise_scale", "weights")}
+        names = ("log_snr", "losses", "gnr", "noise_scale", "weights", "update_cosine")
+        columns |= {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         columns |= {"norm": self.gramian.diagonal().sqrt(), "mean_cosine": off.nanmean(1)}
-        columns |= {"conflicts": (off < 0).sum(1)}
-        columns |= {} if self.update_cosine is None else {"update_cosine": self.update_cosine}
+        columns["conflicts"] = (off < 0).sum(1)
         return pandas.DataFrame({name: np.asarray(column) for name, column in columns.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values; NaN becomes None."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        arrays = {name: np.asarray(value) for name, value in values.items() if isinstance(value, Tensor | float)}
-        none: Any = None
-        return values | {name: np.where(np.isnan(array), none, array).tolist() for name, array in arrays.items()}
+        text = json.dumps(vars(self), default=Tensor.tolist)
+        return json.loads(text, parse_constant=lambda name: None if name == "NaN" else float(name))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ConflictReport:
         """The inverse of to_dict; raises TypeError for fields that are missing or unknown."""
         read = dict(values)
-        for f in fields(cls):
-            if f.type == "float" and f.name in read:
-                read[f.name] = float(np.array(read[f.name], dtype=np.float64))
-            elif str(f.type).startswith("Tensor") and read.get(f.name) is not None:
-                read[f.name] = torch.from_numpy(np.array(read[f.name], dtype=np.float64))
+        for name, value in values.items():
+            kind = str(cls.__annotations__.get(name))
+            if kind == "float" and value is None:
+                read[name] = float("nan")
+            elif kind.startswith("Tensor") and value is not None:
+                read[name] = torch.from_numpy(np.array(value, dtype=np.float64))
         return cls(**read)
 
 
@@ -113,8 +112,7 @@ class NegativeTransfer(NamedTuple):
 
 def layer_group(name: str) -> str:
     """The default group of a parameter: the first part of its name, with the index if one follows (down_blocks.0)."""
-    found = re.match(r"(?:_orig_mod\.)?([^.]+(?:\.\d+)?)", name)
-    return found.group(1) if found else name
+    return re.sub(r"^(?:_orig_mod\.)?([^.]+(?:\.\d+)?).*", r"\1", name)
 
 
 def cosine_matrix(gramian: Tensor) -> Tensor:
@@ -135,6 +133,16 @@ Kwargs = Mapping[str, Tensor] | None
 Part = tuple[Tensor, Tensor, Tensor, Tensor]  # x0, noise, timesteps and image indices of the samples of one bin
 
 
+def _inputs(images: Images, schedule: NoiseSchedule, bins: int | Bins, model: nn.Module) -> tuple[Tensor, Bins]:
+    table = images.images if isinstance(images, ImageData) else images
+    cut = bins if isinstance(bins, Bins) else Bins.uniform(schedule.num_timesteps, bins)
+    devices, total = {str(t.device) for t in (table, schedule.log_snr, *model.parameters())}, schedule.num_timesteps
+    if len(devices) > 1 or cut.edges[-1] != total:
+        got = f"devices {sorted(devices)} and edges {cut.edges.tolist()}"
+        raise ValueError(f"need all on one device, and bins that end at the schedule's {total} timesteps; got {got}")
+    return table, cut
+
+
 def _draw(images: Tensor, bins: Bins, per_bin: int, seed: int, step: int, paired: bool) -> list[Part]:
     """per_bin samples for each bin, independent or (paired) of the same images and noise; functions of (seed, step)."""
     parts = 1 if paired else bins.num_bins
@@ -151,16 +159,19 @@ def _losses(model: nn.Module, schedule: NoiseSchedule, kind: str, kwargs: Kwargs
     return sample_losses(model, schedule, *part[:3], kind, **own)
 
 
-def _inputs(model: nn.Module, images: Images, schedule: NoiseSchedule, bins: int | Bins) -> tuple[Tensor, Bins]:
-    table = images.images if isinstance(images, ImageData) else images
-    cut = bins if isinstance(bins, Bins) else Bins.uniform(schedule.num_timesteps, bins)
-    devices = sorted({str(t.device) for t in (table, schedule.log_snr, *model.parameters())})
-    if len(devices) > 1 or int(cut.edges[-1]) != schedule.num_timesteps:
-        raise ValueError(
-            "model, images and schedule must be on one device, and bins must end at the schedule's "
-            f"{schedule.num_timesteps} timesteps; got devices {devices} and edges {cut.edges.tolist()}"
-        )
-    return table, cut
+def _unwrapped(model: nn.Module) -> nn.Module:
+    # Through the wrapper, a forward would wait for gradient hooks that autograd.grad never calls.
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _all_reduce(model: nn.Module, *tensors: Tensor) -> None:
+    for tensor in tensors if isinstance(model, DistributedDataParallel) else ():
+        distributed.all_reduce(tensor)
+
+
+def _fork_rng(device: torch.device) -> Any:
+    # All CUDA devices, because torch.manual_seed seeds them all.
+    return torch.random.fork_rng(range(torch.cuda.device_count()) if device.type == "cuda" else ())
 
 
 class _Accumulator:
@@ -169,76 +180,54 @@ class _Accumulator:
     Unbiased in every entry, also where bins share images or noise: no product takes both factors from one micro-batch.
     """
 
-    def __init__(self, model: nn.Module, num_bins: int, groups: Callable[[str], str]) -> None:
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    def __init__(self, model: nn.Module, num_bins: int, groups: Callable[[str], str] = layer_group) -> None:
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not named or any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules()):
+            # Such a BatchNorm ties a batch together and changes with every call.
             raise ValueError(
-                "the model needs parameters that require a gradient, and no BatchNorm in train mode: that ties a batch "
-                "together and changes with every call; use model.eval()"
+                "need parameters that require a gradient, and no BatchNorm in train mode: use model.eval()"
             )
-        self.parameters = [p for _, p in named]
-        self.group_names = list(dict.fromkeys(groups(name) for name, _ in named))
-        ends = list(itertools.accumulate(p.numel() for p in self.parameters))
-        starts = [0, *ends[:-1]]
-        self.spans = [
-            (self.group_names.index(groups(n)), *span) for (n, _), *span in zip(named, starts, ends, strict=True)
-        ]
+        self.parameters, self.groups = list(named.values()), [groups(name) for name in named]
+        self.group_names, self.sizes = list(dict.fromkeys(self.groups)), [p.numel() for p in self.parameters]
         dtype = torch.promote_types(self.parameters[0].dtype, torch.float32)
-        self.rows = torch.zeros(num_bins, ends[-1], dtype=dtype, device=self.parameters[0].device)
+        self.rows = torch.zeros(num_bins, sum(self.sizes), dtype=dtype, device=self.parameters[0].device)
         self.sums, self.own = torch.zeros_like(self.rows), self.products(self.rows)
 
     def products(self, rows: Tensor) -> Tensor:
         """rows rows' for rows (K, P): (groups, K, K) float64."""
         total = rows.new_zeros(len(self.group_names), len(rows), len(rows), dtype=torch.float64)
-        for group, start, stop in self.spans:
-            block = rows[:, start:stop].double()
-            total[group] += block @ block.T
+        for group, columns in zip(self.groups, rows.split(self.sizes, 1), strict=True):
+            block = columns.double()
+            total[self.group_names.index(group)] += block @ block.T
         return total
 
-    def add(self, bin_loss: Callable[[int], Tensor]) -> Tensor:
-        """Take in one micro-batch; bin_loss(k) computes the loss () of bin k. Returns the losses, (K,).
+    def add(self, losses: Iterable[Tensor]) -> Tensor:
+        """Take in a micro-batch: the loss () of each bin, computed when it is asked for. Returns the losses, (K,).
 
         A forward and a backward per slice of the batch cost together about what one step on the whole batch does.
         """
-        losses = []
-        for k, row in enumerate(self.rows):
-            with torch.enable_grad():
-                loss = bin_loss(k)
-                gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-            losses.append(loss.detach())
-            pairs = zip(gradients, self.parameters, strict=True)
-            torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in pairs], out=row)
+        values = []
+        with torch.enable_grad():
+            for row, loss in zip(self.rows, losses, strict=True):
+                gradients = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
+                torch.cat([g.flatten() for g in gradients], out=row)
+                values.append(loss.detach())
         own = self.products(self.rows)
         squares = own.sum(0).diagonal()
         bad = torch.nonzero(~(squares.isfinite() & (squares > 0))).flatten().tolist()
         if bad:
             raise ValueError(
-                f"bins {bad} have losses {[float(losses[k]) for k in bad]} and gradients of squared norm "
+                f"bins {bad} have losses {[float(values[k]) for k in bad]} and gradients of squared norm "
                 f"{squares[bad].tolist()}: NaN has no direction, and an exact 0 would pass for a solved objective"
             )
         self.sums += self.rows
         self.own += own
-        return torch.stack(losses)
+        return torch.stack(values)
 
     def debiased(self, count: int) -> Tensor:
         """The unbiased Gramian (groups, K, K) of count micro-batches; of a single one, the plain Gramian."""
         total = self.products(self.sums)
         return total if count == 1 else (total - self.own) / (count * (count - 1))
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    # Through the wrapper, a forward would wait for gradient hooks that autograd.grad never calls.
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def _all_reduce(model: nn.Module, *tensors: Tensor) -> None:
-    for tensor in tensors if isinstance(model, DistributedDataParallel) else ():
-        torch.distributed.all_reduce(tensor)
-
-
-def _fork_rng(device: torch.device) -> Any:
-    # All CUDA devices, because torch.manual_seed seeds them all.
-    return torch.random.fork_rng(range(torch.cuda.device_count()) if device.type == "cuda" else ())
 
 
 def bin_gramian(
@@ -258,26 +247,23 @@ def bin_gramian(
     Arguments as in ``sample_losses``, model_kwargs with one row per sample; ``bin_timesteps`` fills all bins. A bin's
     samples are dealt into `splits` parts and products taken between parts only: unbiased, but noisy and perhaps
     indefinite (``pareto.project_psd``); splits=1 gives the plain Gramian, with the noise in its diagonal. Summed over
-    the ranks of a DistributedDataParallel model. Parameters, .grad and the random state stay as they are. Raises
-    ValueError for a bin with fewer samples than splits, and for a gradient that is NaN or exactly 0.
+    the ranks of a DistributedDataParallel model. Leaves parameters, .grad and the random state alone. Raises ValueError
+    for a bin with fewer samples than splits, and for a gradient that is NaN or exactly 0.
     """
     index = bins.index(timesteps)
-    counts = torch.bincount(index, minlength=bins.num_bins)
-    if splits < 1 or int(counts.min()) < splits:
+    counts = torch.bincount(index, minlength=bins.num_bins).tolist()
+    if not 1 <= splits <= min(counts):
         raise ValueError(
-            f"every bin needs splits = {splits} samples or more; got {counts.tolist()}. An empty bin would pass for a "
+            f"every bin needs splits = {splits} >= 1 samples or more; got {counts}. An empty bin would pass for a "
             "solved objective: draw timesteps with bin_timesteps, or use fewer bins"
         )
     bare, count = _unwrapped(model), torch.tensor(splits, device=x0.device)
-    gradients = _Accumulator(bare, bins.num_bins, layer_group)
-
-    def bin_loss(split: int, k: int) -> Tensor:
-        of = torch.nonzero(index == k).flatten()[split::splits]
-        return _losses(bare, schedule, prediction_type, model_kwargs, (x0[of], noise[of], timesteps[of], of)).mean()
-
+    gradients = _Accumulator(bare, bins.num_bins)
     with _fork_rng(x0.device):
         for split in range(splits):
-            gradients.add(functools.partial(bin_loss, split))
+            of = [torch.nonzero(index == k).flatten()[split::splits] for k in range(bins.num_bins)]
+            parts = [(x0[i], noise[i], timesteps[i], i) for i in of]
+            gradients.add(_losses(bare, schedule, prediction_type, model_kwargs, part).mean() for part in parts)
     _all_reduce(model, gradients.sums, gradients.own, count)
     return gradients.debiased(int(count)).sum(0)
 
@@ -292,89 +278,94 @@ def _jackknife_se(left_out: Tensor) -> Tensor:
     return ((left_out - left_out.mean(0)).square().mean(0) * (len(left_out) - 1)).sqrt()
 
 
-def _leave_one_out(sketches: Tensor) -> tuple[Tensor, Tensor]:
-    """From micro-batch gradients (M, K, D): the debiased Gramian (K, K), and (M, K, K) leaving out each micro-batch."""
+def _leave_one_out(sketches: Tensor) -> Tensor:
+    """Debiased Gramians (M, K, K) without each of the micro-batch gradients (M, K, D); their mean is the one of all."""
     count, own, with_all = len(sketches), sketches @ sketches.mT, sketches @ sketches.sum(0).T
     total = with_all.sum(0) - own.sum(0)
-    left_out = (total - with_all - with_all.mT + 2 * own) / ((count - 1) * (count - 2))
-    return (total / (count * (count - 1))).cpu(), left_out.cpu()
+    return ((total - with_all - with_all.mT + 2 * own) / ((count - 1) * (count - 2))).cpu()
 
 
-def _cross_fitted(sketches: Tensor) -> tuple[float, float]:
-    """Squared norm of the min-norm point, weights from one half judged on the other and back; its standard error."""
+def _cross_fitted(sketches: Tensor, quantile: float) -> list[float]:
+    """Norm of the min-norm point, weights from one half judged on the other and back; low and high end of it."""
     halves = [_leave_one_out(sketches[i::2]) for i in (0, 1)]
-    squares, variances = [], []
-    for (chosen, _), (judge, left_out) in (halves, halves[::-1]):
-        weights = pareto.min_norm_weights(pareto.project_psd(chosen))
-        squares.append(float(weights @ judge @ weights))
-        variances.append(float(_jackknife_se(left_out @ weights @ weights)) ** 2)
-    return sum(squares) / 2, sum(variances) ** 0.5 / 2
+    weights = [pareto.min_norm_weights(pareto.project_psd(half.mean(0))) for half in halves]
+    squares = [judge @ w @ w for judge, w in zip(halves, weights[::-1], strict=True)]
+    square, error = sum(x.mean() for x in squares) / 2, sum(_jackknife_se(x) ** 2 for x in squares) ** 0.5 / 2
+    ends = torch.stack([square, square - quantile * error, square + quantile * error])
+    return (ends.sign() * ends.abs().sqrt()).tolist()
 
 
 def _sketch(rows: Tensor, bits: Tensor) -> Tensor:
     """(K, P) to (K, D): folded with random signs, which keeps inner products in expectation; as it is if P <= D."""
     if rows.shape[1] <= SKETCH_COLUMNS:
         return rows
-    fold, signs = (0, -rows.shape[1] % SKETCH_COLUMNS), 2 * bits - 1
+    signs, fold = 2 * bits - 1, (0, -rows.shape[1] % SKETCH_COLUMNS)
     return torch.stack([nn.functional.pad(row * signs, fold).view(-1, SKETCH_COLUMNS).sum(0) for row in rows])
 
 
 def _last_step(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
-    """The optimizer's last step downhill, weight decay apart, and its metric (rate per coordinate): (P,) each."""
+    """Direction of the last step, weight decay apart (P,); root (P,) of its metric, the rate of each coordinate."""
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     steps, metrics = [], []
     for p in parameters:
         state = optimizer.state.get(p, {})
         if "exp_avg_sq" not in state:
-            raise ValueError(
-                "optimizer must be of the Adam family and have stepped on every parameter of the model; "
-                f"{type(optimizer).__name__} holds no second moment for one of shape {tuple(p.shape)}"
-            )
+            name, shape = type(optimizer).__name__, tuple(p.shape)
+            raise ValueError(f"{name} is not of the Adam family, or has not stepped on the parameter of shape {shape}")
         first, second = (1 - beta ** float(state["step"]) for beta in groups[p]["betas"])
         square = state.get("max_exp_avg_sq", state["exp_avg_sq"]) / second
         metrics.append((groups[p]["lr"] / (square.sqrt() + groups[p]["eps"])).flatten())
         steps.append(metrics[-1] * state["exp_avg"].flatten() / first)
-    return torch.cat(steps).double(), torch.cat(metrics)
+    step = torch.cat(steps).double()
+    return step / step.norm(), torch.cat(metrics).sqrt()
 
 
-def _gramian_statistics(gradients: _Accumulator, sketches: Tensor, batch_per_bin: int) -> tuple[dict[str, Any], Tensor]:
-    """The fields of the report that follow from the Gramian; and (M, K, K), Gramians without each micro-batch."""
-    count, nan = len(sketches), float("nan")
-    group_gramian, left_out = gradients.debiased(count).cpu(), _leave_one_out(sketches)[1]
-    gramian, gramian_se = group_gramian.sum(0), _jackknife_se(left_out)
+def _statistics(
+    gradients: _Accumulator, sketches: Tensor, batch_per_bin: int, along: Tensor, in_metric: Tensor
+) -> dict[str, Any]:
+    """The fields of the report that follow from gradients, the last three only if `along`, (M, K), is not empty."""
+    count, quantile, left_out = len(sketches), _t_quantile(len(sketches)), _leave_one_out(sketches)
+    group_gramian, gramian_se = gradients.debiased(count).cpu(), _jackknife_se(left_out)
     naive = gradients.products(gradients.sums).sum(0).cpu() / count**2
-    squares, quantile = gramian.diagonal(), _t_quantile(count)
-    known = (squares > quantile * gramian_se.diagonal()) & (left_out.diagonal(dim1=1, dim2=2) > 0).all(0)
-    hidden = ~(known & known[:, None])
-    cosine, cosines = cosine_matrix(gramian).masked_fill(hidden, nan), cosine_matrix(left_out)
-    cosine_se = _jackknife_se(cosines).masked_fill(hidden, nan)
-    pairs, norms = (~hidden).triu(1), (squares / squares[:, None]).sqrt()
+    gramian = group_gramian.sum(0)
+    squares, left_squares = gramian.diagonal(), left_out.diagonal(dim1=1, dim2=2)
+    known = (squares > quantile * gramian_se.diagonal()) & (left_squares > 0).all(0)
+
+    def shown(values: Tensor) -> Tensor:
+        return values.masked_fill(~(known if values.ndim == 1 else known & known[:, None]), float("nan"))
+
+    cosine, cosines = shown(cosine_matrix(gramian)), cosine_matrix(left_out)
+    cosine_se, pairs = shown(_jackknife_se(cosines)), (known & known[:, None]).triu(1)
     variance = gradients.own.sum(0).diagonal().cpu() / count - squares  # of the gradient of one micro-batch
-    square, square_se = _cross_fitted(sketches)
-    ends = np.array([square, square - quantile * square_se, square + quantile * square_se])
-    stationarity = (np.sign(ends) * np.sqrt(np.abs(ends))).tolist()
-    return {
+    stationarity, *interval = _cross_fitted(sketches, quantile)
+    values = {
         "gramian": gramian,
         "gramian_se": gramian_se,
         "cosine": cosine_matrix(naive),
         "cosine_debiased": cosine,
         "cosine_se": cosine_se,
-        "magnitude_similarity": (2 * norms / (1 + norms**2)).masked_fill(hidden, nan),
+        "magnitude_similarity": shown(2 * (squares * squares[:, None]).sqrt() / (squares + squares[:, None])),
         "gnr": squares / variance * count,
-        "noise_scale": (variance * batch_per_bin / squares).masked_fill(~known, nan),
+        "noise_scale": shown(variance * batch_per_bin / squares),
         "weights": pareto.min_norm_weights(pareto.project_psd(gramian)),
-        "stationarity": stationarity[0],
-        "stationarity_interval": stationarity[1:],
+        "stationarity": stationarity,
+        "stationarity_interval": interval,
         "stationarity_naive": pareto.stationarity(naive),
         "mean_cosine": float(cosine[pairs].mean()),
         "mean_cosine_se": float(_jackknife_se(cosines[:, pairs].mean(1))),
         "conflict_rate": float((cosine[pairs] < 0).double().mean()),
         "sure_conflict_rate": float((cosine + quantile * cosine_se < 0)[pairs].double().mean()),
-        "undetermined": int(hidden.triu(1).sum()),
-        "null_cosine": -1 / max(1, len(gramian) - 1),
+        "undetermined": len(squares) * (len(squares) - 1) // 2 - int(pairs.sum()),
+        "null_cosine": -1 / max(1, len(squares) - 1),
         "group_names": gradients.group_names,
         "group_gramian": group_gramian,
-    }, left_out
+    }
+    if along.numel():
+        others = (along.sum(0) - along) / (count - 1)
+        values["update_cosine"] = shown(along.mean(0) / squares.sqrt())
+        values["update_cosine_se"] = shown(_jackknife_se(others / left_squares.sqrt()))
+        values["cosine_preconditioned"] = shown(cosine_matrix(_leave_one_out(in_metric).mean(0)))
+    return values
 
 
 def conflicts(
@@ -396,67 +387,51 @@ def conflicts(
 ) -> ConflictReport:
     """Which timestep bins conflict, from micro_batches * batch_per_bin samples of each bin.
 
-    model: any module called as model(x_t, timesteps, **kwargs), compiled or not; measured in the mode it is in, and
-    under an autocast around the call. images: (N, C, H, W) uint8, or float in [-1, 1]. bins: Bins, or how many of equal
-    width in t. weighting: its weights() multiply the losses. optimizer: the Adam that trains the model, for the cosines
-    with its last step and in its metric. groups: from a parameter's name to its group. paired: bins share images and
-    noise, which spoils the naive cosine alone. model_kwargs: tensors with one row per image.
+    model: any module called as model(x_t, timesteps, **kwargs), measured in the mode and the autocast it is in. images:
+    (N, C, H, W) uint8, or float in [-1, 1]. bins: Bins, or how many of equal width in t. weighting: its weights()
+    multiply the losses. optimizer: the Adam that trains the model, for the cosines with its last step and in its
+    metric. groups: from a parameter's name to its group. paired: bins share images and noise, which spoils the naive
+    cosine alone. model_kwargs: tensors with one row per image.
 
-    Costs about micro_batches training steps on bins * batch_per_bin images, and memory for 2 K gradients. Parameters,
-    .grad, mode and the random state stay as they are. Ranks of a DistributedDataParallel model share the micro-batches;
-    each must hold all images. Raises ValueError for gradients that are NaN or exactly 0, BatchNorm in train mode, an
-    output unlike the input, fewer than 6 micro_batches, tensors on two devices.
+    Costs about micro_batches training steps on bins * batch_per_bin images, and memory for 2 K gradients. Leaves
+    parameters, .grad, mode and the random state alone. Ranks of a DistributedDataParallel model share the
+    micro-batches; each must hold all images. Raises ValueError for gradients that are NaN or exactly 0, BatchNorm in
+    train mode, an output unlike the input, fewer than 6 micro_batches, tensors on two devices.
     """
     from tqdm import tqdm
 
     if micro_batches < 6 or batch_per_bin < 1:
         raise ValueError(f"need micro_batches >= 6 and batch_per_bin >= 1; got {micro_batches} and {batch_per_bin}")
-    prediction_type, (table, cut) = canonical_prediction_type(prediction_type), _inputs(model, images, schedule, bins)
+    kind, (table, cut) = canonical_prediction_type(prediction_type), _inputs(images, schedule, bins, model)
     bare = _unwrapped(model)
     gradients = _Accumulator(bare, cut.num_bins, groups)
     rows, size = gradients.rows, (micro_batches, cut.num_bins)
     scale = torch.ones_like(schedule.alpha) if weighting is None else weighting.weights()
     update = None if optimizer is None else _last_step(optimizer, gradients.parameters)
     bits = torch.randint(2, rows.shape[1:], generator=generator(seed, 0, "signs"), dtype=torch.int8).to(rows.device)
-    losses, along = rows.new_zeros(2, *size, dtype=torch.float64)
+    losses = rows.new_zeros(size, dtype=torch.float64)
     sketches = losses.new_zeros(*size, min(SKETCH_COLUMNS, rows.shape[1]))
-    in_metric = torch.zeros_like(sketches if update else losses)
-    distributed = bare is not model
-    first, stride = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
-
-    def bin_loss(parts: list[Part], k: int) -> Tensor:
-        return (scale[parts[k][2]] * _losses(bare, schedule, prediction_type, model_kwargs, parts[k])).mean()
-
+    along, in_metric = (torch.zeros_like(x) if update else x.new_zeros(0) for x in (losses, sketches))
+    first, stride = (0, 1) if bare is model else (distributed.get_rank(), distributed.get_world_size())
     with _fork_rng(table.device):
         for m in tqdm(range(first, micro_batches, stride), desc="conflicts", unit="micro-batch", disable=not progress):
             torch.manual_seed(generator(seed, m, "dropout").initial_seed())
             parts = _draw(table, cut, batch_per_bin, seed, m, paired)
-            losses[m] = gradients.add(functools.partial(bin_loss, parts))
+            each = (scale[part[2]] * _losses(bare, schedule, kind, model_kwargs, part) for part in parts)
+            losses[m] = gradients.add(weighted.mean() for weighted in each)
             sketches[m] = _sketch(rows, bits)
             if update:
                 along[m] = torch.stack([row.double() @ update[0] for row in rows])
-                in_metric[m] = _sketch(rows * update[1].sqrt(), bits)
+                in_metric[m] = _sketch(rows * update[1], bits)
     _all_reduce(model, gradients.sums, gradients.own, losses, along, sketches, in_metric)
-
-    values, left_out = _gramian_statistics(gradients, sketches, batch_per_bin)
-    cosines: list[Tensor | None] = [None, None, None]
-    if update:
-        along, hidden = along.cpu() / update[0].norm().cpu(), values["cosine_debiased"].isnan()
-        others = (along.sum(0) - along) / (micro_batches - 1) / left_out.diagonal(dim1=1, dim2=2).sqrt()
-        mean, error = along.mean(0) / values["gramian"].diagonal().sqrt(), _jackknife_se(others)
-        cosines = [v.masked_fill(hidden.diagonal(), float("nan")) for v in (mean, error)]
-        cosines += [cosine_matrix(_leave_one_out(in_metric)[0]).masked_fill(hidden, float("nan"))]
-    log_snr = [v[v.isfinite()].mean() for v in schedule.log_snr.cpu().split(cut.edges.diff().tolist())]
+    log_snr = [v[v.isfinite()].mean() for v in schedule.log_snr.cpu().split(cut.counts.tolist())]
     settings = {"micro_batches": micro_batches, "batch_per_bin": batch_per_bin, "paired": paired, "seed": seed}
     return ConflictReport(
         edges=cut.edges.tolist(),
         log_snr=torch.stack(log_snr),
         losses=losses.mean(0).cpu(),
-        update_cosine=cosines[0],
-        update_cosine_se=cosines[1],
-        cosine_preconditioned=cosines[2],
-        settings=settings | {"prediction_type": prediction_type, "training": model.training},
-        **values,
+        settings=settings | {"prediction_type": kind, "training": model.training},
+        **_statistics(gradients, sketches, batch_per_bin, along.cpu(), in_metric),
     )
 
 
@@ -483,7 +458,7 @@ def negative_transfer(
     """
     from tqdm import tqdm
 
-    table, cut = _inputs(model, images, schedule, bins)
+    table, cut = _inputs(images, schedule, bins, model)
     losses = functools.partial(_losses, schedule=schedule, kind=prediction_type, kwargs=model_kwargs)
     held = _draw(table, cut, samples_per_bin, seed, 0, False)
 
