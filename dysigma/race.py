@@ -78,10 +78,10 @@ def _run_entry(key: tuple[str, str, int], config: TrainConfig, folder: Path) -> 
     logged = [row for row in rows if "bin_weights" in row]
     return record | {
         "images": [row["images"] for row in validations],
-        "validation_losses": [[float(f"{v:.6g}") for v in row["validation_losses"]] for row in validations],
+        "validation_losses": [[float(f"{v:.5g}") for v in row["validation_losses"]] for row in validations],
         "validation_timesteps": validations[0]["validation_timesteps"],
         "weights_images": [row["images"] for row in logged],
-        "bin_weights": [[float(f"{v:.5g}") for v in row["bin_weights"]] for row in logged],
+        "bin_weights": [[float(f"{v:.3g}") for v in row["bin_weights"]] for row in logged],
         "seconds": rows[-1]["seconds"],
     }
 
