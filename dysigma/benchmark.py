@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -60,6 +59,7 @@ def _hand_written_step(config: TrainConfig, data: ImageData) -> Callable[[], Any
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
     warmup = diffusers.optimization.get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=100)
     model, optimizer, loader, warmup = accelerator.prepare(model, optimizer, loader, warmup)
+    model = torch.compile(model) if device.type == "cuda" else model  # as ours is
     ema = EMAModel(model.parameters(), decay=0.999)
     batches = iter(loader)
 
@@ -123,8 +123,13 @@ def benchmark(
     round. "overhead" of a weighting is its seconds over those of losses.mean(), as a share of our step.
     """
     target = resolve_device(device)
-    config = TrainConfig(model=model, image_size=image_size, batch_size=batch_size, images=10**9, device=device)
-    data = load_split(dataclasses.replace(config, train_images=2048), "train", target)
+    if rounds < 1:
+        raise ValueError(f"rounds must be 1 or more; got {rounds}")
+    count = max(2048, batch_size)
+    config = TrainConfig(
+        model=model, image_size=image_size, batch_size=batch_size, images=10**9, train_images=count, device=device
+    )
+    data = load_split(config, "train", target)
     state = build(config, data)
     steps = {
         "dysigma": lambda: train_step(state, data, config),

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ HELP = {
     "image_size": "resize images to this (default: as they are; leaves 16)",
     "train_images": "use only the first so many training images",
     "conditional": "condition the network on the class labels",
-    "model": "network preset: tiny (CPU), small, compact (CIFAR-10 on one GPU), ddpm (35.7 M parameters)",
+    "model": "network preset: micro, tiny (CPU), small, compact (CIFAR-10 on one GPU), ddpm (35.7 M parameters)",
     "schedule": "noise schedule: linear, scaled-linear, cosine, sigmoid",
     "num_timesteps": "number of timesteps T",
     "zero_terminal_snr": "rescale the schedule to end in pure noise (not with epsilon)",
@@ -30,7 +31,7 @@ HELP = {
     "sampler_params": "parameter of the timestep sampler, as name=value; may be repeated",
     "images": "how many images to train on, repeats included",
     "batch_size": "images per step",
-    "accumulate": "split each batch into so many parts to save memory",
+    "accumulate": "split each batch into so many parts to save memory; a weighting's statistics move between them",
     "seed": "seed of initial weights, images, timesteps and noise",
     "lr": "learning rate of the network (AdamW)",
     "weighting_lr": "learning rate of a learnable weighting (default: what it suggests)",
@@ -125,13 +126,11 @@ def _train(args: argparse.Namespace) -> None:
 def _device_run(path: Path, device: str) -> tuple[Any, Any, Any, Any]:
     """(config, model with EMA weights, schedule, torch device) of a finished run."""
     from .runs import load_run
-    from .schedule import NoiseSchedule
-    from .training import TrainConfig, resolve_device
+    from .training import TrainConfig, make_parts, resolve_device
 
-    run = load_run(path)
-    pipeline, target = run.pipeline(), resolve_device(device)
-    schedule = NoiseSchedule.from_diffusers(pipeline.scheduler).to(target)
-    return TrainConfig.from_dict(run.config), pipeline.unet.to(target), schedule, target
+    run, target = load_run(path), resolve_device(device)
+    config = TrainConfig.from_dict(run.config)
+    return config, run.pipeline().unet.to(target), make_parts(config)[0].to(target), target
 
 
 def _add_sample(commands: Any) -> None:
@@ -153,8 +152,6 @@ def _sample(args: argparse.Namespace) -> None:
 
     from .evaluation import sample_images, save_grid
 
-    if args.num_images < 1 or args.steps < 1:
-        raise ValueError(f"--num-images and --steps must be positive; got {args.num_images}, {args.steps}")
     config, model, schedule, device = _device_run(args.run_folder, args.device)
     shape = (args.num_images, model.config["in_channels"], model.config["sample_size"], model.config["sample_size"])
     classes = model.config["num_class_embeds"]
@@ -178,6 +175,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--elbo-timesteps", type=int, default=50, help="timesteps per image of the ELBO (default: 50)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--data-root", help="where CIFAR-10 lies, if not where it was in training")
     parser.set_defaults(run=_evaluate)
 
 
@@ -186,35 +184,22 @@ def _evaluate(args: argparse.Namespace) -> None:
     from .runs import provenance, write_json
     from .training import load_split
 
+    if args.num_images < 2:
+        raise ValueError(f"--num-images must be 2 or more, for a standard error; got {args.num_images}")
     config, model, schedule, device = _device_run(args.run_folder, args.device)
-    test = load_split(config, "test", device)
+    test = load_split(replace(config, data_root=args.data_root or config.data_root), "test", device)
     images = test.images[: args.num_images]
-    labels = test.labels[: args.num_images] if config.conditional and test.labels is not None else None
+    labels = None if not config.conditional or test.labels is None else test.labels[: args.num_images]
     timesteps = evaluation_timesteps(schedule.num_timesteps, args.timesteps)
-    losses = validation_losses(
-        model, images, schedule, config.prediction, timesteps=timesteps, labels=labels, seed=args.seed
-    )
-    result: dict[str, Any] = {
-        "images": len(images),
-        "seed": args.seed,
-        "prediction": config.prediction,
-        "timesteps": timesteps.tolist(),
-        "losses": losses.tolist(),
-    }
+    options: dict[str, Any] = {"labels": labels, "seed": args.seed}
+    losses = validation_losses(model, images, schedule, config.prediction, timesteps=timesteps, **options)
+    options["timesteps_per_image"] = args.elbo_timesteps
+    bound = elbo(model, images, schedule, config.prediction, **options)
     print(f"{config.prediction} loss on {len(images)} test images: {float(losses.mean()):.5f}")
-    if not (config.zero_terminal_snr and config.prediction == "epsilon"):
-        bound = elbo(
-            model,
-            images,
-            schedule,
-            config.prediction,
-            labels=labels,
-            timesteps_per_image=args.elbo_timesteps,
-            seed=args.seed,
-        )
-        result["elbo"] = bound._asdict()
-        print(f"ELBO: at most {bound.bits_per_dim:.4f} ± {bound.standard_error:.4f} bits/dim")
-    write_json(args.run_folder / "evaluation.json", result | {"provenance": provenance()})
+    print(f"ELBO: at most {bound.bits_per_dim:.4f} ± {bound.standard_error:.4f} bits/dim")
+    curve = {"timesteps": timesteps.tolist(), "losses": losses.tolist()}
+    about = {"images": len(images), "seed": args.seed, "prediction": config.prediction, "provenance": provenance()}
+    write_json(args.run_folder / "evaluation.json", about | curve | {"elbo": bound._asdict()})
     print(args.run_folder / "evaluation.json")
 
 
@@ -299,8 +284,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (TrainingDiverged, NotebookError) as error:
         print(f"dysigma: {error}", file=sys.stderr)
         return 1
-    except (ValueError, KeyError, TypeError, ConnectionError) as error:
-        print(f"dysigma: {error.args[0] if error.args else error}", file=sys.stderr)
+    except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
+        # str() of a KeyError is the repr of its message.
+        print(f"dysigma: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"\ndysigma: {stop or 'interrupted'}", file=sys.stderr)

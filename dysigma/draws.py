@@ -16,6 +16,8 @@ def generator(seed: int, step: int, stream: str, device: torch.device | str = "c
     "noise", ...). Different streams are independent, so an extra draw in one never shifts another.
     A CPU and a CUDA generator with the same seed give different numbers: draw indices on the CPU, noise on the device.
     """
+    if seed < 0 or step < 0:
+        raise ValueError(f"seed and step must be zero or more; got {seed}, {step}")
     words = np.random.SeedSequence((seed, step, zlib.crc32(stream.encode()))).generate_state(1, np.uint64)
     # The top bit goes because torch stores seeds as signed 64-bit integers.
     return torch.Generator(device).manual_seed(int(words[0] >> np.uint64(1)))

@@ -106,8 +106,10 @@ def elbo(
         raise ValueError(
             "an epsilon model implies no x0 at zero SNR, so it has no ELBO on this schedule; use v_prediction"
         )
-    if len(images) < 2:
-        raise ValueError(f"the standard error needs at least 2 images; got {len(images)}")
+    if len(images) < 2 or timesteps_per_image < 1:
+        raise ValueError(
+            f"an ELBO needs at least 2 images and 1 timestep per image; got {len(images)}, {timesteps_per_image}"
+        )
     device = images.device
     snr = schedule.log_snr.exp().to(device)
     half_gap = 0.5 * (snr[:-1] - snr[1:])
@@ -184,6 +186,12 @@ def sample_images(
     """
     if sampler not in SAMPLERS:
         raise KeyError(f"unknown sampler {sampler!r}; have {list(SAMPLERS)}")
+    if shape[0] < 1 or not 1 <= num_steps <= schedule.num_timesteps:
+        raise ValueError(
+            f"need 1 image or more and num_steps from 1 to {schedule.num_timesteps}; got {shape[0]} and {num_steps}"
+        )
+    if sampler == "dpm-solver" and schedule.log_snr[-1] == -math.inf:
+        raise ValueError("dpm-solver divides by alpha, which is 0 at the last step of this schedule; use ddim or ddpm")
     import diffusers
     from tqdm.auto import tqdm
 
@@ -196,23 +204,22 @@ def sample_images(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    bar = tqdm(total=shape[0], unit="img", desc=f"sampling ({sampler}, {num_steps} steps)", disable=not progress)
     done = []
-    for first in range(0, shape[0], batch_size):
-        numbers = range(first, min(first + batch_size, shape[0]))
-        x = torch.stack(
-            [torch.randn(shape[1:], generator=generator(seed, i, "latent", device), device=device) for i in numbers]
-        )
-        kwargs = _model_kwargs(None if labels is None else labels[first : first + len(x)].to(device))
-        noise = generator(seed, first, "sampler noise", device)
-        scheduler.set_timesteps(num_steps, device=device)
-        extra = {} if sampler == "ddim" else {"generator": noise}
-        for t in scheduler.timesteps:
-            output = predict(model, x, t.expand(len(x)), **kwargs).float()
-            x = scheduler.step(output, t, x, **extra).prev_sample
-        done.append(x.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8))
-        bar.update(len(x))
-    bar.close()
+    with tqdm(total=shape[0], unit="img", desc=f"sampling ({sampler}, {num_steps} steps)", disable=not progress) as bar:
+        for first in range(0, shape[0], batch_size):
+            last = min(first + batch_size, shape[0])
+            latents = [generator(seed, i, "latent", device) for i in range(first, last)]
+            x = torch.stack([torch.randn(shape[1:], generator=latent, device=device) for latent in latents])
+            kwargs = _model_kwargs(None if labels is None else labels[first:last].to(device))
+            extra = {} if sampler == "ddim" else {"generator": generator(seed, first, "sampler noise", device)}
+            scheduler.set_timesteps(num_steps, device=device)
+            for t in scheduler.timesteps:
+                output = predict(model, x, t.expand(len(x)), **kwargs).float()
+                x = scheduler.step(output, t, x, **extra).prev_sample
+            if not x.isfinite().all():
+                raise ValueError(f"{sampler}, {num_steps} steps: values are not finite. Is the network whole?")
+            done.append(x.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8))
+            bar.update(len(x))
     model.train(was_training)
     return torch.cat(done)
 

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .bins import Bins
-from .runs import RunError, append_metrics, provenance, read_config, read_json, read_metrics, write_json
+from .runs import (
+    RunError,
+    append_metrics,
+    provenance,
+    read_config,
+    read_json,
+    read_metrics,
+    write_atomically,
+    write_json,
+)
 from .training import TrainConfig, TrainingDiverged, make_parts, train
 
 if TYPE_CHECKING:
@@ -43,9 +52,16 @@ class Race:
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: str = "race") -> Race:
         """Inverse of to_dict."""
-        keys = {"name", "seeds", "base", "arms", "grid"}
-        if set(values) != keys or not values["seeds"] or not values["arms"] or not values["grid"]:
-            raise ValueError(f"{origin} must have exactly the keys {sorted(keys)}, none empty; got {sorted(values)}")
+        kinds = {"name": str, "seeds": list, "base": dict, "arms": dict, "grid": dict}
+        if set(values) != set(kinds) or not all(isinstance(values[key], kind) for key, kind in kinds.items()):
+            raise ValueError(f"{origin} must have exactly name (text), seeds (a list), and tables base, arms and grid")
+        tables = [*values["arms"].values(), *values["grid"].values()]
+        if not values["seeds"] or not tables or not all(isinstance(table, dict) for table in tables):
+            raise ValueError(
+                f"{origin}: seeds, arms and grid must not be empty, and every arm and grid entry is a table"
+            )
+        if len(set(values["seeds"])) < len(values["seeds"]):
+            raise ValueError(f"{origin}: every seed once; got {values['seeds']}")
         race = cls(values["name"], tuple(values["seeds"]), values["base"], values["arms"], values["grid"])
         # Everything is built once here, so that a misspelled name is found before hours are spent.
         for _, config in race.entries():
@@ -97,32 +113,33 @@ def race(
     """
     from tqdm.auto import tqdm
 
-    out.mkdir(parents=True, exist_ok=True)
     if (out / "race.json").exists() and read_json(out / "race.json") != json.loads(json.dumps(spec.to_dict())):
         raise RunError(f"{out} holds a race with another specification; choose another --out")
     write_json(out / "race.json", spec.to_dict())
-    write_json(out / "provenance.json", provenance())
-    records = out / "records.jsonl"
-    done = {(r["grid"], r["arm"], r["seed"]) for r in _read(records)}
-    todo = [(key, replace(config, **(overrides or {}))) for key, config in spec.entries() if key not in done]
+    records, origin = out / "records.jsonl", out / "provenance.json"
+    origins = read_json(origin) if origin.exists() else []
+    write_json(origin, origins + [p for p in [provenance()] if p not in origins])
+    rows = read_metrics(records)
+    # Written anew, because a line cut short by a crash would swallow the next one.
+    write_atomically(records, "".join(json.dumps(row) + "\n" for row in rows))
+    done = {(row["grid"], row["arm"], row["seed"]) for row in rows}
+    todo = {}
+    for number, (key, config) in enumerate(spec.entries()):
+        if key not in done:
+            todo[key] = replace(config, **(overrides or {})), out / "work" / f"{number:04d}"
     bar = tqdm(total=len(done) + len(todo), initial=len(done), unit="run", desc=spec.name, disable=not progress)
     # Forking a process that has used torch's threads can hang, hence "spawn".
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool, bar:
-        folders = {key: out / "work" / "-".join(map(str, key)).replace(" ", "_").replace("/", "_") for key, _ in todo}
-        futures = {pool.submit(_run_entry, key, config, folders[key]): key for key, config in todo}
+        futures = {pool.submit(_run_entry, key, *entry): entry[1] for key, entry in todo.items()}
         try:
             for future in as_completed(futures):
-                append_metrics(records, future.result() | {"step": len(done)})
-                shutil.rmtree(folders[futures[future]])
+                append_metrics(records, future.result())
+                shutil.rmtree(futures[future])
                 bar.update()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return records
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k != "step"} for row in read_metrics(path)]
 
 
 def load_race(folder: Path) -> pandas.DataFrame:
@@ -132,7 +149,7 @@ def load_race(folder: Path) -> pandas.DataFrame:
     """
     import pandas
 
-    rows = _read(folder / "records.jsonl")
+    rows = read_metrics(folder / "records.jsonl")
     if not rows:
         raise RunError(f"{folder} has no records.jsonl with records; dysigma race SPEC --out {folder} writes it")
     return pandas.DataFrame(rows)

@@ -56,7 +56,10 @@ def read_config(path: Path) -> dict[str, Any]:
     """The table in a .toml file, or the object in a JSON file; ValueError if it cannot be read."""
     kind = "TOML" if path.suffix == ".toml" else "JSON"
     try:
-        return tomllib.loads(path.read_text()) if kind == "TOML" else json.loads(path.read_text())
+        table = tomllib.loads(path.read_text()) if kind == "TOML" else json.loads(path.read_text())
+        if not isinstance(table, dict):
+            raise ValueError(f"expected named values, got a {type(table).__name__}")
+        return table
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
@@ -120,17 +123,12 @@ def load_checkpoint(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Any
 
 
 def append_metrics(path: Path, row: dict[str, Any]) -> None:
-    """Add one line of JSON; NaN (an empty bin) is written as null."""
+    """Add one line of JSON. In bin_losses NaN, an empty bin, becomes null; anywhere else it is a ValueError."""
+    values = {key: value.tolist() if isinstance(value, Tensor) else value for key, value in row.items()}
+    if "bin_losses" in values:
+        values["bin_losses"] = [None if v != v else v for v in values["bin_losses"]]
     with open(path, "a") as file:
-        file.write(json.dumps({key: _jsonable(value) for key, value in row.items()}, allow_nan=False) + "\n")
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        value = value.tolist()
-    if isinstance(value, list):
-        return [_jsonable(v) for v in value]
-    return None if isinstance(value, float) and value != value else value
+        file.write(json.dumps(values, allow_nan=False) + "\n")
 
 
 def read_metrics(path: Path, until_step: int | None = None) -> list[dict[str, Any]]:

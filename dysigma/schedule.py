@@ -220,9 +220,10 @@ class NoiseSchedule(nn.Module):
         """
         prediction_type = canonical_prediction_type(prediction_type)
         alpha, sigma = self._coefficients(x0, timesteps)
-        if prediction_type == "epsilon":
-            return noise.float()
-        return x0.float() if prediction_type == "sample" else alpha * noise - sigma * x0
+        if prediction_type == "v_prediction":
+            return alpha * noise - sigma * x0
+        target = noise if prediction_type == "epsilon" else x0
+        return target.to(torch.promote_types(target.dtype, torch.float32))
 
     def to_x0(self, output: Tensor, x_t: Tensor, timesteps: Tensor, prediction_type: str = "epsilon") -> Tensor:
         """The x0 that a network output implies at x_t. For epsilon at zero SNR this is infinite: x_T holds no x0."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -66,7 +67,7 @@ class TrainConfig:
     sampler_params: dict[str, Any] = field(default_factory=dict)
     images: int = 32_000  # how many images to train on, repeats included
     batch_size: int = 32
-    accumulate: int = 1  # split each batch into so many parts to save memory; same gradient
+    accumulate: int = 1  # split each batch into so many parts; statistics of a weighting then move between parts
     seed: int = 0
     lr: float = 1e-3
     weighting_lr: float | None = None  # None: what the weighting suggests
@@ -86,26 +87,36 @@ class TrainConfig:
     compile: bool | None = None  # None: on CUDA only
 
     def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            self._check(f.name, str(f.type), getattr(self, f.name))
         object.__setattr__(self, "prediction", canonical_prediction_type(self.prediction))
         choices = {"schedule": [*SCHEDULES], "model": [*PRESETS], "precision": ["auto", "float32", "bfloat16"]}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise KeyError(f"unknown {name} {getattr(self, name)!r}; have {known}")
-        counts = "images batch_size accumulate bins log_every validation_images validation_timesteps num_timesteps"
-        for name in counts.split():
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive whole number; got {getattr(self, name)!r}")
-        for name in ("lr", "grad_clip", "ema_half_life"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be positive and finite; got {getattr(self, name)!r}")
-        for name in ("seed", "warmup_images", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative; got {getattr(self, name)!r}")
         if self.images < self.batch_size or self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size must not exceed images and must be a multiple of accumulate; got images {self.images}, "
                 f"batch_size {self.batch_size}, accumulate {self.accumulate}"
             )
+        for name in ("bins", "validation_timesteps"):
+            if getattr(self, name) > self.num_timesteps:
+                raise ValueError(
+                    f"{name} must not exceed num_timesteps {self.num_timesteps}; got {getattr(self, name)}"
+                )
+
+    def _check(self, name: str, kind: str, value: Any) -> None:
+        if value is None and kind.endswith(" | None"):
+            return
+        kind = kind.removesuffix(" | None")
+        wanted: Any = {"str": str, "bool": bool, "int": int, "float": int | float}.get(kind, dict)
+        if not isinstance(value, wanted) or (isinstance(value, bool) and kind != "bool"):
+            raise ValueError(f"{name} must be {kind}; got {value!r}")
+        if kind in ("int", "float"):
+            low = 0 if name in ("seed", "warmup_images", "weight_decay") else 1 if kind == "int" else 5e-324
+            if not low <= value < math.inf:
+                rule = "positive" if low else "zero or more"
+                raise ValueError(f"{name} must be a {rule} and finite {kind}; got {value!r}")
 
     @property
     def num_steps(self) -> int:
@@ -194,7 +205,9 @@ def resolve_device(name: str) -> torch.device:
             f"device {name!r} asked for, but this torch ({torch.__version__}) sees no CUDA device; use cpu"
         )
     try:
-        return torch.empty(0, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.item()
+        return probe.device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
 
@@ -203,12 +216,13 @@ def load_split(config: TrainConfig, split: str, device: torch.device) -> ImageDa
     """The "train" or "test" images a configuration asks for, on the device."""
     count = config.train_images if split == "train" else None
     if config.data == "gaussian-fields":
-        return gaussian_fields(count or 10_000, config.image_size or 8, split=split).to(device)
-    size = 16 if config.image_size is None and config.data == "leaves" else config.image_size
-    data = load_data(config.data, root=config.data_root, split=split, size=size, num_images=count).to(device)
+        data = gaussian_fields(count or 10_000, config.image_size or 8, split=split)
+    else:
+        size = 16 if config.image_size is None and config.data == "leaves" else config.image_size
+        data = load_data(config.data, root=config.data_root, split=split, size=size, num_images=count)
     if config.conditional and data.labels is None:
         raise ValueError(f"conditional training needs labels, and {data.name} has none")
-    return data
+    return data.to(device)
 
 
 def make_parts(config: TrainConfig) -> tuple[NoiseSchedule, Weighting, TimestepSampler]:
@@ -284,6 +298,7 @@ def train_step(state: TrainState, data: ImageData, config: TrainConfig) -> StepR
     timesteps, importance = state.sampler(u.to(device))
     noise = torch.randn(x0.shape, generator=generator(seed, step, "noise", device), device=device)
     kwargs = _kwargs(config, labels)
+    weights = state.weighting.weights()[timesteps]
     if state.weighting.needs_gramian and step % state.weighting.gramian_every == 0:
         state.weighting.observe_gramian(_step_gramian(state, data, config))
 
@@ -306,7 +321,7 @@ def train_step(state: TrainState, data: ImageData, config: TrainConfig) -> StepR
     state.optimizer.step()
     state.step += 1
     state.ema.update(state.model, state.step * config.batch_size, config.batch_size)
-    state.sampler.update(torch.cat(losses), timesteps)
+    state.sampler.update(weights * torch.cat(losses), timesteps)
     return StepRecord(step, timesteps, torch.cat(losses), total, grad_norm)
 
 
@@ -333,7 +348,7 @@ def _explain_failure(record: StepRecord, state: TrainState, config: TrainConfig,
     return TrainingDiverged(
         f"{what} is not finite at step {record.step}, first in timestep bin {index} "
         f"({int(bins.edges[index])}..{int(bins.edges[index + 1]) - 1}), weighting {config.weighting!r}; nothing was "
-        f"repaired. {out}/failure.json has the draws, {out}/checkpoint the last whole state. Try a lower lr"
+        f"repaired. {out}/failure.json has the draws, {out}/checkpoint (if any) the last whole state. Try a lower lr"
     )
 
 
@@ -365,13 +380,12 @@ class _Recorder:
         self.config, self.state, self.out = config, state, out
         self.pending: list[StepRecord] = []
         self.seconds, self.since = 0.0, time.perf_counter()
-        self.images = test.images[: config.validation_images]
-        self.labels = (
-            test.labels[: config.validation_images] if config.conditional and test.labels is not None else None
-        )
-        self.timesteps = evaluation_timesteps(
-            config.num_timesteps, min(config.validation_timesteps, config.num_timesteps)
-        )
+        # Copies, because slices would keep the whole test split in memory.
+        self.images = test.images[: config.validation_images].clone()
+        labels = test.labels if config.conditional else None
+        self.labels = None if labels is None else labels[: config.validation_images].clone()
+        self.timesteps = evaluation_timesteps(config.num_timesteps, config.validation_timesteps)
+        self.provenance = provenance()
         self.ema_model: Any = copy.deepcopy(state.model).requires_grad_(False)
 
     def log(self, extra: dict[str, Any] | None = None) -> None:
@@ -397,35 +411,58 @@ class _Recorder:
         return losses.cpu(), timesteps.cpu(), self.state.weighting.weights().cpu()
 
     def validate(self) -> dict[str, Any]:
-        """Losses of the EMA weights at fixed timesteps, images and noise."""
+        """Losses of the EMA weights at fixed timesteps, images and noise; TrainingDiverged if they are not finite."""
         self.state.ema.copy_to(self.ema_model)
         fixed: dict[str, Any] = {"timesteps": self.timesteps, "labels": self.labels}
         losses = validation_losses(self.ema_model, self.images, self.state.schedule, self.config.prediction, **fixed)
+        if not losses.isfinite().all():
+            self.summarise("failed")
+            raise TrainingDiverged(
+                f"validation losses are not finite after step {self.state.step}, weighting {self.config.weighting!r}: "
+                f"the averaged weights are broken; nothing was repaired. Try a lower lr, in another folder"
+            )
         return {"validation_timesteps": self.timesteps, "validation_losses": losses}
 
     def save(self, status: str) -> None:
-        """Checkpoint, then summary."""
+        """Checkpoint, the steps not yet logged included, then summary."""
         tensors, rest = self.state.state_dict()
+        for name, column in zip(StepRecord._fields, zip(*self.pending, strict=True), strict=False):
+            tensors[f"pending.{name}"] = torch.stack([torch.as_tensor(value) for value in column])
         save_checkpoint(self.out / "checkpoint", self.state.step, tensors, rest | {"seconds": self.seconds})
         self.summarise(status)
+
+    def restore(self) -> None:
+        """Continue from the checkpoint in the folder, if there is one."""
+        if (self.out / "checkpoint" / "latest.json").exists():
+            step, tensors, rest = load_checkpoint(self.out / "checkpoint")
+            self.seconds = rest.pop("seconds")
+            columns = [tensors.pop(f"pending.{name}", torch.empty(0)) for name in StepRecord._fields]
+            on_device = [column.to(self.images.device) for column in columns[1:]]
+            self.pending = [StepRecord(int(i), *row) for i, *row in zip(columns[0], *on_device, strict=True)]
+            self.state.load_state_dict(step, tensors, rest)
+        if (self.out / "summary.json").exists():
+            started = read_json(self.out / "summary.json")["provenance"]
+            self.provenance |= {} if started == self.provenance else {"resumed_from": started}
 
     def summarise(self, status: str, **more: Any) -> None:
         """Write summary.json."""
         images = self.state.step * self.config.batch_size
         base = {"status": status, "step": self.state.step, "images": images, "seconds": round(self.seconds, 3)}
-        write_json(self.out / "summary.json", base | more | {"provenance": provenance()})
+        base |= {"validation_images": len(self.images)}
+        write_json(self.out / "summary.json", base | more | {"provenance": self.provenance})
 
     def finish(self) -> None:
-        """Write the diffusers pipeline with the EMA weights, a grid of samples, the last checkpoint and the summary."""
+        """Write the diffusers pipeline with the EMA weights, a grid of samples, and the summary."""
         from diffusers import DDPMPipeline
 
         kind, model, schedule = self.config.prediction, self.ema_model, self.state.schedule
         loss = float(self.validate()["validation_losses"].mean())
-        DDPMPipeline(model, schedule.to_diffusers(prediction_type=kind)).save_pretrained(self.out / "pipeline")
+        # Sampling must start at the last timestep, where a zero-terminal-SNR model learned what pure noise is.
+        scheduler = schedule.to_diffusers(prediction_type=kind, timestep_spacing="trailing")
+        DDPMPipeline(model, scheduler).save_pretrained(self.out / "pipeline")
         labels = torch.arange(64) % model.config["num_class_embeds"] if self.config.conditional else None
         samples = sample_images(model, schedule, (64, *self.images.shape[1:]), prediction_type=kind, labels=labels)
         save_grid(samples, self.out / "samples.png", scale=2 if samples.shape[-1] <= 32 else 1)
-        self.save("done")
         self.summarise("done", validation_loss=loss)
 
 
@@ -448,7 +485,6 @@ def _check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
 
 def _claim_folder(config: TrainConfig, out: Path) -> None:
     try:
-        out.mkdir(parents=True, exist_ok=True)
         write_json(out / "config.json", config.to_dict())
     except OSError as error:
         raise RunError(f"cannot write to {out} ({error.strerror}); choose another --out") from None
@@ -468,45 +504,54 @@ def train(
     out = Path(out)
     _check_folder(config, out, resume)
     device = resolve_device(config.device)
-    data = load_split(config, "train", device)
+    data, test = load_split(config, "train", device), load_split(config, "test", device)
+    if config.conditional and (test.num_classes or 0) > (data.num_classes or 0):
+        raise ValueError(
+            f"{data.name}: test labels reach {test.num_classes} classes and the training images chosen have only "
+            f"{data.num_classes}; use more train_images"
+        )
     state = build(config, data)
-    recorder = _Recorder(config, state, load_split(config, "test", device), out)
+    recorder = _Recorder(config, state, test, out)
     # Claimed only now, so that a misspelled name or missing data leaves no half-made run behind.
     _claim_folder(config, out)
-    if resume and (out / "checkpoint" / "latest.json").exists():
-        step, tensors, rest = load_checkpoint(out / "checkpoint")
-        recorder.seconds = rest.pop("seconds")
-        state.load_state_dict(step, tensors, rest)
+    if resume:
+        recorder.restore()
     rows = read_metrics(out / "metrics.jsonl", until_step=state.step) if state.step else []
     write_atomically(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     recorder.summarise("running")
-    _run(state, data, config, recorder, progress)
-    if finish:
-        recorder.finish()
-    else:
-        recorder.summarise("done")
+    with _stop_signals() as stopped:
+        _run(state, data, config, recorder, stopped, progress)
+        if finish:
+            recorder.finish()
+        else:
+            recorder.summarise("done")
     return load_run(out)
 
 
-def _run(state: TrainState, data: ImageData, config: TrainConfig, recorder: _Recorder, progress: bool) -> None:
+def _run(
+    state: TrainState,
+    data: ImageData,
+    config: TrainConfig,
+    recorder: _Recorder,
+    stopped: Callable[[], bool],
+    progress: bool,
+) -> None:
     from tqdm.auto import tqdm
 
     # On a CPU a check costs nothing; on a GPU it would stall the queue, so it waits for the log line.
     check_every = 1 if data.images.device.type == "cpu" else config.log_every
-    bar = tqdm(
-        total=config.images, initial=state.step * config.batch_size, unit="img", unit_scale=True, disable=not progress
-    )
+    seen = state.step * config.batch_size
+    bar = tqdm(total=config.images, initial=seen, unit="img", unit_scale=True, disable=not progress)
     bar.set_description(config.weighting, refresh=False)
-    with _stop_signals() as stopped, bar:
-        if state.step == 0:
-            recorder.log(recorder.validate())
+    if state.step == 0:
+        recorder.log(recorder.validate())
+    with bar:
         for record in iterate(state, data, config):
             recorder.pending.append(record)
             bar.update(config.batch_size)
             done = state.step == config.num_steps
             save = done or state.step % config.interval("checkpoint_every") == 0
             validate = done or state.step % config.interval("validate_every") == 0
-            # A line ends at every checkpoint, so that a resumed run writes the lines of one never interrupted.
             log = save or validate or state.step % config.log_every == 0
             if stopped() or log or state.step % check_every == 0:
                 failed = _first_failure(recorder.pending[-check_every:])
@@ -516,11 +561,9 @@ def _run(state: TrainState, data: ImageData, config: TrainConfig, recorder: _Rec
             if log:
                 bar.set_postfix(loss=f"{float(record.losses.mean()):.4f}", refresh=False)
                 recorder.log(recorder.validate() if validate else None)
-            if save and not done:
+            if save:
                 recorder.save("running")
             if stopped() and not done:
-                if recorder.pending:
-                    recorder.log()
                 recorder.save("interrupted")
                 raise KeyboardInterrupt(
                     f"stopped at {state.step * config.batch_size:,} of {config.images:,} images, all saved; "

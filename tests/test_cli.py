@@ -63,6 +63,10 @@ def test_options_come_from_a_file_and_flags_win(tmp_path):
         (["--image-size", "9"], "multiple of 2"),
         (["--config", "/nonexistent.json"], "nonexistent.json"),
         (["--zero-terminal-snr"], "v_prediction"),
+        (["--bins", "5000"], "bins must not exceed"),
+        (["--weighting-lr", "nan"], "weighting_lr must be"),
+        (["--device", "meta"], "cannot be used"),
+        (["--seed", "-1"], "seed must be"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(tmp_path, capsys, monkeypatch, arguments, message):
@@ -72,6 +76,34 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capsys, monkeypatch, argumen
     assert main(["train", "--out", str(tmp_path / "run"), *QUICK, *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "RUN", "--steps", "5000"], "num_steps from 1 to 1000"),
+        (["sample", "RUN", "--num-images", "0"], "1 image or more"),
+        (["sample", "RUN", "--sampler", "euler"], "dpm-solver"),
+        (["sample", "RUN", "--seed", "-1"], "zero or more"),
+        (["sample", "RUN", "--steps", "2", "--num-images", "1", "--out", "none/x.png"], "none/x.png"),
+        (["evaluate", "RUN", "--num-images", "0"], "2 or more"),
+        (["evaluate", "RUN", "--elbo-timesteps", "0"], "1 timestep per image"),
+        (["evaluate", "RUN", "--timesteps", "0"], "from 1 to"),
+        (["train", "--out", "RUN", "--resume", "--seed", "7"], "seed 0 there, 7 here"),
+    ],
+)
+def test_bad_input_about_a_run_is_one_line_and_code_2(a_run, capsys, arguments, message):
+    device = [] if arguments[0] == "train" else ["--device", "cpu"]
+    assert main([a_run if word == "RUN" else word for word in arguments] + device) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert message in error and error.startswith("dysigma: ")
+
+
+@pytest.fixture(scope="module")
+def a_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["train", "--out", str(out), *QUICK]) == 0
+    return str(out)
 
 
 def test_a_used_folder_is_refused_and_untouched(tmp_path, capsys):

@@ -82,6 +82,36 @@ def test_samples_are_a_function_of_seed_and_image_number():
     assert not torch.equal(many, sample_images(model, schedule, (5, 3, 4, 4), num_steps=5, seed=2))
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_a_zero_terminal_snr_schedule_is_sampled_or_refused(sampler):
+    schedule = NoiseSchedule.linear(zero_terminal_snr=True)
+    model = Gaussian(schedule, 0.25)
+    velocity = nn.Module()
+    velocity.dummy = nn.Parameter(torch.zeros(()))
+
+    def forward(x_t, timesteps):
+        alpha, sigma = (c[timesteps.long()].view(-1, 1, 1, 1) for c in (schedule.alpha, schedule.sigma))
+        noise = model(x_t, timesteps)
+        return alpha * noise - sigma * (alpha * 0.25**2 / (alpha**2 * 0.25**2 + sigma**2) * x_t)
+
+    velocity.forward = forward
+    options = {"prediction_type": "v", "num_steps": 250}
+    images = sample_images(velocity, schedule, (64, 3, 8, 8), sampler=sampler, **options)
+    assert math.isclose(float(images.double().div(127.5).sub(1).std()), 0.25, rel_tol=0.05)
+    with pytest.raises(ValueError, match="dpm-solver divides by alpha"):
+        sample_images(velocity, schedule, (1, 3, 8, 8), sampler="dpm-solver", **options)
+
+
+def test_a_broken_network_gives_no_black_images():
+    class Broken(Gaussian):
+        def forward(self, x_t, timesteps):
+            return x_t * float("nan")
+
+    schedule = NoiseSchedule.linear()
+    with pytest.raises(ValueError, match="not finite"):
+        sample_images(Broken(schedule, 1.0), schedule, (1, 3, 8, 8), num_steps=5)
+
+
 def test_unknown_sampler_shows_the_choices():
     with pytest.raises(KeyError, match="dpm-solver"):
         sample_images(nn.Identity(), NoiseSchedule.linear(), (1, 3, 4, 4), sampler="euler")

@@ -28,12 +28,12 @@ def test_a_race_records_every_entry_once_and_goes_on_where_it_stopped(tmp_path):
     records = race(spec, tmp_path, progress=False)
     lines = records.read_text().splitlines()
     assert len(lines) == 4
-    # As if it had been stopped after two entries.
-    records.write_text("\n".join(lines[:2]) + "\n")
+    # As if it had been killed while it wrote the third line.
+    records.write_text("\n".join(lines[:2]) + "\n" + lines[2][:50])
     race(spec, tmp_path, progress=False)
     table = load_race(tmp_path)
     assert sorted(zip(table.arm, table.seed, strict=True)) == [(a, s) for a in ("const-eps", "min-snr") for s in (0, 1)]
-    assert sorted(records.read_text().splitlines()) != [] and not any((tmp_path / "work").iterdir())
+    assert not any((tmp_path / "work").iterdir())
     first = {(r.arm, r.seed): r.validation_losses[0] for r in table.itertuples()}
     # Paired: before the first step two arms with one seed are the same network; two seeds are not.
     assert first["const-eps", 0] == first["min-snr", 0] != first["const-eps", 1]
@@ -51,8 +51,11 @@ def test_a_folder_of_another_race_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"seeds": []}, ValueError, "none empty"),
-        ({"extra": 1}, ValueError, "exactly the keys"),
+        ({"seeds": []}, ValueError, "must not be empty"),
+        ({"seeds": 3}, ValueError, "seeds \\(a list\\)"),
+        ({"seeds": [0, 0]}, ValueError, "every seed once"),
+        ({"arms": {"a": "min-snr"}}, ValueError, "is a table"),
+        ({"extra": 1}, ValueError, "must have exactly name"),
         ({"arms": {"a": {"weighting": "min-srn"}}}, KeyError, "min-snr"),
         ({"arms": {"a": {"wieghting": "min-snr"}}}, KeyError, "wieghting"),
         ({"arms": {"a": {"weighting": "min-snr", "weighting_params": {"gama": 1}}}}, ValueError, "gama"),

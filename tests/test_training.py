@@ -1,6 +1,8 @@
 """Laws of training: it learns, it resumes exactly, all arms see the same draws, and nothing is repaired in silence."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -8,10 +10,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
-from dysigma.runs import RunError, load_run
+from dysigma.runs import RunError, load_checkpoint, load_run
 from dysigma.training import TrainConfig, TrainingDiverged, build, iterate, load_split, train, train_step
 
 TINY = TrainConfig(
@@ -29,9 +32,16 @@ def data():
     return load_split(TINY, "train", torch.device("cpu"))
 
 
-@pytest.mark.parametrize("weighting", ["const-eps", "min-snr", "uncertainty", "dy-sigma"])
-def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, weighting, monkeypatch):
-    config = with_(weighting=weighting)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weighting": "min-snr"},
+        {"weighting": "dy-sigma", "timestep_sampler": "loss-second-moment", "sampler_params": {"bins": 5}},
+        {"weighting": "ugd", "weighting_params": {"gramian_every": 4, "bins": 4}},
+    ],
+)
+def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, changes, monkeypatch):
+    config = with_(**changes)
     whole = train(config, tmp_path / "whole", progress=False)
 
     class Killed(Exception):
@@ -42,15 +52,25 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, weighting, monkeypatch
             raise Killed
         return train_step(state, data, config)
 
-    monkeypatch.setattr("dysigma.training.train_step", kill_at_step_15)
-    with pytest.raises(Killed):
-        train(config, tmp_path / "cut", progress=False)
-    monkeypatch.undo()
-    cut = train(config, tmp_path / "cut", resume=True, progress=False)
-    states = [next((run.path / "checkpoint").glob("state-*")).read_bytes() for run in (whole, cut)]
-    assert states[0] == states[1]
-    timing = ["seconds"]
-    assert whole.metrics.drop(columns=timing).to_json() == cut.metrics.drop(columns=timing).to_json()
+    @contextlib.contextmanager
+    def stop_at_step_15():
+        yield lambda: next(steps) >= 29  # asked twice a step
+
+    for how in ("killed", "stopped"):
+        out, steps = tmp_path / how, itertools.count(1)
+        if how == "killed":
+            monkeypatch.setattr("dysigma.training.train_step", kill_at_step_15)
+        else:
+            monkeypatch.setattr("dysigma.training._stop_signals", stop_at_step_15)
+        with pytest.raises(Killed if how == "killed" else KeyboardInterrupt):
+            train(config, out, progress=False)
+        monkeypatch.undo()
+        cut = train(config, out, resume=True, progress=False)
+        kept = [load_checkpoint(run.path / "checkpoint")[:2] for run in (whole, cut)]
+        assert kept[0][0] == kept[1][0] == 24 and kept[0][1].keys() == kept[1][1].keys()
+        assert all(torch.equal(kept[0][1][name], kept[1][1][name]) for name in kept[0][1])
+        rows = [run.metrics.drop(columns="seconds").to_json() for run in (whole, cut)]
+        assert rows[0] == rows[1]
 
 
 def test_two_weightings_see_the_same_images_timesteps_and_noise(data):
@@ -58,7 +78,7 @@ def test_two_weightings_see_the_same_images_timesteps_and_noise(data):
     for weighting in ("const-eps", "min-snr"):
         config = with_(weighting=weighting)
         state = build(config, data)
-        seen.append([next(iter([r])) for r, _ in zip(iterate(state, data, config), range(3), strict=False)])
+        seen.append([r for r, _ in zip(iterate(state, data, config), range(3), strict=False)])
     for a, b in zip(*seen, strict=True):
         assert torch.equal(a.timesteps, b.timesteps)
     # Before the first update both networks are the same, so equal losses mean equal images and noise.
@@ -118,6 +138,34 @@ def test_a_non_finite_loss_stops_the_run_and_names_step_bin_and_weighting(tmp_pa
     assert load_run(tmp_path / "run").summary["status"] == "failed"
 
 
+def test_a_network_destroyed_by_its_last_step_is_not_called_done(tmp_path):
+    with pytest.raises(TrainingDiverged, match="validation losses are not finite after step 1"):
+        train(with_(images=8, lr=1e30, warmup_images=0), tmp_path / "run", progress=False)
+    assert load_run(tmp_path / "run").summary["status"] == "failed"
+    assert not (tmp_path / "run" / "pipeline").exists()
+
+
+def test_the_adaptive_sampler_learns_from_weighted_losses(data):
+    config = with_(weighting="const-x0", timestep_sampler="loss-second-moment", sampler_params={"bins": 5}, images=1600)
+    state = build(config, data)
+    for _ in iterate(state, data, config):
+        pass
+    # On an epsilon network const-x0 puts nearly all weight on the noisy end, so that is where to sample.
+    probabilities = state.sampler.probabilities()
+    assert probabilities[-10:].sum() > 2 * probabilities[:10].sum()
+
+
+def test_labels_that_the_training_images_lack_are_refused(tmp_path):
+    images = np.zeros((8, 8, 8, 3), np.uint8)
+    labels = np.array([0, 1, 2, 3] * 2)
+    np.savez(tmp_path / "x.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    with pytest.raises(ValueError, match="more train_images"):
+        train(with_(data=str(tmp_path / "x.npz"), train_images=2, conditional=True), tmp_path / "run", progress=False)
+    with pytest.raises(ValueError, match="needs labels"):
+        train(with_(data="gaussian-fields", conditional=True), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "dysigma", "train", "--images=800000", "--batch-size=8", "--image-size=8"]
@@ -144,8 +192,18 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
         ({"batch_size": 0}, ValueError, "batch_size must be a positive"),
         ({"batch_size": 500}, ValueError, "must not exceed images"),
         ({"accumulate": 3}, ValueError, "multiple of accumulate"),
-        ({"lr": float("nan")}, ValueError, "lr must be positive"),
-        ({"seed": -1}, ValueError, "seed must not be negative"),
+        ({"lr": float("nan")}, ValueError, "lr must be a positive"),
+        ({"lr": "a"}, ValueError, "lr must be float; got 'a'"),
+        ({"weighting_lr": -1.0}, ValueError, "weighting_lr must be a positive"),
+        ({"seed": -1}, ValueError, "seed must be a zero or more"),
+        ({"seed": 1.5}, ValueError, "seed must be int"),
+        ({"flip": "no"}, ValueError, "flip must be bool"),
+        ({"compile": "no"}, ValueError, "compile must be bool"),
+        ({"device": None}, ValueError, "device must be str"),
+        ({"checkpoint_every": 0}, ValueError, "checkpoint_every must be a positive"),
+        ({"weighting_params": "kappa"}, ValueError, "weighting_params must be dict"),
+        ({"bins": 51}, ValueError, "bins must not exceed num_timesteps 50"),
+        ({"validation_timesteps": 51}, ValueError, "validation_timesteps must not exceed"),
         ({"precision": "fp8"}, KeyError, "bfloat16"),
     ],
 )
