@@ -65,9 +65,9 @@ banner(NOTEBOOK)
 # | [01 Forward process and SNR](01_forward_process_and_snr.ipynb) | what is a noise schedule, in one number per timestep? |
 # | 02 One network, many objectives | does training one noise level hurt another? *(planned)* |
 # | [03 SNR weightings](03_snr_weightings.ipynb) | where do Min-SNR and its relatives come from, and are they right in the wild? |
-# | 04 Learnable weightings | what do learned weights converge to, and why do they fluctuate? *(planned)* |
-# | 05 Dy-Sigma derived | which formulas fit the abstract, and what does each minimise? *(planned)* |
-# | 06 Train a compact DDPM | a real model on real images, live and from recorded GPU runs *(planned)* |
+# | [04 Learnable weightings](04_learnable_weightings.ipynb) | what do learned weights converge to, and why do they fluctuate? |
+# | [05 Dy-Sigma derived](05_dy_sigma_derived.ipynb) | which formulas fit the abstract, what does each minimise, and does it help? |
+# | [06 Train a compact DDPM](06_train_a_compact_ddpm.ipynb) | a real model, live on dead leaves and recorded on CIFAR-10 |
 # | 07 Gradient conflicts | do the timesteps really pull apart, once noise is accounted for? *(planned)* |
 # | 08 Pareto trade-offs | what is the best any weighting could do? *(planned)* |
 # | 09 The convergence race | is it 3.7 times faster, and than what? *(planned)* |

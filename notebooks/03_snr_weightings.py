@@ -461,7 +461,7 @@ check("3.2", finite_everywhere)
 #   [B4, Min-SNR pull request 4](https://github.com/TiankaiHang/Min-SNR-Diffusion-Training/pull/4);
 #   [B5, diffusers issue 1733](https://github.com/huggingface/diffusers/issues/1733).
 #
-# **Next:** 04, learnable weightings (planned). Back to the [map](00_start_here.ipynb).
+# **Next:** [04, learnable weightings](04_learnable_weightings.ipynb). Back to the [map](00_start_here.ipynb).
 
 # %%
 watermark()
