@@ -378,11 +378,7 @@ losses_x0 = ...
 check("6.2", losses_x0)
 
 # %% [markdown]
-# <details><summary>Solutions (run the hidden cell)</summary>
-#
-# 6.1: `1 - 0.5 ** (batch_size / half_life)`. 6.2: `losses_eps / snr`.
-#
-# </details>
+# ### Solutions
 
 # %% tags=["solution"]
 a = 1 - 0.5 ** (batch_size / half_life)
@@ -393,13 +389,17 @@ check("6.2", losses_x0)
 # %% [markdown]
 # ## What you can now do
 #
-# Train a DDPM in a run folder, compare weightings on equal draws, judge them timestep by timestep, and continue what was interrupted.
+# - Write and check a training step, and see that a weighting enters in one line of it.
+# - Train in a run folder, stop, and go on with nothing lost.
+# - Compare weightings on equal draws and judge them timestep by timestep, with a control that shows what seeds alone do.
 #
-# **Limitations.** A `micro` network and a minute of training; `const-x0` on an epsilon network is a known bad pair, chosen because the effect
-# is visible at this size. Differences between *good* weightings are much smaller and need the protocol of notebook 09. The recorded run is one
-# seed at one learning rate.
+# ## Limitations
 #
-# **References**
+# - A `micro` network and a minute of training. `const-x0` on an epsilon network is a known bad pair, chosen because the effect is visible at this size.
+# - Differences between *good* weightings are much smaller: notebook 05 measures some with five paired seeds.
+# - The recorded run is one seed at one learning rate, on a CPU.
+#
+# ## References
 #
 # - Ho, Jain, Abbeel, *Denoising Diffusion Probabilistic Models*, 2020, [arXiv 2006.11239](https://arxiv.org/abs/2006.11239): the training step, and the simple loss (const-eps).
 # - Hang et al., *Efficient Diffusion Training via Min-SNR Weighting Strategy*, 2023, [arXiv 2303.09556](https://arxiv.org/abs/2303.09556): calls weight 1 on x0 Const, and trains it with x0 networks.
@@ -407,7 +407,7 @@ check("6.2", losses_x0)
 # - Karras et al., *Elucidating the Design Space of Diffusion-Based Generative Models*, 2022, [arXiv 2206.00364](https://arxiv.org/abs/2206.00364): averages of weights counted in images.
 # - Lee, Mumford, Huang, *Occlusion Models for Natural Images*, 2001, [doi 10.1023/A:1011109015675](https://doi.org/10.1023/A:1011109015675): the statistics of dead leaves.
 #
-# Back to the [map](00_start_here.ipynb).
+# **Next:** 07, gradient conflicts (planned). Back to the [map](00_start_here.ipynb).
 
 # %%
 watermark()
