@@ -559,7 +559,7 @@ print("simulated with that many bins: {:.2%} ± {:.2%}".format(*simulated))
 # - Lin, Ye, Zhang, Tsang, *Reasonable Effectiveness of Random Weighting*, 2022,
 #   [arXiv:2111.10603](https://arxiv.org/abs/2111.10603): random weights as the baseline every learned weighting should meet.
 #
-# **Next:** 05, Dy-Sigma derived (planned). Back to the [map](00_start_here.ipynb).
+# **Next:** [05, Dy-Sigma derived](05_dy_sigma_derived.ipynb). Back to the [map](00_start_here.ipynb).
 
 # %%
 watermark()
