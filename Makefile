@@ -25,7 +25,7 @@ help:  ## list the targets
 setup: $(STAMP)  ## create .venv and install the package, the notebook and the test tools
 
 run: $(STAMP)  ## execute all notebooks in fast mode: live tiny training, figures, samples
-	$(BIN)/dysigma notebooks --fast
+	$(BIN)/dysigma notebooks --fast --out runs/notebooks
 
 test: $(STAMP)  ## lint, format check, types, tests
 	$(BIN)/ruff check .

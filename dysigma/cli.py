@@ -232,13 +232,17 @@ def _add_notebooks(commands: Any) -> None:
         "--fast", action="store_true", help="small sizes, in a temporary folder; the committed outputs stay"
     )
     parser.add_argument("--folder", type=Path, default=Path("notebooks"), help="where they are (default: notebooks)")
+    parser.add_argument("--out", type=Path, help="write pages and figures here instead of beside the sources")
+    parser.add_argument("--no-solutions", action="store_true", help="leave the solutions out, for a class; needs --out")
     parser.set_defaults(run=_notebooks)
 
 
 def _notebooks(args: argparse.Namespace) -> None:
     from .notebooks import build, find
 
-    build(find(args.folder, args.names), fast=args.fast)
+    build(find(args.folder, args.names), fast=args.fast, out=args.out, solutions=not args.no_solutions)
+    if args.out:
+        print(f"executed notebooks and figures: {args.out}")
 
 
 def _add_benchmark(commands: Any) -> None:
