@@ -127,7 +127,9 @@ state = build(config, data)
 theirs = [record.losses for record, _ in zip(iterate(state, data, config), range(3), strict=False)]
 for a, b in zip(mine, theirs, strict=True):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg="the step by hand and the package's must agree")
-print(f"{count_parameters(model):,} parameters; three steps by hand and three of the package give the same {3 * 32} losses")
+print(
+    f"{count_parameters(model):,} parameters; three steps by hand and three of the package give the same {3 * 32} losses"
+)
 
 # %% [markdown]
 # ## 4 · Stop anywhere, lose nothing
@@ -187,9 +189,9 @@ def race(weighting, seed):
     judge = make_model("micro", 16)
     for record in iterate(state, data, run):
         if state.step % (run.num_steps // 5) == 0:
+            assert torch.isfinite(record.loss), "training must stay finite"
             state.ema.copy_to(judge)
             curve.append(validation_losses(judge, held_out, state.schedule, timesteps=timesteps))
-    assert torch.isfinite(record.loss), "training must stay finite"
     return torch.stack(curve), state
 
 
@@ -209,9 +211,15 @@ ends = [final["const-eps"].mean(0)[i] for i in (0, -1)]
 reveal(QUESTION, float(ends[0] / ends[1]))
 between = (final["const-x0"].log() - final["const-eps"].log()).mean(0)
 control = (final["const-eps"][0].log() - final["const-eps"][1].log()).abs()
-print(f"clean half: const-x0 / const-eps = {between[:10].exp().mean():.2f}; two seeds of const-eps differ by {control[:10].exp().mean():.2f}")
-print(f"noisy tenth: const-x0 / const-eps = {between[-2:].exp().mean():.2f}; two seeds of const-eps differ by {control[-2:].exp().mean():.2f}")
-assert between[:10].mean() > 2 * control[:10].mean(), "const-x0 must be worse on the clean half by more than seeds differ"
+print(
+    f"clean half: const-x0 / const-eps = {between[:10].exp().mean():.2f}; two seeds of const-eps differ by {control[:10].exp().mean():.2f}"
+)
+print(
+    f"noisy tenth: const-x0 / const-eps = {between[-2:].exp().mean():.2f}; two seeds of const-eps differ by {control[-2:].exp().mean():.2f}"
+)
+assert between[:10].mean() > 2 * control[:10].mean(), (
+    "const-x0 must be worse on the clean half by more than seeds differ"
+)
 
 # %% [markdown]
 # The loss falls with $t$ although no timestep was preferred. At the noisy end $x_t$ *is* almost the noise, and repeating the input is
@@ -259,11 +267,16 @@ plots.show(
     alt="Three rows of twelve small pictures: real dead leaves, greyish blotchy noise from const-eps, and strong coloured noise pixel by pixel from const-x0.",
     notebook=NOTEBOOK,
 )
-print("mean step between neighbouring pixels, grey levels: " + ", ".join(f"{n} {r:.0f}" for n, r in zip(["real", *arms], roughness, strict=True)))
+print(
+    "mean step between neighbouring pixels, grey levels: "
+    + ", ".join(f"{n} {r:.0f}" for n, r in zip(["real", *arms], roughness, strict=True))
+)
 bound = elbo(judge, held_out, states["const-x0"].schedule, timesteps_per_image=10)
 judge.load_state_dict(states["const-eps"].ema.state)
 better = elbo(judge, held_out, states["const-eps"].schedule, timesteps_per_image=10)
-print(f"ELBO on held-out images, bits/dim (lower is better): const-eps {better.bits_per_dim:.2f}, const-x0 {bound.bits_per_dim:.2f}")
+print(
+    f"ELBO on held-out images, bits/dim (lower is better): const-eps {better.bits_per_dim:.2f}, const-x0 {bound.bits_per_dim:.2f}"
+)
 assert better.bits_per_dim < bound.bits_per_dim, "the likelihood bound must agree with the eye"
 
 # %% [markdown]
@@ -300,10 +313,14 @@ metrics = record.metrics.dropna(subset=["validation_losses"])
 grid_t = np.array(metrics.validation_timesteps.iloc[0])
 shown = [i for i in (0, 1, 3, len(metrics) - 1) if i < len(metrics)]
 seen = record.summary["images"]
-print(f"{seen:,} images in {record.summary['seconds'] / 60:.0f} min on {record.summary['provenance']['device']}, torch {record.summary['provenance']['torch']}")
+print(
+    f"{seen:,} images in {record.summary['seconds'] / 60:.0f} min on {record.summary['provenance']['device']}, torch {record.summary['provenance']['torch']}"
+)
 
 fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.2), width_ratios=(1.15, 1))
-plots.loss_by_timestep(left, grid_t, {f"{metrics.images.iloc[i]:,} images": metrics.validation_losses.iloc[i] for i in shown})
+plots.loss_by_timestep(
+    left, grid_t, {f"{metrics.images.iloc[i]:,} images": metrics.validation_losses.iloc[i] for i in shown}
+)
 left.set(title="CIFAR-10, loss on 64 test images")
 right.imshow(Image.open(record.path / "samples.png"))
 right.set(xticks=[], yticks=[], title=f"64 samples after {seen:,} images", frame_on=False)
@@ -320,8 +337,12 @@ plots.show(
 )
 first_loss, last_loss = np.array(metrics.validation_losses.iloc[1]), np.array(metrics.validation_losses.iloc[-1])
 gain = 1 - last_loss / first_loss
-assert gain[-5:].mean() > 2 * gain[:5].mean(), "the noisy end must have improved by more than the clean end, as the caption says"
-print(f"loss from {metrics.images.iloc[1]:,} to {seen:,} images: clean tenth −{gain[:5].mean():.0%}, noisy tenth −{gain[-5:].mean():.0%}")
+assert gain[-5:].mean() > 2 * gain[:5].mean(), (
+    "the noisy end must have improved by more than the clean end, as the caption says"
+)
+print(
+    f"loss from {metrics.images.iloc[1]:,} to {seen:,} images: clean tenth −{gain[:5].mean():.0%}, noisy tenth −{gain[-5:].mean():.0%}"
+)
 
 # %% [markdown]
 # **Try it yourself.** In section 5 replace `"const-x0"` by `"min-snr"`, `"uncertainty"` or `"dy-sigma"`; give `config` `prediction="sample"` and
