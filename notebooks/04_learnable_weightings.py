@@ -26,7 +26,7 @@
 # **You need** gradient descent and Adam, the conversion between losses of $\epsilon$ and $x_0$, and log-SNR from
 # [01](01_forward_process_and_snr.ipynb).
 #
-# **Time** reading 30 min · running about 80 s (short run 15 s) on two CPU cores · memory under 1 GB.
+# **Time** reading 30 min · running about 60 s (short run 15 s) on two CPU cores · memory under 1 GB.
 #
 # **Functions introduced** `dysigma.weightings.make_weighting("uncertainty" | "ugd" | "loss-balance" | "random")`,
 # `dysigma.weightings.fluctuation`, `dysigma.weightings.effective_sample_size`, `dysigma.training.train_step`,

@@ -29,7 +29,7 @@
 # **You need** uncertainty weighting and its fixed point from [04](04_learnable_weightings.ipynb), the weightings on one scale from
 # [03](03_snr_weightings.ipynb).
 #
-# **Time** reading 35 min · running about 45 s (short run 15 s) on two CPU cores · memory under 1 GB.
+# **Time** reading 35 min · running about 50 s (short run 15 s) on two CPU cores · memory under 1 GB.
 #
 # **Functions introduced** `dysigma.weightings.make_weighting("dy-sigma", variant=…, prior=…, kappa=…)`, `dysigma.race.load_race`,
 # `dysigma.race.Race`, `dysigma.training.train`.
