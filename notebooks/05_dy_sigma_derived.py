@@ -434,7 +434,7 @@ plots.show(
     "05_race",
     title="Fourteen weightings against both constants and against Min-SNR",
     caption="Anchored Dy-Sigma beats its prior in all four settings. How far it is from a constant depends on which constant and on the target. By this judge plain uncertainty does at least as well; by likelihood it does not (table above). Bars: 95 % over five paired seeds.",
-    alt="Four panels, one per data set and target. Each has fourteen rows, one per weighting, with three points and 95 % bars: the geometric-mean loss relative to const-eps, const-x0 and min-snr. ALT",
+    alt="Four panels, one per data set and target. Each has fourteen rows, one per weighting, with three points and 95 % bars: the geometric-mean loss relative to const-eps, const-x0 and min-snr. Most members of the family lie left of 1; ugd lies right of it in three panels, tilt and conflict where the network predicts noise.",
     notebook=NOTEBOOK,
 )
 
