@@ -48,6 +48,6 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PY) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "dysigma needs Python 3.11 or newer, and $(PY) is %d.%d: make PY=python3.11 ..." % sys.version_info[:2])'
 	@test -x $(BIN)/python || $(PY) -m venv $(VENV)
 	@echo "Installing into $(VENV) (one to three minutes, more where torch must be downloaded)"
-	@$(PIP) -e ".[notebooks,test]" > $(LOG) || { tail -n 15 $(LOG); exit 1; }
-	@$(PIP) --no-deps denoising-diffusion-pytorch >> $(LOG) || { tail -n 15 $(LOG); exit 1; }
+	@$(PIP) -e ".[notebooks,test]" > $(LOG) 2>&1 || { tail -n 15 $(LOG); exit 1; }
+	@$(PIP) --no-deps denoising-diffusion-pytorch >> $(LOG) 2>&1 || { tail -n 15 $(LOG); exit 1; }
 	@touch $@

@@ -83,7 +83,9 @@ def _add_train(commands: Any) -> None:
         "  dysigma train --resume --out runs/gpu                                go on where it stopped",
     )
     parser.add_argument("--out", type=Path, required=True, help="run folder to write (must be new or empty)")
-    parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the interrupted run in --out, as it was configured"
+    )
     parser.add_argument(
         "--config", type=Path, help="JSON or TOML file with any of the options below; flags win over it"
     )
@@ -139,8 +141,8 @@ def _add_sample(commands: Any) -> None:
     parser.add_argument("--num-images", type=int, default=64, help="how many (default: 64)")
     parser.add_argument("--sampler", default="ddim", help="ddim, dpm-solver or ddpm (default: ddim)")
     parser.add_argument("--steps", type=int, default=50, help="network evaluations per image (default: 50)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seed", type=int, default=0, help="of latents and noise (default: 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     parser.add_argument("--out", type=Path, help="PNG to write (default: RUN/samples-SAMPLER-STEPS.png)")
     parser.add_argument("--npz", type=Path, help="also write the images as an uint8 array (N, H, W, C)")
     parser.set_defaults(run=_sample)
@@ -173,8 +175,8 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--num-images", type=int, default=256, help="test images (default: 256)")
     parser.add_argument("--timesteps", type=int, default=50, help="timesteps of the loss curve (default: 50)")
     parser.add_argument("--elbo-timesteps", type=int, default=50, help="timesteps per image of the ELBO (default: 50)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seed", type=int, default=0, help="of latents and noise (default: 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     parser.add_argument("--data-root", help="where CIFAR-10 lies, if not where it was in training")
     parser.set_defaults(run=_evaluate)
 
@@ -253,7 +255,7 @@ def _add_benchmark(commands: Any) -> None:
     parser.add_argument("--image-size", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds; each round runs every contender once")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     parser.add_argument("--out", type=Path, help="JSON record to write")
     parser.set_defaults(run=_benchmark)
 
@@ -293,6 +295,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dysigma: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"\ndysigma: {stop or 'interrupted'}", file=sys.stderr)
+        print(f"\ndysigma: {str(stop) or 'interrupted before the first step; nothing was written'}", file=sys.stderr)
         return 130
     return 0

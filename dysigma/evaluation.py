@@ -181,8 +181,10 @@ def sample_images(
 ) -> Tensor:
     """Draw images with a diffusers sampler: (N, C, H, W) uint8 on the model's device.
 
-    shape: (N, C, H, W); sampler: "ddim", "dpm-solver" (DPM-Solver++ 2M) or "ddpm" (ancestral; use num_steps near T);
-    the latents are a function of (seed, image number). Raises KeyError for an unknown sampler.
+    shape: (N, C, H, W); sampler: "ddim", "dpm-solver" (DPM-Solver++ 2M; it amplifies the errors that a briefly trained
+    network makes at the noisiest timesteps, into saturated colours) or "ddpm" (ancestral; use num_steps near T). The
+    latents are a function of (seed, image number). Raises KeyError for an unknown sampler, ValueError for numbers out
+    of range or samples that are not finite.
     """
     if sampler not in SAMPLERS:
         raise KeyError(f"unknown sampler {sampler!r}; have {list(SAMPLERS)}")
@@ -200,7 +202,11 @@ def sample_images(
         "dpm-solver": diffusers.DPMSolverMultistepScheduler,
         "ddpm": diffusers.DDPMScheduler,
     }
-    scheduler = schedule.to_diffusers(classes[sampler], prediction_type, timestep_spacing="trailing")
+    options: dict[str, Any] = {"timestep_spacing": "trailing"}
+    if sampler == "dpm-solver":
+        # The other two clip the predicted x0 to [-1, 1] by default; this is the same by another name.
+        options |= {"thresholding": True, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0}
+    scheduler = schedule.to_diffusers(classes[sampler], prediction_type, **options)
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()

@@ -262,8 +262,8 @@ plots.show(
     fig,
     "06_samples",
     title="The same latents through both networks",
-    caption="A few hundred steps are far too few for pictures, yet the order is plain: const-eps has begun to form patches, while const-x0 "
-    "has not removed the noise at all. The recorded run below shows what ten times as many steps of a larger network give.",
+    caption="A few hundred steps are far too few for pictures, yet the order is plain: const-eps has turned much of the noise into soft grey blotches, "
+    "const-x0 has not removed it at all. The recorded run below shows what eight times as many steps of a larger network give.",
     alt="Three rows of twelve small pictures: real dead leaves, greyish blotchy noise from const-eps, and strong coloured noise pixel by pixel from const-x0.",
     notebook=NOTEBOOK,
 )
