@@ -126,7 +126,7 @@ def race(
     todo = {}
     for number, (key, config) in enumerate(spec.entries()):
         if key not in done:
-            todo[key] = replace(config, **(overrides or {})), out / "work" / f"{number:04d}"
+            todo[key] = replace(config, **(overrides or {})), out / "entries" / f"{number:04d}"
     bar = tqdm(total=len(done) + len(todo), initial=len(done), unit="run", desc=spec.name, disable=not progress)
     # Forking a process that has used torch's threads can hang, hence "spawn".
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool, bar:

@@ -33,7 +33,7 @@ def test_a_race_records_every_entry_once_and_goes_on_where_it_stopped(tmp_path):
     race(spec, tmp_path, progress=False)
     table = load_race(tmp_path)
     assert sorted(zip(table.arm, table.seed, strict=True)) == [(a, s) for a in ("const-eps", "min-snr") for s in (0, 1)]
-    assert not any((tmp_path / "work").iterdir())
+    assert not any((tmp_path / "entries").iterdir())
     first = {(r.arm, r.seed): r.validation_losses[0] for r in table.itertuples()}
     # Paired: before the first step two arms with one seed are the same network; two seeds are not.
     assert first["const-eps", 0] == first["min-snr", 0] != first["const-eps", 1]
