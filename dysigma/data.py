@@ -282,10 +282,8 @@ def _stack(blocks: Iterable[tuple[Any, Tensor]], count: int) -> Tensor:
     for i, (name, block) in enumerate(blocks):
         out = block.new_empty(count, *block.shape) if i == 0 else out
         if block.shape != out.shape[1:]:
-            raise ValueError(
-                f"{name} is {block.shape[-1]} pixels wide as a square, those before are {out.shape[-1]}: give a size to "
-                "resize all of them to (--image-size)"
-            )
+            sides = f"{block.shape[-1]} pixels wide as a square, those before are {out.shape[-1]}"
+            raise ValueError(f"{name} is {sides}: give a size to resize all of them to (--image-size)")
         out[i] = block
     return out.flatten(0, 1)
 
