@@ -31,11 +31,6 @@ class Bins(nn.Module):
         self.register_buffer("edges", table, persistent=False)
 
     @classmethod
-    def from_edges(cls, edges: Tensor | Sequence[int]) -> Bins:
-        """Bins with these edges, (K+1,) integers from 0 to T."""
-        return cls(edges)
-
-    @classmethod
     def uniform(cls, num_timesteps: int, num_bins: int) -> Bins:
         """num_bins bins of equal width in t, to within one timestep."""
         if not isinstance(num_bins, int) or not 1 <= num_bins <= num_timesteps:
@@ -82,11 +77,6 @@ class Bins(nn.Module):
     def index(self, timesteps: Tensor) -> Tensor:
         """The bin of each timestep: (B,) int64 to (B,) int64."""
         return torch.bucketize(timesteps, self.edges[1:-1], right=True)
-
-    def membership(self) -> Tensor:
-        """(T, K) float32: 1 where timestep t is in bin k."""
-        t = torch.arange(int(self.edges[-1]), device=self.edges.device)[:, None]
-        return ((t >= self.edges[:-1]) & (t < self.edges[1:])).float()
 
     def mean(self, values: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Mean of values (B,) in each bin, (K,), NaN where no sample fell; and the counts, (K,) int64."""

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .bins import Bins
 from .runs import (
     RunError,
     append_metrics,
@@ -153,10 +152,3 @@ def load_race(folder: Path) -> pandas.DataFrame:
     if not rows:
         raise RunError(f"{folder} has no records.jsonl with records; dysigma race SPEC --out {folder} writes it")
     return pandas.DataFrame(rows)
-
-
-def binned(losses: torch.Tensor, timesteps: torch.Tensor, num_timesteps: int, num_bins: int) -> torch.Tensor:
-    """Average (..., V) losses at V timesteps into num_bins uniform bins: (..., num_bins)."""
-    index = Bins.uniform(num_timesteps, num_bins).index(timesteps)
-    sums = losses.new_zeros(*losses.shape[:-1], num_bins).index_add(-1, index, losses)
-    return sums / torch.bincount(index, minlength=num_bins)

@@ -16,12 +16,12 @@ def test_uniform_bins_partition_the_timesteps(size):
     index = bins.index(torch.arange(num_timesteps))
     assert bins.num_bins == num_bins and bins.counts.max() - bins.counts.min() <= 1
     assert torch.equal(torch.bincount(index, minlength=num_bins), bins.counts)
-    assert torch.equal(bins.membership().argmax(1), index) and bins.membership().sum() == num_timesteps
+    assert (index.diff() >= 0).all() and bins.counts.sum() == num_timesteps
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
 def test_interpolation_is_a_partition_of_unity_that_reproduces_lines(widths):
-    bins = Bins.from_edges([0, *torch.tensor(widths).cumsum(0).tolist()])
+    bins = Bins([0, *torch.tensor(widths).cumsum(0).tolist()])
     weights = bins.interpolation()
     torch.testing.assert_close(weights.sum(1), torch.ones(sum(widths)))
     assert (weights >= 0).all()
@@ -41,7 +41,7 @@ def test_one_bin_per_timestep_interpolates_nothing():
 
 
 def test_means_agree_with_a_loop_and_an_empty_bin_is_nan():
-    bins = Bins.from_edges([0, 2, 5, 9])
+    bins = Bins([0, 2, 5, 9])
     timesteps, values = torch.tensor([0, 1, 1, 8]), torch.tensor([1.0, 2.0, 6.0, 5.0])
     means, counts = bins.mean(values, timesteps)
     torch.testing.assert_close(means, torch.tensor([3.0, torch.nan, 5.0]), equal_nan=True)
@@ -65,7 +65,7 @@ def test_log_snr_bins_are_equally_wide_in_log_snr(name, zero_terminal_snr):
 
 def test_equal_mass_bins_hold_equal_mass():
     values = torch.rand(500, generator=torch.Generator().manual_seed(0)) + 0.1
-    mass = Bins.equal_mass(values, 10).membership().T @ values
+    mass = torch.zeros(10).index_add(0, Bins.equal_mass(values, 10).index(torch.arange(500)), values)
     torch.testing.assert_close(mass, torch.full((10,), values.sum().item() / 10), rtol=0, atol=values.max().item())
     assert torch.equal(Bins.equal_mass(torch.ones(20), 5).edges, Bins.uniform(20, 5).edges)
 
@@ -73,7 +73,7 @@ def test_equal_mass_bins_hold_equal_mass():
 @pytest.mark.parametrize("edges", [[0, 3, 3, 5], [1, 3], [0], [0.0, 2.0], [0, 4, 2], [[0, 1]]])
 def test_edges_that_leave_a_bin_empty_or_are_no_edges_are_refused(edges):
     with pytest.raises(ValueError, match="edges must"):
-        Bins.from_edges(edges)
+        Bins(edges)
 
 
 def test_more_bins_than_timesteps_and_bad_masses_are_refused():

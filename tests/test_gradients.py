@@ -425,7 +425,7 @@ def test_bad_requests_are_explained():
 
 
 def test_bin_timesteps_fill_their_bins_evenly():
-    bins = Bins.from_edges([0, 1, 4, 20])
+    bins = Bins([0, 1, 4, 20])
     timesteps = bin_timesteps(bins, 3000, generator(0, 0, "test"))
     assert timesteps.shape == (3, 3000)
     for k in range(3):

@@ -7,7 +7,7 @@ import torch
 
 from dysigma.cli import main
 from dysigma.exact import field_floor, field_variances, gaussian_fields
-from dysigma.race import Race, binned, load_race, race
+from dysigma.race import Race, load_race, race
 from dysigma.runs import RunError
 from dysigma.schedule import NoiseSchedule
 
@@ -74,11 +74,6 @@ def test_a_missing_specification_is_one_line_and_code_2(tmp_path, capsys):
 def test_no_records_is_an_error(tmp_path):
     with pytest.raises(RunError, match="no records"):
         load_race(tmp_path)
-
-
-def test_binned_averages_in_uniform_bins():
-    losses = torch.tensor([[1.0, 3.0, 5.0, 7.0]])
-    assert binned(losses, torch.tensor([0, 4, 5, 9]), 10, 2).tolist() == [[2.0, 6.0]]
 
 
 def test_the_floor_of_gaussian_fields_is_what_the_wiener_filter_loses():

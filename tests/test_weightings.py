@@ -597,7 +597,7 @@ def test_rules_satisfy_the_equations_of_their_papers():
 
 def test_unequal_bins_share_their_weight_over_their_timesteps():
     pytest.importorskip("torchjd")
-    bins = Bins.from_edges([0, 2, 12])
+    bins = Bins([0, 2, 12])
     weighting = make_weighting("gramian", SHORT, rule="mgda", bins=bins)
     weighting.observe_gramian(torch.diag(torch.tensor([1.0, 3.0])))  # min-norm shares 3/4 and 1/4
     torch.testing.assert_close(weighting.weights()[[0, 2]], torch.tensor([0.75 * 6, 0.25 * 1.2]), rtol=1e-3, atol=0)
