@@ -59,6 +59,8 @@ PREDEFINED: dict[str, Callable[..., Tensor]] = {
     "sigmoid": lambda log_snr, *, bias=2.0: log_snr - _log_add(log_snr - bias, 0.0),
     # (SNR(t-1) - SNR(t)) / 2 (Kingma et al. 2021)
     "elbo": _elbo,
+    # SNR, times ratio where log_snr > at: two objectives in any proportion, to sweep a front with
+    "split": lambda log_snr, *, ratio=1.0, at=0.0: log_snr + math.log(ratio) * (log_snr > at),
 }
 
 
@@ -94,7 +96,7 @@ def log_weight(name: str, schedule: NoiseSchedule, prediction_type: str, **param
         raise KeyError(f"unknown predefined weighting {name!r}; have {list(PREDEFINED)}")
     _check_options(name, params, PREDEFINED[name])
     for key, value in params.items():
-        _check_number(f"{key} of {name}", value, low=-math.inf if key == "bias" else 0.0)
+        _check_number(f"{key} of {name}", value, low=-math.inf if key in ("bias", "at") else 0.0)
     return PREDEFINED[name](schedule.log_snr, **params) + log_conversion(schedule.log_snr, prediction_type)
 
 

@@ -100,6 +100,7 @@ X0_FORMULAS = {
     "edm": lambda S: S + 1 / 0.5**2,
     "sigmoid": lambda S: S / (1 + S * math.exp(-2.0)),
     "elbo": lambda S: torch.cat([S[:1] * (S[0] / S[1] - 1) / 2, -S.diff() / 2]),
+    "split": lambda S: S,
 }
 ERROR_RATIO = {"sample": lambda S: torch.ones_like(S), "epsilon": lambda S: S, "v_prediction": lambda S: S + 1}
 
@@ -127,6 +128,7 @@ def test_predefined_weights_equal_the_papers_formulas(name, kind, schedule_name)
         ("p2", {"k": 2.0, "gamma": 0.5}, lambda S: S / (2 + S).sqrt()),
         ("edm", {"sigma_data": 0.25}, lambda S: S + 16),
         ("sigmoid", {"bias": -3.0}, lambda S: S / (1 + S * math.exp(3.0))),
+        ("split", {"ratio": 8.0, "at": -2.0}, lambda S: torch.where(S > math.exp(-2.0), 8 * S, S)),
     ],
 )
 def test_parameters_of_predefined_weights(name, params, formula):
