@@ -91,14 +91,17 @@ def _run_entry(key: tuple[str, str, int], config: TrainConfig, folder: Path) -> 
     rows = read_metrics(run.path / "metrics.jsonl")
     validations = [row for row in rows if "validation_losses" in row]
     logged = [row for row in rows if "bin_weights" in row]
-    return record | {
+    values = {
         "images": [row["images"] for row in validations],
         "validation_losses": [[float(f"{v:.5g}") for v in row["validation_losses"]] for row in validations],
         "validation_timesteps": validations[0]["validation_timesteps"],
+        "distances": [float(f"{row['distance']:.5g}") for row in validations if "distance" in row],
         "weights_images": [row["images"] for row in logged],
         "bin_weights": [[float(f"{v:.3g}") for v in row["bin_weights"]] for row in logged],
+        "conflicts": [{"images": row["images"]} | row["conflicts"] for row in rows if "conflicts" in row],
         "seconds": rows[-1]["seconds"],
     }
+    return record | {name: value for name, value in values.items() if value != []}
 
 
 def race(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import signal
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 
 from .bins import Bins
 from .data import ImageData, batch, load_data
+from .distances import Features, Moments, extract, frechet_distance, load_features, moments
 from .draws import generator
 from .evaluation import evaluation_timesteps, sample_images, save_grid, validation_losses
 from .exact import gaussian_fields
-from .gradients import bin_gramian, bin_timesteps
+from .gradients import bin_gramian, bin_timesteps, conflicts
 from .models import EMA, PRESETS, make_model
 from .objective import sample_losses
 from .runs import (
@@ -82,6 +84,10 @@ class TrainConfig:
     validate_every: int | None = None  # images; None: a tenth of the run
     validation_images: int = 64
     validation_timesteps: int = 50
+    distance_images: int = 0  # images sampled at each validation for their distance to the training images
+    distance_steps: int = 25  # DDIM steps of those
+    features: str = "pixels"  # of the distance; or a TorchScript file
+    conflicts_from: int | None = None  # images before the first report of conflicts, then at every doubling; None: none
     device: str = "auto"  # "auto", "cpu", "cuda", "mps", ...
     precision: str = "auto"  # "auto" (bf16 on CUDA), "float32", "bfloat16"
     compile: bool | None = None  # None: on CUDA only
@@ -113,7 +119,8 @@ class TrainConfig:
         if not isinstance(value, wanted) or (isinstance(value, bool) and kind != "bool"):
             raise ValueError(f"{name} must be {kind}; got {value!r}")
         if kind in ("int", "float"):
-            low = 0 if name in ("seed", "warmup_images", "weight_decay") else 1 if kind == "int" else 5e-324
+            may_be_zero = name in ("seed", "warmup_images", "weight_decay", "distance_images")
+            low = 0 if may_be_zero else 1 if kind == "int" else 5e-324
             if not low <= value < math.inf:
                 rule = "positive" if low else "zero or more"
                 raise ValueError(f"{name} must be a {rule} and finite {kind}; got {value!r}")
@@ -126,6 +133,11 @@ class TrainConfig:
     def interval(self, name: str) -> int:
         """checkpoint_every or validate_every in steps, at least 1; a tenth of the run if not set."""
         return max(1, (getattr(self, name) or self.images // 10) // self.batch_size)
+
+    def is_doubling(self, step: int) -> bool:
+        """Whether conflicts_from images have doubled a whole number of times at this step."""
+        times, rest = divmod(step, max(1, (self.conflicts_from or 0) // self.batch_size))
+        return rest == 0 and times.bit_count() == 1
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-able values."""
@@ -265,6 +277,16 @@ def _kwargs(config: TrainConfig, labels: Tensor | None) -> dict[str, Any]:
     return {"class_labels": labels} if config.conditional else {}
 
 
+@functools.lru_cache(maxsize=1)
+def _reference(
+    device: torch.device, source: str, data: str, root: str | None, size: int | None, count: int | None
+) -> tuple[Features, Moments]:
+    """The features of the distance, and their moments on the training images; the entries of a race share them."""
+    config = TrainConfig(data=data, data_root=root, image_size=size, train_images=count)
+    features = load_features(source, device)
+    return features, moments(extract(features, load_split(config, "train", device).images))
+
+
 def _autocast(config: TrainConfig, device: torch.device) -> Any:
     low = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
     return torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
@@ -386,9 +408,9 @@ class _Recorder:
         self.labels = None if labels is None else labels[: config.validation_images].clone()
         self.timesteps = evaluation_timesteps(config.num_timesteps, config.validation_timesteps)
         self.provenance = provenance()
-        self.ema_model: Any = copy.deepcopy(state.model).requires_grad_(False)
+        self.ema_model: Any = copy.deepcopy(state.model)
 
-    def log(self, extra: dict[str, Any] | None = None) -> None:
+    def log(self, extra: dict[str, Any]) -> None:
         """Write one metrics line for the steps since the last one."""
         now = time.perf_counter()
         self.seconds, self.since = self.seconds + now - self.since, now
@@ -403,7 +425,7 @@ class _Recorder:
             }
             row |= {"mean_loss": float(losses.mean()), "bin_losses": bins.mean(losses, timesteps)[0]}
             row |= {"bin_weights": bins.mean(weights, torch.arange(len(weights)))[0]}
-        append_metrics(self.out / "metrics.jsonl", row | (extra or {}))
+        append_metrics(self.out / "metrics.jsonl", row | extra)
         self.pending.clear()
 
     def _window(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -422,6 +444,41 @@ class _Recorder:
                 f"the averaged weights are broken; nothing was repaired. Try a lower lr, in another folder"
             )
         return {"validation_timesteps": self.timesteps, "validation_losses": losses}
+
+    def distance(self) -> dict[str, Any]:
+        """Distance of samples of the EMA weights as validated, from one set of latents, to the training images."""
+        config, images = self.config, self.images
+        if not config.distance_images:
+            return {}
+        settings = (config.features, config.data, config.data_root, config.image_size, config.train_images)
+        features, reference = _reference(images.device, *settings)
+        labels = self._labels(config.distance_images)
+        options: dict[str, Any] = {"num_steps": config.distance_steps, "labels": labels}
+        shape = (config.distance_images, *images.shape[1:])
+        samples = sample_images(
+            self.ema_model, self.state.schedule, shape, prediction_type=config.prediction, **options
+        )
+        return {"distance": frechet_distance(moments(extract(features, samples)), reference)}
+
+    def conflicts(self, data: ImageData) -> dict[str, Any]:
+        """Conflicts of the bins at the EMA weights, rounded, from 16 batches a bin; every call has the same draws."""
+        self.state.ema.copy_to(self.ema_model)
+        config, few = self.config, ("edges", "log_snr", "settings", "group_names", "group_gramian")
+        options: dict[str, Any] = {
+            "prediction_type": config.prediction,
+            "batch_per_bin": config.batch_size,
+            "model_kwargs": _kwargs(config, data.labels),
+            "seed": config.seed,
+            "progress": False,
+        }
+        with _autocast(config, data.images.device):
+            report = conflicts(self.ema_model, data.images, self.state.schedule, config.bins, **options)
+        values = {name: value for name, value in report.to_dict().items() if name not in few}
+        return {"conflicts": json.loads(json.dumps(values), parse_float=lambda text: float(f"{float(text):.4g}"))}
+
+    def _labels(self, count: int) -> Tensor | None:
+        """Classes in turn for `count` samples, if the model has classes."""
+        return torch.arange(count) % self.ema_model.config["num_class_embeds"] if self.config.conditional else None
 
     def save(self, status: str) -> None:
         """Checkpoint, the steps not yet logged included, then summary."""
@@ -460,8 +517,8 @@ class _Recorder:
         # Sampling must start at the last timestep, where a zero-terminal-SNR model learned what pure noise is.
         scheduler = schedule.to_diffusers(prediction_type=kind, timestep_spacing="trailing")
         DDPMPipeline(model, scheduler).save_pretrained(self.out / "pipeline")
-        labels = torch.arange(64) % model.config["num_class_embeds"] if self.config.conditional else None
-        samples = sample_images(model, schedule, (64, *self.images.shape[1:]), prediction_type=kind, labels=labels)
+        options: dict[str, Any] = {"prediction_type": kind, "labels": self._labels(64)}
+        samples = sample_images(model, schedule, (64, *self.images.shape[1:]), **options)
         save_grid(samples, self.out / "samples.png", scale=2 if samples.shape[-1] <= 32 else 1)
         self.summarise("done", validation_loss=loss)
 
@@ -544,7 +601,9 @@ def _run(
     bar = tqdm(total=config.images, initial=seen, unit="img", unit_scale=True, disable=not progress)
     bar.set_description(config.weighting, refresh=False)
     if state.step == 0:
-        recorder.log(recorder.validate())
+        recorder.log(
+            recorder.validate() | recorder.distance() | (recorder.conflicts(data) if config.conflicts_from else {})
+        )
     with bar:
         for record in iterate(state, data, config):
             recorder.pending.append(record)
@@ -552,7 +611,8 @@ def _run(
             done = state.step == config.num_steps
             save = done or state.step % config.interval("checkpoint_every") == 0
             validate = done or state.step % config.interval("validate_every") == 0
-            log = save or validate or state.step % config.log_every == 0
+            report = config.conflicts_from is not None and (done or config.is_doubling(state.step))
+            log = save or validate or report or state.step % config.log_every == 0
             if stopped() or log or state.step % check_every == 0:
                 failed = _first_failure(recorder.pending[-check_every:])
                 if failed is not None:
@@ -560,7 +620,8 @@ def _run(
                     raise _explain_failure(failed, state, config, recorder.out)
             if log:
                 bar.set_postfix(loss=f"{float(record.losses.mean()):.4f}", refresh=False)
-                recorder.log(recorder.validate() if validate else None)
+                extra = recorder.validate() | recorder.distance() if validate else {}
+                recorder.log(extra | (recorder.conflicts(data) if report else {}))
             if save:
                 recorder.save("running")
             if stopped() and not done:

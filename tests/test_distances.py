@@ -57,7 +57,7 @@ def test_any_torchscript_network_serves(tmp_path):
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"features must be 'pixels' or a TorchScript file; nowhere\.pt does not exist"):
+    with pytest.raises(ValueError, match=r"must be .pixels. or a TorchScript file; nowhere\.pt does not exist"):
         load_features("nowhere.pt")
     (tmp_path / "x.pt").write_bytes(b"not a network")
     with pytest.raises(ValueError, match="is not a TorchScript file"):

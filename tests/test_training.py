@@ -14,7 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from dysigma.distances import frechet_distance, moments
+from dysigma.evaluation import sample_images
+from dysigma.gradients import conflicts
 from dysigma.runs import RunError, load_checkpoint, load_run
+from dysigma.schedule import NoiseSchedule
 from dysigma.training import TrainConfig, TrainingDiverged, build, iterate, load_split, train, train_step
 
 TINY = TrainConfig(
@@ -111,6 +115,28 @@ def test_training_lowers_the_validation_loss(tmp_path, prediction):
     metrics = train(config, tmp_path / "run", progress=False).metrics
     curve = [sum(v) for v in metrics.validation_losses.dropna()]
     assert curve[-1] < 0.8 * curve[0]
+
+
+def test_conflicts_and_distances_are_measured_at_the_averaged_weights_and_change_nothing(tmp_path):
+    plain = train(TINY, tmp_path / "plain", progress=False)
+    config = with_(conflicts_from=24, distance_images=8, distance_steps=2)
+    measured = train(config, tmp_path / "measured", progress=False)
+    rows = measured.metrics
+    with_reports = rows[rows.conflicts.notna()]
+    assert with_reports.images.tolist() == [0, 24, 48, 96, 192], "at the start, at every doubling, at the end"
+    assert rows[rows.distance.notna()].images.tolist() == rows[rows.validation_losses.notna()].images.tolist()
+    weights = [load_checkpoint(run.path / "checkpoint")[1] for run in (plain, measured)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0] if name.startswith("model."))
+
+    model, split = measured.pipeline().unet, load_split(config, "train", torch.device("cpu"))
+    report = conflicts(model, split.images, NoiseSchedule.linear(50), 4, batch_per_bin=8, progress=False)
+    kept = with_reports.conflicts.iloc[-1]
+    np.testing.assert_allclose(kept["gramian"], report.gramian, rtol=1e-3, atol=1e-9)
+    assert kept["stationarity"] == pytest.approx(report.stationarity, rel=1e-3)
+
+    samples = sample_images(model, NoiseSchedule.linear(50), (8, 3, 8, 8), num_steps=2)
+    pixels = [images.flatten(1).double() / 127.5 - 1 for images in (samples, split.images)]
+    assert rows.distance.iloc[-1] == pytest.approx(frechet_distance(*map(moments, pixels)))
 
 
 def test_a_finished_run_opens_in_diffusers_and_in_a_table(tmp_path):
