@@ -174,7 +174,7 @@ def _values(row: dict[str, Any], metric: str) -> ArrayLike:
         to_epsilon = (log_snr + log_conversion(log_snr, config["prediction"])).exp()
         at = torch.tensor(row["validation_timesteps"])
         return (torch.trapezoid(losses * to_epsilon[at], -log_snr[at]) / 2 / math.log(2)).numpy()
-    if metric == "distance" and isinstance(row.get("distances"), list):
+    if metric == "distance" and row["config"]["distance_images"]:
         return row["distances"]
     raise KeyError(f"no metric {metric!r} here; there are validation, bits, and distance if the race sampled images")
 

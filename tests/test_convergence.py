@@ -267,7 +267,7 @@ def test_a_training_that_diverged_never_gets_there(tmp_path):
 
 
 def test_distances_are_read_where_there_are_any(tmp_path):
-    folder = write_race(tmp_path / "race")
+    folder = write_race(tmp_path / "race", base=BASE | {"distance_images": 16})
     write_rows(folder, [row | {"distances": [9, 7, 5, 3, 2, 1]} for row in read_metrics(folder / "records.jsonl")])
     curves = race_curves(load_races(folder), "distance")
     assert images_to_threshold(*curves["epsilon", "dy-sigma"][1], 3) == 100
