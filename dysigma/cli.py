@@ -44,6 +44,7 @@ HELP = {
     "log_every": "steps per line of metrics.jsonl",
     "checkpoint_every": "images per checkpoint (default: a tenth of the run)",
     "validate_every": "images per validation (default: a tenth of the run)",
+    "validate_from": "instead: images before the first validation, the next at every factor sqrt 2",
     "validation_images": "test images per validation",
     "validation_timesteps": "timesteps per validation",
     "distance_images": "images sampled at each validation for their Fréchet distance to the training images",

@@ -82,6 +82,7 @@ class TrainConfig:
     log_every: int = 50  # steps
     checkpoint_every: int | None = None  # images; None: a tenth of the run
     validate_every: int | None = None  # images; None: a tenth of the run
+    validate_from: int | None = None  # instead: images before the first validation, the next at every factor sqrt 2
     validation_images: int = 64
     validation_timesteps: int = 50
     distance_images: int = 0  # images sampled at each validation for their distance to the training images
@@ -134,10 +135,11 @@ class TrainConfig:
         """checkpoint_every or validate_every in steps, at least 1; a tenth of the run if not set."""
         return max(1, (getattr(self, name) or self.images // 10) // self.batch_size)
 
-    def is_doubling(self, step: int) -> bool:
-        """Whether conflicts_from images have doubled a whole number of times at this step."""
-        times, rest = divmod(step, max(1, (self.conflicts_from or 0) // self.batch_size))
-        return rest == 0 and times.bit_count() == 1
+    def is_due(self, name: str, step: int, factor: float) -> bool:
+        """Whether step is the first of validate_from or conflicts_from, or that times a whole power of factor."""
+        first = max(1, getattr(self, name) // self.batch_size)
+        power = round(math.log(max(step, 1) / first, factor))
+        return power >= 0 and step == round(first * factor**power)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-able values."""
@@ -610,8 +612,11 @@ def _run(
             bar.update(config.batch_size)
             done = state.step == config.num_steps
             save = done or state.step % config.interval("checkpoint_every") == 0
-            validate = done or state.step % config.interval("validate_every") == 0
-            report = config.conflicts_from is not None and (done or config.is_doubling(state.step))
+            if config.validate_from is None:
+                validate = done or state.step % config.interval("validate_every") == 0
+            else:
+                validate = done or config.is_due("validate_from", state.step, 2**0.5)
+            report = config.conflicts_from is not None and (done or config.is_due("conflicts_from", state.step, 2.0))
             log = save or validate or report or state.step % config.log_every == 0
             if stopped() or log or state.step % check_every == 0:
                 failed = _first_failure(recorder.pending[-check_every:])

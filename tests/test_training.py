@@ -238,6 +238,13 @@ def test_a_bad_configuration_is_refused_when_it_is_made(changes, error, message)
         with_(**changes)
 
 
+def test_validations_on_a_geometric_grid_fall_on_its_nearest_steps():
+    config = with_(batch_size=32, images=20_000, validate_from=250)
+    due = [step * 32 for step in range(625) if config.is_due("validate_from", step, 2**0.5)]
+    assert due == [32 * round(7 * 2 ** (k / 2)) for k in range(13)]
+    assert [s for s in range(50) if with_(conflicts_from=24).is_due("conflicts_from", s, 2.0)] == [3, 6, 12, 24, 48]
+
+
 def test_configuration_round_trip_and_unknown_keys():
     assert TrainConfig.from_dict(json.loads(json.dumps(TINY.to_dict()))) == TINY
     with pytest.raises(KeyError, match="learning_rate"):
