@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -79,6 +82,17 @@ class Race:
                     yield (label, arm, seed), TrainConfig.from_dict(self.base | shared | fields | {"seed": seed})
 
 
+def _end_with(parent: int) -> None:
+    """End this process when its parent ends: an orphan would go on writing into folders that the next race uses."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _run_entry(key: tuple[str, str, int], config: TrainConfig, folder: Path) -> dict[str, Any]:
     """Train one entry in its own folder and reduce it to a record."""
     torch.set_num_threads(1)
@@ -131,16 +145,18 @@ def race(
             todo[key] = replace(config, **(overrides or {})), out / "entries" / f"{number:04d}"
     bar = tqdm(total=len(done) + len(todo), initial=len(done), unit="run", desc=spec.name, disable=not progress)
     # Forking a process that has used torch's threads can hang, hence "spawn".
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool, bar:
+    options: dict[str, Any] = {"mp_context": get_context("spawn"), "initializer": _end_with, "initargs": (os.getpid(),)}
+    pool = ProcessPoolExecutor(jobs, **options)
+    try:
         futures = {pool.submit(_run_entry, key, *entry): entry[1] for key, entry in todo.items()}
-        try:
-            for future in as_completed(futures):
-                append_metrics(records, future.result())
-                shutil.rmtree(futures[future])
-                bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for future in as_completed(futures):
+            append_metrics(records, future.result())
+            shutil.rmtree(futures[future])
+            bar.update()
+    finally:
+        # Not "with pool", which would wait for every entry after one has failed.
+        pool.shutdown(cancel_futures=True)
+        bar.close()
     return records
 
 

@@ -1,6 +1,9 @@
 """Races: common draws, nothing lost, nothing compared that should not be."""
 
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -40,6 +43,37 @@ def test_a_race_records_every_entry_once_and_goes_on_where_it_stopped(tmp_path):
     rerun = {(r["arm"], r["seed"]): r["validation_losses"] for r in map(json.loads, lines)}
     again = {(r.arm, r.seed): r.validation_losses for r in table.itertuples()}
     assert rerun == again
+
+
+def test_an_entry_that_fails_ends_the_race_and_the_others_wait_for_the_next_call(tmp_path):
+    spec = Race.from_dict(SPEC)
+    foreign = tmp_path / "entries" / "0001"
+    foreign.mkdir(parents=True)
+    (foreign / "config.json").write_text("{}")
+    with pytest.raises(RunError, match="another configuration"):
+        race(spec, tmp_path, progress=False)
+    assert len(list((tmp_path / "entries").iterdir())) < 4, "entries that had not begun must not begin"
+    foreign.joinpath("config.json").unlink()
+    foreign.rmdir()
+    race(spec, tmp_path, progress=False)
+    assert len(load_race(tmp_path)) == 4
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    (tmp_path / "spec.json").write_text(json.dumps(SPEC | {"base": SPEC["base"] | {"images": 10**7}}))
+    command = [sys.executable, "-m", "dysigma", "race", str(tmp_path / "spec.json"), "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "out" / "entries" / "0000" / "metrics.jsonl"
+    for _ in range(1200):
+        if metrics.exists() and metrics.stat().st_size:
+            break
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    time.sleep(3)
+    size = metrics.stat().st_size
+    time.sleep(2)
+    assert size and metrics.stat().st_size == size
 
 
 def test_a_folder_of_another_race_is_refused(tmp_path):
