@@ -2,15 +2,20 @@
 
 One scale: a predefined weighting is a function of log_snr (natural log, float64) giving a log-weight on the x0 error,
 the convention of Min-SNR (Hang et al. 2023). The squared error of epsilon is SNR times that of x0, the one of v SNR + 1
-times, so on the model's own target the log-weight is less by 0 (sample), log_snr (epsilon) or softplus(log_snr) (v).
+times, so on the model's own target the log-weight is less by 0 (sample), log_snr (epsilon), softplus(log_snr) (v) or
+2 softplus(log_snr / 2) (flow, whose error noise - x0 has the factor (1 + sqrt(SNR))^2).
 
 Dy-Sigma is an independent reconstruction from the abstract (Liu, Ye, Liu, Qin, IJCNN 2024), not the authors' formulas.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
+import os
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,7 +26,7 @@ from torch import Tensor, nn
 from .bins import Bins, over_ranks
 from .draws import check_timesteps
 from .pareto import project_psd
-from .schedule import NoiseSchedule, canonical_prediction_type
+from .schedule import PREDICTION_TYPES, NoiseSchedule, canonical_prediction_type
 
 
 def _log_add(log_snr: Tensor, other: float) -> Tensor:
@@ -34,6 +39,9 @@ def _elbo(log_snr: Tensor) -> Tensor:
     return before + torch.log(-torch.expm1(log_snr - before)) - math.log(2)
 
 
+Name = str | Callable[..., Any]  # of a weighting, or one of your own
+# What the plain error of a target is called as a weighting.
+PLAIN = dict(zip(PREDICTION_TYPES, ("const-eps", "const-x0", "const-v", "const-flow"), strict=True))
 # Log of the weight on the x0 error, as a function of log_snr; the comments give the weight itself and where it is from.
 PREDEFINED: dict[str, Callable[..., Tensor]] = {
     # 1; what Min-SNR calls Const
@@ -42,6 +50,8 @@ PREDEFINED: dict[str, Callable[..., Tensor]] = {
     "const-eps": lambda log_snr: log_snr,
     # SNR + 1, plain v error (Salimans, Ho 2022)
     "const-v": lambda log_snr: _log_add(log_snr, 0.0),
+    # (1 + sqrt(SNR))^2 = 1 / s^2, plain error of the velocity of a rectified flow
+    "const-flow": lambda log_snr: 2 * _log_add(log_snr / 2, 0.0),
     # max(SNR, 1) (Salimans, Ho 2022), and for any gamma
     "truncated-snr": lambda log_snr, *, gamma=1.0: log_snr.clamp(min=math.log(gamma)),
     "max-snr": lambda log_snr, *, gamma=5.0: log_snr.clamp(min=math.log(gamma)),
@@ -87,17 +97,44 @@ def log_conversion(log_snr: Tensor, prediction_type: str) -> Tensor:
             "prediction_type='epsilon' has no weight where SNR = 0 (zero terminal SNR): the input there is the noise, "
             "whose error says nothing about x0. Use 'v_prediction' or 'sample', or a schedule that ends above 0"
         )
-    return {"epsilon": -log_snr, "sample": torch.zeros_like(log_snr), "v_prediction": -_log_add(log_snr, 0.0)}[kind]
+    return -PREDEFINED[PLAIN[kind]](log_snr)
 
 
-def log_weight(name: str, schedule: NoiseSchedule, prediction_type: str, **params: float) -> Tensor:
-    """Log of a predefined weight on the error of the model's own target, on the formula's scale: (T,) float64."""
-    if name not in PREDEFINED:
-        raise KeyError(f"unknown predefined weighting {name!r}; have {list(PREDEFINED)}")
-    _check_options(name, params, PREDEFINED[name])
-    for key, value in params.items():
+def _named(name: Name, known: Mapping[str, Callable[..., Any]], what: str) -> Callable[..., Any]:
+    """known[name], a callable as it is, or what "module:function" names; the module may lie in the working folder."""
+    if callable(name) or name in known:
+        return name if callable(name) else known[name]
+    if not re.fullmatch(r"[a-zA-Z_][\w.]*:[a-zA-Z_]\w*", name):
+        raise KeyError(f"unknown {what} {name!r}; have {list(known)}, or one of your own as 'module:function'")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that no file there hides a package
+    module, function = name.split(":")
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except ImportError as error:
+        raise ImportError(
+            f"{what} {name!r}: {error} (installed modules and the working folder were searched)"
+        ) from error
+    if not callable(found):
+        raise KeyError(f"{what} {name!r}: {module} has no function or class {function}")
+    return found
+
+
+def log_weight(name: Name, schedule: NoiseSchedule, prediction_type: str, **params: float) -> Tensor:
+    """Log of a predefined weight on the error of the model's own target, on the formula's scale: (T,) float64.
+
+    name: of PREDEFINED, or such a function of your own, itself or as "module:function".
+    """
+    function = _named(name, PREDEFINED, "predefined weighting")
+    _check_options(str(name), params, function)
+    for key, value in params.items() if name in PREDEFINED else ():
         _check_number(f"{key} of {name}", value, low=-math.inf if key in ("bias", "at") else 0.0)
-    return PREDEFINED[name](schedule.log_snr, **params) + log_conversion(schedule.log_snr, prediction_type)
+    table = function(schedule.log_snr, **params)
+    if not isinstance(table, Tensor) or table.shape != schedule.log_snr.shape or not bool((table < math.inf).all()):
+        raise ValueError(
+            f"{name} must give a log-weight below inf for each of {len(schedule.log_snr)} log_snr; got {table}"
+        )
+    return table + log_conversion(schedule.log_snr, prediction_type)
 
 
 def _ratio(total: Tensor, count: Tensor, default: Tensor | float) -> Tensor:
@@ -125,12 +162,17 @@ class Weighting(nn.Module):
     Statistics move in train() mode alone, inside this call, with half-lives in images, so that splitting a batch
     (gradient accumulation) matters little. Numbers stay float32 under autocast, and nothing waits for the device.
     Raises ValueError for losses that are not (B,), timesteps out of range, importance of another shape.
+
+    A subclass of your own gives weights() and, if it learns, update(); parameters and buffers are its whole state.
+    ``dysigma.testing.check_weighting`` runs the laws on it.
     """
 
     needs_gramian = False  # whether the loop must call observe_gramian, every gramian_every steps
     gramian_every = 0
     suggested_lr = 1e-2
     learns = True  # whether the losses change it
+    formula: tuple[Name, Mapping[str, Any]] = "const-x0", {}  # what of the weight is exact in log_snr, with parameters
+    log_snr: Tensor
     log_conversion: Tensor
     gramian: Tensor  # (K, K) positive semi-definite, mean diagonal 1; 0 before the first
     gramian_mean: Tensor  # (K, K) running mean of what was observed
@@ -141,8 +183,9 @@ class Weighting(nn.Module):
     def __init__(self, setting: Setting, bins: int | Bins | None = None) -> None:
         super().__init__()
         log_snr = setting.schedule.log_snr
-        self.prediction_type = canonical_prediction_type(setting.prediction_type)
+        self.prediction_type = setting.schedule.canonical(setting.prediction_type)
         self.normalize, self.num_timesteps = setting.normalize, len(log_snr)
+        self.register_buffer("log_snr", log_snr.clone(), persistent=False)
         self.register_buffer("log_conversion", log_conversion(log_snr, self.prediction_type), persistent=False)
         if bins is not None:
             self.bins = Bins(bins.edges) if isinstance(bins, Bins) else Bins.uniform(self.num_timesteps, bins)
@@ -154,35 +197,82 @@ class Weighting(nn.Module):
         # .half() on an enclosing module must not round weights or statistics: follow the device, keep the dtype.
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
-    def _scaled(self, weights: Tensor) -> Tensor:
+    def scaled(self, weights: Tensor) -> Tensor:
+        """Weights (T,) divided by their mean, if normalize."""
         return weights / weights.mean() if self.normalize else weights
 
-    def _from_log(self, log_weights: Tensor) -> Tensor:
+    def from_log(self, log_weights: Tensor) -> Tensor:
+        """Weights of log-weights (T,), of mean 1 if normalize."""
         return log_weights.softmax(0) * self.num_timesteps if self.normalize else log_weights.exp()
+
+    def use_formula(self, formula: Name, schedule: NoiseSchedule, **params: Any) -> Tensor:
+        """log_weight of the formula, which `at` then computes between timesteps unless it looks at neighbours."""
+        table, plain = log_weight(formula, schedule, self.prediction_type, **params), self.formula
+        self.formula = formula, params
+        if not torch.allclose(self._known(self.log_snr.flip(0)).flip(0), table, rtol=1e-9):
+            self.formula = plain
+        return table
 
     def weights(self) -> Tensor:
         """(T,) float32, detached: the gradient weight of each timestep now; mean 1 over timesteps if normalize."""
         raise NotImplementedError
 
-    def _update(self, losses: Tensor, timesteps: Tensor, importance: Tensor) -> Tensor | None:
+    def update(self, losses: Tensor, timesteps: Tensor, importance: Tensor) -> Tensor | None:
         """Move the statistics, from (B,) of all ranks; return what the parameters minimise, if there are any."""
         return None
 
     def forward(self, losses: Tensor, timesteps: Tensor, importance: Tensor | None = None) -> Tensor:
+        self._check(losses, importance)
+        check_timesteps(timesteps, self.num_timesteps, len(losses))
+        return self._loss(losses, self.weights()[timesteps], timesteps, importance)
+
+    def at(self, losses: Tensor, log_snr: Tensor, importance: Tensor | None = None) -> Tensor:
+        """The loss () at noise levels log_snr (B,), for training in continuous time: -2 ln sigma, 2 ln((1 - s) / s).
+
+        Exact in log_snr are predefined weightings (elbo apart), the prior of dy-sigma and the conversion to the target,
+        on the scale that has mean 1 over the timesteps. What is learned is interpolated on the schedule, linear in
+        log_snr between timesteps and constant beyond, and learns from a sample as from the nearest timestep; so the
+        schedule should span the levels drawn. At a timestep's own log_snr all is as in a call with that timestep.
+        Raises ValueError for log_snr that is not (B,), NaN, inf (no noise), or -inf (no signal) with epsilon.
+        """
+        self._check(losses, importance)
+        is_checked = log_snr.device.type == "cpu" and not torch.compiler.is_compiling()
+        good = log_snr.isfinite() | (log_snr.isneginf() & (self.prediction_type != "epsilon"))
+        if log_snr.shape != losses.shape or not log_snr.is_floating_point() or (is_checked and not bool(good.all())):
+            levels = "finite or -inf" if self.prediction_type != "epsilon" else "finite"
+            raise ValueError(f"log_snr must be {tuple(losses.shape)} real, {levels}; got {log_snr}")
+        level = log_snr.double()
+        right = torch.searchsorted(-self.log_snr, -level).clamp(1, self.num_timesteps - 1)
+        high, low = self.log_snr[right - 1], self.log_snr[right]
+        share = torch.where(level <= low, 1.0, ((high - level) / (high - low)).clamp(min=0))
+        known = self._known(self.log_snr)
+        factor = self.weights() / known.exp()
+        factor = torch.where(known.isneginf(), factor.roll(1), factor)
+        weights = (self._known(level).exp() * torch.lerp(factor[right - 1], factor[right], share)).float()
+        return self._loss(losses, weights, right - (share < 0.5).long(), importance)
+
+    def _known(self, log_snr: Tensor) -> Tensor:
+        """Log of what is exact in log_snr."""
+        name, params = self.formula
+        function = _named(name, PREDEFINED, "predefined weighting")
+        return function(log_snr, **params) - PREDEFINED[PLAIN[self.prediction_type]](log_snr)
+
+    def _check(self, losses: Tensor, importance: Tensor | None) -> None:
         if losses.ndim != 1 or not losses.is_floating_point():
             raise ValueError(
                 f"losses must be (B,) real, one mean squared error per sample; got shape {tuple(losses.shape)}, "
                 f"{losses.dtype}. Use F.mse_loss(output, target, reduction='none').flatten(1).mean(1)"
             )
-        check_timesteps(timesteps, self.num_timesteps, len(losses))
         if importance is not None and importance.shape != losses.shape:
             raise ValueError(f"importance must have shape {tuple(losses.shape)}; got {tuple(importance.shape)}")
+
+    def _loss(self, losses: Tensor, weights: Tensor, timesteps: Tensor, importance: Tensor | None) -> Tensor:
         importance = torch.ones_like(losses, dtype=torch.float32) if importance is None else importance
-        loss = (self.weights()[timesteps] * importance * losses).mean()
+        loss = (weights * importance * losses).mean()
         if not (self.training and self.learns):
             return loss
         losses, steps, importance = over_ranks(losses, timesteps, importance)
-        objective = self._update(losses, steps.long(), importance)
+        objective = self.update(losses, steps.long(), importance)
         return loss if objective is None else loss + (objective - objective.detach())
 
     def parameter_groups(self, lr: float | None = None) -> list[dict[str, Any]]:
@@ -229,9 +319,9 @@ class _Fixed(Weighting):
     learns = False
     table: Tensor
 
-    def __init__(self, name: str, setting: Setting, **params: float) -> None:
+    def __init__(self, formula: Name, setting: Setting, **params: float) -> None:
         super().__init__(setting)
-        table = self._from_log(log_weight(name, setting.schedule, setting.prediction_type, **params)).float()
+        table = self.from_log(self.use_formula(formula, setting.schedule, **params)).float()
         self.register_buffer("table", table, persistent=False)
 
     def weights(self) -> Tensor:
@@ -257,9 +347,9 @@ class _Random(Weighting):
         for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):  # the 32-bit mixer "lowbias32" (Wellons)
             x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
         normal = torch.special.ndtri(((x ^ (x >> 15)).double() + 0.5) / 2**32)
-        return self._scaled(normal.softmax(0).float()[self.bin_index] * self.bins.num_bins)
+        return self.scaled(normal.softmax(0).float()[self.bin_index] * self.bins.num_bins)
 
-    def _update(self, losses: Tensor, timesteps: Tensor, importance: Tensor) -> None:
+    def update(self, losses: Tensor, timesteps: Tensor, importance: Tensor) -> None:
         self.count += 1
 
 
@@ -302,9 +392,9 @@ class _Adaptive(Weighting):
         mean = _ratio(total.sum(), count.sum(), 1.0)
         deviation = (_ratio(squares.sum(), count.sum(), 1.0) / mean**2 - 1).clamp(min=1e-12).sqrt()
         each = self.rule(_ratio(total, count, mean) / mean, deviation, self.strength)
-        return self._scaled((self.basis * each).sum(1))
+        return self.scaled((self.basis * each).sum(1))
 
-    def _update(self, losses: Tensor, timesteps: Tensor, importance: Tensor) -> None:
+    def update(self, losses: Tensor, timesteps: Tensor, importance: Tensor) -> None:
         powers = torch.stack([importance, importance * losses, importance * losses**2])
         self.moments.mul_(0.5 ** (len(losses) / self.half_life)).index_add_(1, self.bin_index[timesteps], powers)
 
@@ -389,7 +479,7 @@ class DySigma(Weighting):
               diagonal: the squared length of the step, the objective of MGDA and UGD. Its slope in ln u_k is
               2 K u_k (Gu)_k: a bin that the step hurts, (Gu)_k < 0, gains weight. G = 0 or kappa -> inf: anchored.
 
-    prior, prior_params: a predefined weighting. s is linear between the centres of bins, or with fourier=True in the
+    prior, prior_params: as in log_weight. s is linear between the centres of bins, or with fourier=True in the
     features of EDM2; |s| <= clamp. half_life: of the running mean, in images. floor: L* (T,) in the space of the
     losses, or "online": two running means of a bin, of mean age 1/3 and 1/9 of the training, extrapolated as
     L* + c / images. (Another power scales c in all bins alike, and z has no scale.) At least 1 % of a loss counts as
@@ -407,7 +497,7 @@ class DySigma(Weighting):
         self,
         setting: Setting,
         *,
-        prior: str = "min-snr",
+        prior: Name = "min-snr",
         prior_params: Mapping[str, float] | None = None,
         variant: str = "anchored",
         kappa: float = 1.0,
@@ -426,7 +516,7 @@ class DySigma(Weighting):
             raise ValueError(f"dy-sigma variant {variant!r} has no kappa; got {kappa!r}")
         self.kappa, self.clamp = _check_number("kappa", kappa), _check_number("clamp", clamp)
         self.half_life = half_life if half_life is None else _check_number("half_life", half_life)
-        log_prior = log_weight(prior, setting.schedule, setting.prediction_type, **(prior_params or {}))
+        log_prior = self.use_formula(prior, setting.schedule, **(prior_params or {}))
         basis = _fourier_features(setting.schedule.log_snr) if fourier else self.bins.interpolation()
         # In units of the width of its prior, s has curvature 1 at z = 1 for every kappa, and optimizer steps of fixed
         # length do not shake what a strong prior holds still.
@@ -471,9 +561,9 @@ class DySigma(Weighting):
 
     @torch.no_grad()
     def weights(self) -> Tensor:
-        return self._from_log(self._log_weights(self.log_variances()))
+        return self.from_log(self._log_weights(self.log_variances()))
 
-    def _update(self, losses: Tensor, timesteps: Tensor, importance: Tensor) -> Tensor:
+    def update(self, losses: Tensor, timesteps: Tensor, importance: Tensor) -> Tensor:
         prior = self.prior[timesteps]
         z = prior * losses if self.variant.weighted else losses
         if self.floor is not None:
@@ -516,8 +606,7 @@ class _Uncertainty(DySigma):
     """
 
     def __init__(self, setting: Setting, *, bins: int | Bins = 20, fourier: bool = False, clamp: float = 10.0) -> None:
-        kind = canonical_prediction_type(setting.prediction_type)
-        prior = {"epsilon": "const-eps", "sample": "const-x0", "v_prediction": "const-v"}[kind]
+        prior = PLAIN[canonical_prediction_type(setting.prediction_type)]
         super().__init__(
             setting, prior=prior, variant="inside", bins=bins, fourier=fourier, clamp=clamp, half_life=None
         )
@@ -539,7 +628,7 @@ class _OfGramian(Weighting):
 
     @torch.no_grad()
     def weights(self) -> Tensor:
-        return self._scaled((self._shares() * self.spread)[self.bin_index])
+        return self.scaled((self._shares() * self.spread)[self.bin_index])
 
 
 class _UGD(_OfGramian):
@@ -559,7 +648,7 @@ class _UGD(_OfGramian):
     def _shares(self) -> Tensor:
         return self.beta.softmax(0)
 
-    def _update(self, losses: Tensor, timesteps: Tensor, importance: Tensor) -> Tensor:
+    def update(self, losses: Tensor, timesteps: Tensor, importance: Tensor) -> Tensor:
         u = self._shares()
         return _quadratic(self.gramian, u) + self.regularization * (u * u).sum()
 
@@ -626,21 +715,24 @@ WEIGHTINGS: dict[str, Callable[..., Weighting]] = {
 
 
 def make_weighting(
-    name: str, schedule: NoiseSchedule, prediction_type: str = "epsilon", normalize: bool = True, **params: Any
+    name: Name, schedule: NoiseSchedule, prediction_type: str = "epsilon", normalize: bool = True, **params: Any
 ) -> Weighting:
     """The named weighting for losses in the target space of prediction_type, on the device of the schedule.
 
-    normalize=True: weights of mean 1 over timesteps; False: the formula's own scale. params: those of the weighting.
-    Raises KeyError for an unknown name, ValueError for an unknown or bad parameter and for epsilon where SNR = 0.
+    name: of WEIGHTINGS; or your own, as an object or "module:function" (imported, so run): a subclass of Weighting, a
+    partial of one, or a function of log_snr that gives the log-weight on the x0 error, like those of PREDEFINED.
+    normalize=True: weights of mean 1 over timesteps; False: the formula's own scale. params: those of the weighting,
+    keyword-only there. Raises KeyError for an unknown name, ImportError for a module that does not load, ValueError for
+    an unknown or bad parameter, for epsilon where SNR = 0, and for a target that the schedule does not have.
     """
-    if name not in WEIGHTINGS:
-        raise KeyError(f"unknown weighting {name!r}; have {list(WEIGHTINGS)}")
+    found = _named(name, WEIGHTINGS, "weighting")
     if not hasattr(schedule, "log_snr"):
         kind = type(schedule).__name__
         raise TypeError(f"schedule must be a NoiseSchedule; got {kind}: use NoiseSchedule.from_diffusers(scheduler)")
-    _check_options(name, params, PREDEFINED.get(name, WEIGHTINGS[name]))
-    weighting = WEIGHTINGS[name](Setting(schedule, prediction_type, normalize), **params)
-    return weighting.to(schedule.log_snr.device)
+    _check_options(str(name), params, PREDEFINED.get(str(name), found))
+    made = getattr(found, "func", found)  # of a partial
+    factory = found if isinstance(made, type) and issubclass(made, Weighting) else partial(_Fixed, name)
+    return factory(Setting(schedule, prediction_type, normalize), **params).to(schedule.log_snr.device)
 
 
 def effective_sample_size(weights: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Schedules against diffusers, identities of the forward process, and the low-precision bug they rule out."""
 
 import math
+import re
 
 import diffusers
 import pytest
@@ -9,6 +10,7 @@ from diffusers.training_utils import compute_snr
 
 from dysigma.draws import check_timesteps, generator
 from dysigma.schedule import SCHEDULES, NoiseSchedule, canonical_prediction_type, make_schedule
+from dysigma.weightings import make_weighting
 
 DIFFUSERS_NAMES = {
     "linear": "linear",
@@ -99,9 +101,115 @@ def test_round_trip_through_diffusers(scheduler_class, zero_terminal_snr):
     torch.testing.assert_close(back.alphas_cumprod, schedule.alphas_cumprod, rtol=1e-4, atol=1e-7)
 
 
-def test_a_scheduler_without_a_table_is_refused_with_a_reason():
-    with pytest.raises(ValueError, match="no alphas_cumprod"):
-        NoiseSchedule.from_diffusers(diffusers.FlowMatchEulerDiscreteScheduler())
+def all_schedulers():
+    """Every scheduler of diffusers that can be made without arguments."""
+    names = {name for names in diffusers.schedulers._import_structure.values() for name in names}
+    for name in sorted(name for name in names if name.endswith("Scheduler")):
+        try:
+            yield name, getattr(diffusers, name)()
+        except (AttributeError, TypeError):  # not exported, or of arguments without defaults
+            continue
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of numpy, about diffusers
+def test_every_scheduler_of_diffusers_gives_its_training_levels_or_is_refused_with_a_reason():
+    covered, refused = set(), set()
+    for name, scheduler in all_schedulers():
+        try:
+            schedule = NoiseSchedule.from_diffusers(scheduler)
+        except ValueError as error:
+            assert re.search(f"{name} has no alphas_cumprod.*weighting.at", str(error))
+            refused.add(name)
+            continue
+        covered.add(name)
+        if schedule.is_flow:
+            sigmas = scheduler.sigmas[:1000].flip(0)
+            torch.testing.assert_close(schedule.sigma, sigmas.float(), rtol=1e-4, atol=1e-6)
+        else:
+            torch.testing.assert_close(schedule.alphas_cumprod, scheduler.alphas_cumprod.double())
+    assert {
+        "DDPMScheduler",
+        "EulerDiscreteScheduler",
+        "CogVideoXDDIMScheduler",
+        "FlowMatchHeunDiscreteScheduler",
+    } < covered
+    assert {"EDMEulerScheduler", "ScoreSdeVeScheduler", "DDPMWuerstchenScheduler"} < refused
+    assert len(covered) > 20
+
+
+FLOWS = ["FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "FlowMatchLCM", "FlowMapEulerDiscrete"]
+
+
+@pytest.mark.parametrize("name", [name for name in FLOWS if hasattr(diffusers, f"{name}Scheduler")])
+def test_the_levels_of_a_flow_do_not_depend_on_how_it_last_sampled(name):
+    scheduler = getattr(diffusers, f"{name}Scheduler")(200, shift=3.0)
+    sigmas = scheduler.sigmas[:200].flip(0).float()
+    scheduler.set_timesteps(7)
+    schedule = NoiseSchedule.from_diffusers(scheduler)
+    torch.testing.assert_close(schedule.sigma, sigmas, rtol=1e-4, atol=1e-6)
+    assert schedule.log_snr[-1] == -torch.inf
+    s = sigmas[:-1].double()
+    torch.testing.assert_close(schedule.log_snr[:-1], 2 * ((1 - s) / s).log(), rtol=1e-4, atol=1e-4)
+
+
+def test_flow_sigmas_of_a_sampler_and_dynamic_shifts():
+    config = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
+    for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
+        schedule = NoiseSchedule.from_diffusers(getattr(diffusers, name)(100, **config))
+        torch.testing.assert_close(schedule.sigma, NoiseSchedule.flow(100, shift=3.0).sigma)
+    dynamic = diffusers.FlowMatchEulerDiscreteScheduler(100, shift=3.0, use_dynamic_shifting=True)
+    torch.testing.assert_close(NoiseSchedule.from_diffusers(dynamic).sigma, dynamic.sigmas.flip(0))
+    with pytest.raises(ValueError, match="no plain flow matching"):
+        NoiseSchedule.from_diffusers(diffusers.FlowMatchEulerDiscreteScheduler(100, invert_sigmas=True))
+
+
+def test_a_flow_noises_and_predicts_as_in_diffusers():
+    scheduler, schedule = diffusers.FlowMatchEulerDiscreteScheduler(100, shift=2.0), NoiseSchedule.flow(100, shift=2.0)
+    x0, noise = torch.randn(2, 5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    index = torch.tensor([0, 1, 30, 60, 99])  # theirs, from the noisy end
+    timesteps = 99 - index
+    x_t = schedule.add_noise(x0, noise, timesteps)
+    torch.testing.assert_close(x_t, scheduler.scale_noise(x0, scheduler.timesteps[index], noise), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(100 * schedule.sigma[timesteps], scheduler.timesteps[index], rtol=1e-4, atol=1e-4)
+    for kind, target in {"flow": noise - x0, "sample": x0, "epsilon": noise}.items():
+        torch.testing.assert_close(schedule.target(x0, noise, timesteps, kind), target)
+        back = schedule.to_x0(target, x_t, timesteps, kind)
+        keep = slice(1, None) if kind == "epsilon" else slice(None)  # x_T is the noise alone
+        torch.testing.assert_close(back[keep], x0[keep], rtol=1e-3, atol=1e-3)
+
+
+def test_a_target_of_the_other_path_is_refused():
+    x0, timesteps = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
+    for schedule, kind in ((NoiseSchedule.linear(10), "flow"), (NoiseSchedule.flow(10), "v")):
+        for call in (schedule.target, schedule.to_x0):
+            with pytest.raises(ValueError, match=r"has no (flow|v)_prediction: noise - x0 is flow_prediction"):
+                call(x0, x0, timesteps, kind)
+        with pytest.raises(ValueError, match="has no"):
+            make_weighting("min-snr", schedule, kind)
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler"):
+        NoiseSchedule.flow(10).to_diffusers()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_schedulers_of_euler_type_have_the_same_table_and_scale_their_input():
+    for name in ("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete", "KDPM2Discrete"):
+        scheduler = getattr(diffusers, f"{name}Scheduler")()
+        schedule = NoiseSchedule.from_diffusers(scheduler)
+        x0, noise = torch.randn(2, 4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+        timesteps = torch.tensor([0, 200, 600, 999])
+        scaled = scheduler.add_noise(x0, noise, timesteps) * schedule.alpha[timesteps].view(-1, 1, 1, 1)
+        torch.testing.assert_close(scaled, schedule.add_noise(x0, noise, timesteps), rtol=1e-3, atol=1e-4)
+
+
+def test_a_table_that_betas_do_not_make_comes_back():
+    theirs = diffusers.CogVideoXDDIMScheduler(snr_shift_scale=3.0)
+    schedule = NoiseSchedule.from_diffusers(theirs)
+    torch.testing.assert_close(
+        schedule.to_diffusers().alphas_cumprod.double(), theirs.alphas_cumprod.double(), rtol=1e-3, atol=1e-6
+    )
+    assert schedule.config is None and NoiseSchedule.from_diffusers(diffusers.DDPMScheduler()).config
+    betas = diffusers.DDPMScheduler(50, trained_betas=[0.05] * 50, rescale_betas_zero_snr=True)
+    torch.testing.assert_close(NoiseSchedule.from_diffusers(betas).alphas_cumprod, betas.alphas_cumprod.double())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -16,7 +16,8 @@ from torch import nn
 from dysigma.bins import Bins
 from dysigma.pareto import min_norm_weights
 from dysigma.samplers import make_sampler
-from dysigma.schedule import PREDICTION_TYPES, SCHEDULES, NoiseSchedule, make_schedule
+from dysigma.schedule import SCHEDULES, NoiseSchedule, make_schedule
+from dysigma.testing import check_weighting
 from dysigma.weightings import (
     GRAMIAN_RULES,
     PREDEFINED,
@@ -31,6 +32,7 @@ from dysigma.weightings import (
 )
 
 LINEAR = NoiseSchedule.linear(1000)
+VP_TYPES = ("sample", "epsilon", "v_prediction")
 # A short schedule that spans SNR 300 .. 0.002, for tests that visit every timestep.
 SHORT = NoiseSchedule(torch.sigmoid(torch.linspace(5.7, -6.2, 12, dtype=torch.float64)))
 # Every weighting that make_weighting can make, Dy-Sigma in all variants.
@@ -102,14 +104,16 @@ X0_FORMULAS = {
     "elbo": lambda S: torch.cat([S[:1] * (S[0] / S[1] - 1) / 2, -S.diff() / 2]),
     "split": lambda S: S,
 }
+X0_FORMULAS["const-flow"] = lambda S: (1 + S.sqrt()) ** 2
 ERROR_RATIO = {"sample": lambda S: torch.ones_like(S), "epsilon": lambda S: S, "v_prediction": lambda S: S + 1}
+ERROR_RATIO["flow_prediction"] = X0_FORMULAS["const-flow"]
+PATHS = [(name, kind) for name in SCHEDULES for kind in VP_TYPES] + [("flow", "sample"), ("flow", "flow_prediction")]
 
 
-@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@pytest.mark.parametrize(("schedule_name", "kind"), PATHS)
 @pytest.mark.parametrize("name", PREDEFINED)
-@pytest.mark.parametrize("schedule_name", SCHEDULES)
 def test_predefined_weights_equal_the_papers_formulas(name, kind, schedule_name):
-    schedule = make_schedule(schedule_name)
+    schedule = NoiseSchedule.flow() if schedule_name == "flow" else make_schedule(schedule_name)
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
     wanted = X0_FORMULAS[name](snr) / ERROR_RATIO[kind](snr)
     ours = make_weighting(name, schedule, kind, normalize=False).weights()
@@ -128,7 +132,7 @@ def test_predefined_weights_equal_the_papers_formulas(name, kind, schedule_name)
         ("p2", {"k": 2.0, "gamma": 0.5}, lambda S: S / (2 + S).sqrt()),
         ("edm", {"sigma_data": 0.25}, lambda S: S + 16),
         ("sigmoid", {"bias": -3.0}, lambda S: S / (1 + S * math.exp(3.0))),
-        ("split", {"ratio": 8.0, "at": -2.0}, lambda S: torch.where(S > math.exp(-2.0), 8 * S, S)),
+        ("split", {"ratio": 8.0, "at": -2.0}, lambda S: torch.where(S.log() > -2.0, 8 * S, S)),
     ],
 )
 def test_parameters_of_predefined_weights(name, params, formula):
@@ -171,7 +175,7 @@ def test_identities_between_weightings():
 def test_weights_are_finite_positive_and_of_mean_one(name, params, zero_terminal_snr):
     for schedule_name in SCHEDULES:
         schedule = make_schedule(schedule_name, zero_terminal_snr=zero_terminal_snr)
-        for kind in PREDICTION_TYPES[zero_terminal_snr:]:
+        for kind in VP_TYPES[:: 1 + zero_terminal_snr]:
             weighting = make_weighting(name, schedule, kind, **params)
             weights = weighting.weights()
             assert weights.shape == (1000,) and weights.dtype == torch.float32 and not weights.requires_grad
@@ -292,7 +296,7 @@ SAME_IN_EVERY_TARGET += [("dy-sigma", {"variant": v}) for v in ("anchored", "ins
 def test_the_gradient_of_the_network_does_not_depend_on_its_target(name, params):
     timesteps = torch.arange(12).repeat(3)
     gradients, learned = [], []
-    for kind in PREDICTION_TYPES:
+    for kind in VP_TYPES:
         options = params if name in PREDEFINED else params | {"bins": 6}
         weighting = make_weighting(name, SHORT, kind, normalize=False, **options)
         groups = weighting.parameter_groups(0.1)
@@ -313,7 +317,7 @@ def test_the_gradient_of_the_network_does_not_depend_on_its_target(name, params)
 def test_uncertainty_at_rest_does_not_depend_on_the_target_but_starts_from_it():
     x0_losses = torch.rand(12, generator=torch.Generator().manual_seed(0)).double() + 0.1
     start, rest = [], []
-    for kind in PREDICTION_TYPES:
+    for kind in VP_TYPES:
         losses = x0_losses * (-log_conversion(SHORT.log_snr, kind)).exp()
         weighting = make_weighting("uncertainty", SHORT, kind, bins=12)
         start.append(compare_weightings(SHORT, "sample", {"w": weighting})["w"].to_numpy())
@@ -323,21 +327,82 @@ def test_uncertainty_at_rest_does_not_depend_on_the_target_but_starts_from_it():
     assert max(start[0] / start[1]) > 5
 
 
-# ---------------------------------------------------------------- what the returned scalar is
+# ---------------------------------------------------------------- laws, and noise levels between timesteps
 
 
 @every_kind
-@pytest.mark.parametrize("with_importance", [False, True])
-def test_the_gradient_of_a_loss_is_its_weight_over_the_batch_size(name, params, with_importance):
-    weighting = train(make_weighting(name, LINEAR, **params), 6)
-    for losses, timesteps in batches(3, seed=9):
-        importance = torch.rand(len(losses)) + 0.5 if with_importance else None
-        before = weighting.weights()
-        value = weighting(losses.requires_grad_(), timesteps, importance)
-        value.backward()
-        each = before[timesteps] * (importance if with_importance else 1.0)
-        torch.testing.assert_close(losses.grad, each / len(losses))
-        torch.testing.assert_close(value.detach(), (each * losses.detach()).mean())
+def test_every_weighting_keeps_the_laws(name, params):
+    check_weighting(name, **params)
+
+
+def gradient_at(weighting, log_snr, importance=None):
+    losses = torch.full_like(log_snr, 0.5, dtype=torch.float32, requires_grad=True)
+    weighting.at(losses, log_snr, importance).backward()
+    return losses.grad * len(losses)
+
+
+@pytest.mark.parametrize(("schedule_name", "kind"), PATHS)
+def test_predefined_weights_are_exact_at_any_noise_level(schedule_name, kind):
+    schedule = NoiseSchedule.flow(50) if schedule_name == "flow" else make_schedule(schedule_name, 50)
+    log_snr = torch.linspace(-12, 12, 77, dtype=torch.float64)  # beyond the timesteps too
+    for name in X0_FORMULAS:
+        snr = log_snr.exp()
+        weighting = make_weighting(name, schedule, kind, normalize=False)
+        if name != "elbo":  # a difference of neighbours
+            wanted = X0_FORMULAS[name](snr) / ERROR_RATIO[kind](snr)
+            torch.testing.assert_close(gradient_at(weighting, log_snr).double(), wanted, rtol=1e-5, atol=0)
+        scale = make_weighting(name, schedule, kind).weights()[20] / weighting.weights()[20]
+        normalized = gradient_at(make_weighting(name, schedule, kind), log_snr)
+        torch.testing.assert_close(normalized, scale * gradient_at(weighting, log_snr), rtol=1e-5, atol=0)
+
+
+def test_between_timesteps_what_is_learned_is_linear_in_log_snr_and_beyond_constant():
+    weighting = train(make_weighting("dy-sigma", SHORT, "sample", bins=12), 30, lr=0.2).eval()
+    prior = make_weighting("min-snr", SHORT, "sample", normalize=False).weights()
+    boost = (weighting.weights() / prior).double()
+    high, low = SHORT.log_snr[:-1], SHORT.log_snr[1:]
+    for share in (0.25, 0.6):
+        level = high + share * (low - high)
+        wanted = level.exp().clamp(max=5) * (boost[:-1] + share * boost.diff())
+        torch.testing.assert_close(gradient_at(weighting, level).double(), wanted, rtol=1e-5, atol=0)
+    beyond = torch.tensor([20.0, -20.0])
+    wanted = beyond.exp().clamp(max=5) * boost[[0, -1]]
+    torch.testing.assert_close(gradient_at(weighting, beyond), wanted.float(), rtol=1e-5, atol=0)
+    elbo = make_weighting("elbo", SHORT, "sample", normalize=False)
+    middle = gradient_at(elbo, (high + low) / 2)
+    torch.testing.assert_close(middle, (elbo.weights()[1:] + elbo.weights()[:-1]) / 2, rtol=1e-5, atol=0)
+
+
+def test_between_timesteps_the_nearest_one_learns():
+    gap = SHORT.log_snr[4] - SHORT.log_snr[5]
+    for name, params in (("dy-sigma", {"bins": 12}), ("loss-balance", {"bins": 12})):
+        for share, nearest in ((0.4, 4), (0.6, 5)):
+            off, on = (make_weighting(name, SHORT, **params) for _ in range(2))
+            off.at(torch.tensor([0.7]), SHORT.log_snr[4:5] - share * gap)
+            on(torch.tensor([0.7]), torch.tensor([nearest]))
+            assert all(torch.equal(value, on.state_dict()[key]) for key, value in off.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["sample", "flow_prediction"])
+def test_no_signal_is_a_level_too(kind):
+    flow = NoiseSchedule.flow(20)
+    for name in ("min-snr", "const-x0", "dy-sigma", "uncertainty", "elbo"):
+        weighting = make_weighting(name, flow, kind)
+        levels = torch.tensor([-torch.inf, float(flow.log_snr[3])])
+        torch.testing.assert_close(gradient_at(weighting, levels), weighting.weights()[[19, 3]], rtol=1e-5, atol=1e-9)
+
+
+def test_bad_noise_levels_are_refused():
+    weighting = make_weighting("min-snr", LINEAR)
+    good = torch.zeros(3)
+    bad = [good[:2], good.long(), good + torch.nan, good + torch.inf, good - torch.inf]
+    for log_snr in bad:
+        with pytest.raises(ValueError, match=r"log_snr must be \(3,\) real, finite;"):
+            weighting.at(torch.rand(3), log_snr)
+    with pytest.raises(ValueError, match="finite or -inf"):
+        make_weighting("min-snr", LINEAR, "v").at(torch.rand(3), good + torch.inf)
+    with pytest.raises(ValueError, match="losses must"):
+        weighting.at(torch.rand(3, 1), good)
 
 
 # ---------------------------------------------------------------- fixed points
@@ -704,32 +769,6 @@ def test_random_weights_are_a_fresh_softmax_of_normals_and_part_of_the_state():
 
 
 @every_kind
-def test_eval_mode_changes_nothing_and_gives_the_same_value(name, params):
-    weighting = train(make_weighting(name, LINEAR, **params), 4).eval()
-    before = {key: value.clone() for key, value in weighting.state_dict().items()}
-    losses, timesteps = next(batches(1, seed=5))
-    value = weighting(losses.requires_grad_(), timesteps)
-    value.backward()
-    if weighting.needs_gramian:
-        weighting.observe_gramian(random_gramian(weighting.bins.num_bins, 77))
-    assert all(torch.equal(before[key], after) for key, after in weighting.state_dict().items())
-    torch.testing.assert_close(weighting.train()(losses, timesteps).detach(), value.detach())
-
-
-@every_kind
-def test_the_state_dict_is_the_whole_state(name, params):
-    one = train(make_weighting(name, LINEAR, **params), 7)
-    state = {key: value.clone() for key, value in one.state_dict().items()}
-    two = make_weighting(name, LINEAR, **params)
-    two.load_state_dict(state)
-    assert torch.equal(one.weights(), two.weights())
-    for weighting in (one, two):
-        train(weighting, 4, seed=11)
-    assert torch.equal(one.weights(), two.weights())
-    assert all(torch.equal(value, two.state_dict()[key]) for key, value in one.state_dict().items())
-
-
-@every_kind
 def test_copies_and_moves_keep_state_and_precision(name, params):
     weighting = train(make_weighting(name, LINEAR, **params), 3)
     wanted = weighting.weights()
@@ -765,23 +804,6 @@ def test_gradient_accumulation_equals_one_large_batch(name, params):
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5 if exact else 0.05, atol=1e-7 if exact else 2e-3)
     torch.testing.assert_close(whole.weights(), split.weights(), rtol=1e-2, atol=0)
-
-
-@every_kind
-def test_autocast_and_low_precision_losses_change_nothing(name, params):
-    pair = [train(make_weighting(name, LINEAR, **params), 3) for _ in range(2)]
-    losses, timesteps = next(batches(1, seed=5))
-    losses = losses.bfloat16()
-    plain = pair[0](losses.float().requires_grad_(), timesteps)
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = pair[1](losses.requires_grad_(), timesteps)
-        torch.testing.assert_close(pair[1].weights(), pair[0].weights(), rtol=0, atol=0)
-    assert cast.dtype == torch.float32 and torch.equal(plain, cast)
-    for weighting, value in zip(pair, (plain, cast), strict=True):
-        weighting.zero_grad()
-        value.backward()
-    for one, other in zip(pair[0].parameters(), pair[1].parameters(), strict=True):
-        assert torch.equal(one.grad, other.grad)
 
 
 COMPILED = [("min-snr", {}), ("uncertainty", {"fourier": True}), ("ugd", {}), ("loss-balance", {}), ("random", {})]
@@ -884,9 +906,9 @@ def test_the_table_has_one_unit():
     table = compare_weightings(LINEAR, "v")
     assert list(table.columns) == list(PREDEFINED) and table.shape == (1000, len(PREDEFINED))
     np.testing.assert_allclose(table.mean(), 1, rtol=1e-6)
-    mixed = {kind: make_weighting("min-snr", LINEAR, kind) for kind in PREDICTION_TYPES}
+    mixed = {kind: make_weighting("min-snr", LINEAR, kind) for kind in VP_TYPES}
     same = compare_weightings(LINEAR, "v", mixed)
-    for kind in PREDICTION_TYPES:
+    for kind in VP_TYPES:
         np.testing.assert_allclose(same[kind], table["min-snr"], rtol=1e-5)
     zero = compare_weightings(make_schedule("cosine", zero_terminal_snr=True), "sample", ["min-snr", "dy-sigma"])
     assert np.isfinite(zero.to_numpy()).all()
