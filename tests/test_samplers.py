@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dysigma.samplers import DENSITIES, TIMESTEP_SAMPLERS, make_sampler
 from dysigma.schedule import SCHEDULES, NoiseSchedule, make_schedule
+from dysigma.training import TrainConfig, build, load_split, train_step
 from dysigma.weightings import make_weighting
 
 LINEAR = NoiseSchedule.linear(1000)
@@ -25,7 +26,12 @@ def adapted(schedule=LINEAR, **params):
 
 
 def every(schedule=LINEAR):
-    return {name: make_sampler(name, schedule) for name in TIMESTEP_SAMPLERS} | {"adapted": adapted(schedule)}
+    bins = {"bins": min(100, schedule.num_timesteps)}
+    samplers = {
+        name: make_sampler(name, schedule, **(bins if name == "loss-second-moment" else {}))
+        for name in TIMESTEP_SAMPLERS
+    }
+    return samplers | {"adapted": adapted(schedule, **bins)}
 
 
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
@@ -68,16 +74,72 @@ def test_corrected_expectations_agree_with_the_uniform_mean(name):
         )
 
 
-def test_the_corrected_gradient_of_a_weighting_does_not_depend_on_the_sampler():
-    losses = torch.linspace(0.1, 1, 1000)
-    gradients = {}
-    for name in ("uniform", "adapted"):
-        weighting = make_weighting("min-snr", LINEAR)
-        scale = torch.ones((), requires_grad=True)
-        timesteps, importance = every()[name](GRID)
-        weighting(scale * losses[timesteps], timesteps, importance).backward()
-        gradients[name] = scale.grad
-    torch.testing.assert_close(gradients["uniform"], gradients["adapted"], rtol=1e-3, atol=0)
+SHORT = NoiseSchedule(torch.sigmoid(torch.linspace(5, -5, 12, dtype=torch.float64)))
+LOSSES = torch.linspace(0.1, 1, 12)
+# Learned without a running mean, the objective is linear in the samples, so that expectations are exact.
+WEIGHTED = [
+    ("min-snr", {}),
+    ("const-x0", {}),
+    ("uncertainty", {"bins": 4}),
+    ("dy-sigma", {"half_life": None, "bins": 4}),
+]
+
+
+def expected_gradients(weighting, probabilities, importance):
+    """Expectation, over one timestep drawn with p_t, of the gradient of each loss and of what the weighting learns."""
+    losses = LOSSES.clone().requires_grad_()
+    for t in range(12):
+        one = torch.tensor([t])
+        correction = None if importance is None else importance[one]
+        (probabilities[t].float() * weighting(losses[one], one, correction)).backward()
+    return [losses.grad, *(p.grad for p in weighting.parameters())]
+
+
+@pytest.mark.parametrize(("name", "params"), WEIGHTED)
+@pytest.mark.parametrize("sampler_name", every())
+def test_with_importance_the_sampler_changes_no_expectation_and_without_it_is_a_second_weight(
+    sampler_name, name, params
+):
+    sampler = every(SHORT)[sampler_name]
+    p, uniform = sampler.probabilities(), torch.full((12,), 1 / 12, dtype=torch.float64)
+    wanted = expected_gradients(make_weighting(name, SHORT, **params), uniform, None)
+    corrected = expected_gradients(make_weighting(name, SHORT, **params), p, (1 / (12 * p)).float())
+    for one, other in zip(corrected, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+    bare = expected_gradients(make_weighting(name, SHORT, **params), p, None)
+    torch.testing.assert_close(bare[0], 12 * p.float() * wanted[0], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["dy-sigma", "loss-balance", "variance-aware"])
+def test_statistics_of_a_weighting_are_those_of_uniform_timesteps(name):
+    learned = {}
+    for sampler_name, corrected in (("uniform", True), ("adapted", True), ("adapted", False)):
+        weighting, sampler = make_weighting(name, SHORT, bins=12), every(SHORT)[sampler_name]
+        timesteps, importance = sampler(GRID[::10].clone())
+        losses = (LOSSES * (1 + 0.2 * torch.sin(torch.arange(12))))[timesteps].requires_grad_()
+        weighting(losses, timesteps, importance if corrected else None).backward()
+        grads = [p.grad for p in weighting.parameters()]
+        learned[sampler_name, corrected] = torch.cat([weighting.weights(), *grads])
+    torch.testing.assert_close(learned["adapted", True], learned["uniform", True], rtol=2e-3, atol=1e-4)
+    moved = (learned["adapted", False] - learned["uniform", True]).abs().max()
+    # The rules that look at means of a bin alone need no correction: a mean does not depend on how often it was drawn.
+    assert (moved > 0.01) == (name != "loss-balance")
+
+
+@pytest.mark.parametrize("name", ["uniform", "stratified", "lognormal", "loss-second-moment"])
+def test_a_training_step_counts_a_density_once(name):
+    config = TrainConfig(model="micro", image_size=8, train_images=32, timestep_sampler=name, weighting="min-snr")
+    data = load_split(config, "train", torch.device("cpu"))
+    state = build(config, data)
+    if name == "loss-second-moment":
+        state.sampler = adapted()
+    p, w = state.sampler.probabilities(), state.weighting.weights()
+    record = train_step(state, data, config)
+    each = w[record.timesteps] * record.losses
+    if name == "loss-second-moment":
+        each = each / (1000 * p[record.timesteps]).float()
+        assert each.std() > 0 and p.std() > 1e-5
+    torch.testing.assert_close(record.loss, each.mean(), rtol=1e-5, atol=0)
 
 
 def test_stratified_timesteps_fill_the_range_and_each_is_uniform():
