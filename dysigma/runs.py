@@ -9,8 +9,13 @@ import hashlib
 import json
 import os
 import platform
+import socket
 import subprocess
+import time
 import tomllib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,11 +35,19 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file aside, flush it to the disk, then put it in place: readers see the old or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)  # on a full disk every byte counts
+        raise
+    with suppress(OSError):  # some systems cannot flush a folder, where the name stands
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -42,28 +55,28 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; RunError if it is absent or no JSON."""
+def _read(path: Path, kind: str) -> Any:
     try:
-        return json.loads(path.read_text())
+        return (tomllib if kind == "TOML" else json).loads(path.read_text())
     except FileNotFoundError:
         raise RunError(f"{path} does not exist") from None
-    except ValueError as error:
-        raise RunError(f"{path} is not valid JSON ({error}): the file is damaged") from None
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is not valid {kind}: {error}") from None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; RunError if it cannot be read or is no JSON."""
+    return _read(path, "JSON")
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The table in a .toml file, or the object in a JSON file; ValueError if it cannot be read."""
-    kind = "TOML" if path.suffix == ".toml" else "JSON"
-    try:
-        table = tomllib.loads(path.read_text()) if kind == "TOML" else json.loads(path.read_text())
-        if not isinstance(table, dict):
-            raise ValueError(f"expected named values, got a {type(table).__name__}")
-        return table
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid {kind}: {error}") from None
+    """The table in a .toml file, or the object in a JSON file; RunError if it cannot be read."""
+    table = _read(path, "TOML" if path.suffix == ".toml" else "JSON")
+    if not isinstance(table, dict):
+        raise RunError(f"{path} must hold named values; it holds a {type(table).__name__}")
+    return table
 
 
 def provenance() -> dict[str, Any]:
@@ -91,35 +104,104 @@ def _commit() -> str | None:
         return None
 
 
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Write step, tensors (as safetensors) and meta (as JSON) to folder; the previous checkpoint goes last of all.
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold a run folder for this process alone; RunError if another process holds it.
 
-    ``latest.json`` names the tensor file and its SHA-256 and is replaced atomically, so it always names a whole file.
+    The system holds the lock on ``.lock`` for as long as the process lives, so that a killed one leaves none behind.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    with open(path, "a+") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"{folder} is in use by {path.read_text().strip()}; wait for it, stop it, or choose another --out. The "
+                "lock ends with that process, however it ends: a file .lock left over locks nothing"
+            ) from None
+        except (OSError, ImportError) as error:
+            warnings.warn(f"no locks on this system ({error}): let one process alone use {folder}", stacklevel=2)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+        yield
+
+
+def differences(saved: dict[str, Any], given: dict[str, Any]) -> str:
+    """The fields of two configurations that differ, as text; "" if a run of one may go on as the other."""
+    given = json.loads(json.dumps(given))
+    keys = [key for key in given if key in saved and saved[key] != given[key] and key not in ("device", "data_root")]
+    return ", ".join(f"{key} {saved[key]!r} there, {given[key]!r} here" for key in keys)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Write step, tensors (as safetensors) and meta (as JSON) to folder; the one before stays, older ones go last.
+
+    ``latest.json`` and ``state-STEP.json`` name the tensor file and its SHA-256 and appear, whole, after it.
     """
     from safetensors.torch import save
 
-    name = f"state-{step:09d}.safetensors"
+    name = f"state-{step:09d}"
     content = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
-    write_atomically(folder / name, content)
-    digest = hashlib.sha256(content).hexdigest()
-    write_json(folder / "latest.json", {"step": step, "tensors": name, "sha256": digest, "meta": meta})
-    for old in folder.glob("state-*.safetensors"):
-        if old.name != name:
+    write_atomically(folder / f"{name}.safetensors", content)
+    entry = {"step": step, "tensors": f"{name}.safetensors", "sha256": _digest(content), "meta": meta}
+    for path in (folder / f"{name}.json", folder / "latest.json"):
+        write_json(path, entry | {"check": _digest(entry)})
+    before = max((path.stem for path in folder.glob("state-*.json") if path.stem < name), default=name)
+    for old in folder.glob("*state-*.*"):  # also what a process that was killed had not put in place
+        if old.stem not in (name, before):
             old.unlink()
 
 
-def load_checkpoint(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
-    """(step, tensors on the CPU, meta) of a checkpoint folder; RunError if it is absent, truncated or altered."""
+def load_checkpoint(
+    folder: Path, config: dict[str, Any] | None = None
+) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
+    """(step, tensors on the CPU, meta) of the newest checkpoint in folder that is whole.
+
+    One that is truncated, altered or of another run, whose meta["config"] is not config, is named in a warning and the
+    one before it taken; RunError if there is none.
+    """
+    problems = []
+    for path in (folder / "latest.json", *sorted(folder.glob("state-*.json"), reverse=True)):
+        try:
+            found = _read_checkpoint(path, config)
+        except RunError as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            warnings.warn(f"{problems[0]}. Taken instead: {path}, of step {found[0]}", stacklevel=2)
+        return found
+    raise RunError(f"{problems[0]}, and {folder} has no other: delete it to start again from the first step")
+
+
+def _read_checkpoint(path: Path, config: dict[str, Any] | None) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
     from safetensors.torch import load
 
-    latest = read_json(folder / "latest.json")
-    path = folder / latest["tensors"]
-    if path.parent != folder or not path.is_file():
-        raise RunError(f"{folder}/latest.json names {latest['tensors']}, which is not there: the checkpoint is damaged")
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != latest["sha256"]:
-        raise RunError(f"{path} does not match its SHA-256 in latest.json: the checkpoint is damaged, delete {folder}")
-    return latest["step"], load(content), latest["meta"]
+    entry = read_json(path)
+    try:
+        check = entry.pop("check", None)  # those of early versions have none
+        step, file, meta = int(entry["step"]), path.parent / entry["tensors"], dict(entry["meta"])
+        if check not in (None, _digest(entry)):
+            raise RunError(f"{path} does not match the SHA-256 in it: the checkpoint is damaged")
+        if file.parent != path.parent or not file.is_file():
+            raise RunError(f"{path} names {file.name}, which is not there: the checkpoint is damaged")
+        content = file.read_bytes()
+        if _digest(content) != entry["sha256"]:
+            raise RunError(f"{file} does not match its SHA-256 in {path.name}: the checkpoint is damaged")
+        if config and (differing := differences(meta.get("config", {}), config)):
+            raise RunError(f"{file} is of another run ({differing})")
+        return step, load(content), meta
+    except RunError:
+        raise
+    except Exception as error:  # what was never a checkpoint raises almost anything
+        raise RunError(f"{path} is no checkpoint ({error!r:.100}): it is damaged") from None
 
 
 def append_metrics(path: Path, row: dict[str, Any]) -> None:
@@ -129,18 +211,26 @@ def append_metrics(path: Path, row: dict[str, Any]) -> None:
         values["bin_losses"] = [None if v != v else v for v in values["bin_losses"]]
     with open(path, "a") as file:
         file.write(json.dumps(values, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_metrics(path: Path, until_step: int | None = None) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl up to and with until_step; a last line cut short by a crash is left out."""
+    """The rows of a metrics.jsonl up to and with until_step; a last line cut short by a crash is left out.
+
+    Raises RunError for any other line that is no row.
+    """
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        if number == len(lines) and not line.endswith(b"}"):
             break
-        if until_step is None or row["step"] <= until_step:
-            rows.append(row)
+        try:
+            row = dict(json.loads(line))
+            if until_step is None or row["step"] <= until_step:
+                rows.append(row)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise RunError(f"line {number} of {path} is damaged: {line[:40]!r}; mend it or take it out") from None
     return rows
 
 
@@ -160,14 +250,20 @@ class Run:
         return pandas.DataFrame(read_metrics(self.path / "metrics.jsonl"))
 
     def pipeline(self) -> Any:
-        """A diffusers DDPMPipeline with the EMA weights; RunError if the run has not written one."""
-        from diffusers import DDPMPipeline
+        """A diffusers DDPMPipeline with the EMA weights; RunError if the run has not written one or it is damaged."""
+        from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-        if not (self.path / "pipeline" / "model_index.json").exists():
+        folder = self.path / "pipeline"
+        if not (folder / "model_index.json").exists():
             raise RunError(
                 f"{self.path} has no pipeline yet (status: {self.summary.get('status')}); let it finish first"
             )
-        return DDPMPipeline.from_pretrained(self.path / "pipeline", local_files_only=True)
+        try:
+            # Part by part and never from a pickle: nothing is imported because a file names it.
+            network = UNet2DModel.from_pretrained(folder / "unet", local_files_only=True, use_safetensors=True)
+            return DDPMPipeline(network, DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True))
+        except Exception as error:  # damaged files raise almost anything
+            raise RunError(f"{folder} is damaged ({str(error).splitlines()[0]})") from None
 
 
 def load_run(path: str | Path) -> Run:
@@ -176,4 +272,4 @@ def load_run(path: str | Path) -> Run:
     if not (path / "config.json").is_file():
         raise RunError(f"{path} is not a run folder (it has no config.json); dysigma train --out {path} makes one")
     summary = path / "summary.json"
-    return Run(path, read_json(path / "config.json"), read_json(summary) if summary.exists() else {})
+    return Run(path, read_config(path / "config.json"), read_config(summary) if summary.exists() else {})

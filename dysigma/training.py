@@ -7,18 +7,20 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from .bins import Bins
+from .bins import Bins, over_ranks
 from .data import ImageData, batch, load_data
 from .distances import Features, Moments, extract, frechet_distance, load_features, moments
 from .draws import generator
@@ -31,10 +33,11 @@ from .runs import (
     Run,
     RunError,
     append_metrics,
+    differences,
     load_checkpoint,
     load_run,
+    lock,
     provenance,
-    read_json,
     read_metrics,
     save_checkpoint,
     write_atomically,
@@ -194,18 +197,16 @@ class TrainState:
 
     def load_state_dict(self, step: int, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
         """Inverse of state_dict; raises RuntimeError when names or shapes do not fit."""
-        parts: dict[str, dict[str, Tensor]] = {p: {} for p in ("model", "weighting", "sampler", "ema", "optimizer")}
-        for key, value in tensors.items():
-            prefix, name = key.split(".", 1)
-            parts[prefix][name] = value
         for prefix, module in (("model", self.model), ("weighting", self.weighting), ("sampler", self.sampler)):
-            module.load_state_dict(parts[prefix])
+            own = {key.removeprefix(f"{prefix}."): v for key, v in tensors.items() if key.startswith(f"{prefix}.")}
+            module.load_state_dict(own)
         for name, value in self.ema.state.items():
-            value.copy_(parts["ema"][name])
+            value.copy_(tensors[f"ema.{name}"])
         state: dict[int, dict[str, Tensor]] = {}
-        for key, value in parts["optimizer"].items():
-            index, name = key.split(".", 1)
-            state.setdefault(int(index), {})[name] = value
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".", 2)
+                state.setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
         self.step = step
 
@@ -214,16 +215,89 @@ def resolve_device(name: str) -> torch.device:
     """The torch device of a name; "auto" takes CUDA, then MPS, then the CPU. ValueError if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"device {name!r} asked for, but this torch ({torch.__version__}) sees no CUDA device; use cpu"
-        )
     try:
         probe = torch.zeros(1, device=name)
         probe.item()
         return probe.device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); use auto or cpu"
+        ) from None
+
+
+def _ranks() -> tuple[int, int]:
+    """(rank of this process, number of ranks) in torch.distributed; (0, 1) without it."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+@contextmanager
+def _process_group(config: TrainConfig) -> Iterator[torch.device]:
+    """Join the ranks that torchrun or its environment variables speak of, if any; yields the device of this one."""
+    many = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if many and config.device in ("auto", "cuda") and torch.cuda.is_available():
+        local, count = int(os.environ.get("LOCAL_RANK", -1)), torch.cuda.device_count()
+        if not 0 <= local < count:
+            raise ValueError(f"LOCAL_RANK must name one of the {count} GPUs here, one for each process; got {local}")
+        torch.cuda.set_device(local)
+    device = resolve_device(config.device)
+    if many and (device.type not in ("cpu", "cuda") or ":" in config.device):
+        raise ValueError(f"with many ranks device must be auto, cpu or cuda; got {config.device!r}, {device}")
+    if not many or distributed.is_initialized():
+        yield device
+        return
+    # Longer than the first rank ever validates, samples or writes while the others wait.
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    try:
+        yield device
+    except RuntimeError as error:
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
+            raise
+        cause = str(error).split(". ")[0]
+        raise RunError(
+            f"lost another rank, whose own words tell why ({cause}); go on from the last checkpoint with --resume"
+        ) from None
+    finally:
+        distributed.destroy_process_group()
+
+
+def _share(config: TrainConfig, device: torch.device) -> Tensor:
+    """The places in the batch that this rank works on, part by part: (accumulate, B / accumulate / ranks)."""
+    rank, count = _ranks()
+    if config.batch_size % (config.accumulate * count):
+        raise ValueError(
+            f"batch_size must be a multiple of accumulate times the number of ranks; got batch_size "
+            f"{config.batch_size}, accumulate {config.accumulate}, {count} ranks"
+        )
+    return torch.arange(config.batch_size, device=device).view(config.accumulate, count, -1)[:, rank]
+
+
+def _average(loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    """The mean of the loss () over ranks; gradients are replaced by theirs, all in one message."""
+    if _ranks()[1] == 1:
+        return loss
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    means = torch.cat([loss.view(1), *(grad.flatten() for grad in grads)])
+    distributed.all_reduce(means)
+    means /= _ranks()[1]
+    for grad, mean in zip(grads, means[1:].split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(mean.view_as(grad))
+    return means[0]
+
+
+def _wait() -> None:
+    """Until all ranks are here."""
+    if _ranks()[1] > 1:
+        distributed.barrier()
+
+
+def _from_first(value: Any, device: torch.device) -> Any:
+    """The first rank's value, on every rank."""
+    box = [value]
+    if _ranks()[1] > 1:
+        distributed.broadcast_object_list(box, src=0, device=device)
+    return box[0]
 
 
 def load_split(config: TrainConfig, split: str, device: torch.device) -> ImageData:
@@ -308,13 +382,17 @@ def _step_gramian(state: TrainState, data: ImageData, config: TrainConfig) -> Te
         "model_kwargs": _kwargs(config, labels),
     }
     with _autocast(config, device):
-        return bin_gramian(state.model, state.schedule, x0, noise, timesteps, bins, **options)
+        gramian = bin_gramian(state.model, state.schedule, x0, noise, timesteps, bins, **options)
+    if _ranks()[1] > 1:  # each has computed it whole; rounding may differ, the weights that follow must not
+        distributed.broadcast(gramian, 0)
+    return gramian
 
 
 def train_step(state: TrainState, data: ImageData, config: TrainConfig) -> StepRecord:
     """One optimizer step on batch_size images; a function of (state, data, config) alone.
 
-    No number crosses to the host. When it returns, the step is whole: weights, EMA, weighting and counter agree.
+    No number crosses to the host. When it returns, the step is whole: weights, EMA, weighting and counter agree. Under
+    torch.distributed every rank draws the whole batch, works on its share and returns the record of the whole.
     """
     seed, step, device = config.seed, state.step, data.images.device
     x0, labels, _ = batch(data, seed, step, config.batch_size, flip=config.flip)
@@ -331,7 +409,8 @@ def train_step(state: TrainState, data: ImageData, config: TrainConfig) -> StepR
         group["lr"] = group["base_lr"] * warmup
     state.optimizer.zero_grad(set_to_none=True)
     losses, total = [], torch.zeros((), device=device)
-    for part in torch.arange(config.batch_size, device=device).chunk(config.accumulate):
+    share = _share(config, device)
+    for part in share:
         draws = x0[part], noise[part], timesteps[part]
         part_kwargs = {key: value[part] for key, value in kwargs.items()}
         with _autocast(config, device):
@@ -339,14 +418,16 @@ def train_step(state: TrainState, data: ImageData, config: TrainConfig) -> StepR
         correction = importance[part] if state.sampler.corrected else None
         loss = state.weighting(part_losses, timesteps[part], correction) / config.accumulate
         loss.backward()
-        losses.append(part_losses.detach())
+        losses.append(over_ranks(part_losses)[0])
         total += loss.detach()
+    total, every = _average(total, state.optimizer), torch.cat(losses)
     grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
     state.optimizer.step()
     state.step += 1
     state.ema.update(state.model, state.step * config.batch_size, config.batch_size)
-    state.sampler.update(weights * torch.cat(losses), timesteps)
-    return StepRecord(step, timesteps, torch.cat(losses), total, grad_norm)
+    share = share.flatten()
+    state.sampler.update((weights * every)[share], timesteps[share])
+    return StepRecord(step, timesteps, every, total, grad_norm)
 
 
 def iterate(state: TrainState, data: ImageData, config: TrainConfig) -> Iterator[StepRecord]:
@@ -367,8 +448,8 @@ def _explain_failure(record: StepRecord, state: TrainState, config: TrainConfig,
     what = "loss" if bad.any() else "weighted loss" if not record.loss.isfinite() else "gradient"
     numbers = {"losses": record.losses, "weights": state.weighting.weights(), "grad_norm": record.grad_norm[None]}
     report = {"step": record.step, "what": what, "weighting": config.weighting, "timesteps": record.timesteps.tolist()}
-    # As text, because JSON has no NaN.
-    write_json(out / "failure.json", report | {name: [str(v) for v in t.tolist()] for name, t in numbers.items()})
+    if _ranks()[0] == 0:  # as text, because JSON has no NaN
+        write_json(out / "failure.json", report | {name: [str(v) for v in t.tolist()] for name, t in numbers.items()})
     return TrainingDiverged(
         f"{what} is not finite at step {record.step}, first in timestep bin {index} "
         f"({int(bins.edges[index])}..{int(bins.edges[index + 1]) - 1}), weighting {config.weighting!r}; nothing was "
@@ -378,12 +459,15 @@ def _explain_failure(record: StepRecord, state: TrainState, config: TrainConfig,
 
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether SIGINT or SIGTERM came; a second one interrupts at once."""
-    received: list[int] = []
+    """Yield a function that tells whether SIGINT or SIGTERM came; one more, a second or more later, interrupts at once.
+
+    A scheduler that stops torchrun and its ranks sends each rank two, and means one.
+    """
+    received: list[float] = []
 
     def handle(number: int, frame: Any) -> None:
-        received.append(number)
-        if len(received) > 1:
+        received.append(time.monotonic())
+        if received[-1] > received[0] + 1:
             raise KeyboardInterrupt
 
     try:
@@ -398,7 +482,7 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
 
 
 class _Recorder:
-    """Turns step records into the run folder: metrics, validation, checkpoints, summary."""
+    """Turns step records into the run folder: metrics, validation, checkpoints, summary. Only the first rank writes."""
 
     def __init__(self, config: TrainConfig, state: TrainState, test: ImageData, out: Path) -> None:
         self.config, self.state, self.out = config, state, out
@@ -409,17 +493,25 @@ class _Recorder:
         labels = test.labels if config.conditional else None
         self.labels = None if labels is None else labels[: config.validation_images].clone()
         self.timesteps = evaluation_timesteps(config.num_timesteps, config.validation_timesteps)
-        self.provenance = provenance()
+        self.first, ranks = _ranks()[0] == 0, _ranks()[1]
+        self.provenance = provenance() | ({"ranks": ranks} if ranks > 1 else {})
         self.ema_model: Any = copy.deepcopy(state.model)
 
-    def log(self, extra: dict[str, Any]) -> None:
-        """Write one metrics line for the steps since the last one."""
+    def log(self, data: ImageData, *, validate: bool, report: bool) -> None:
+        """Write one metrics line for the steps since the last one, with a validation and a report of conflicts."""
+        if not self.first:
+            return self.pending.clear()
+        extra = self.validate() | self.distance() if validate else {}
+        extra |= self.conflicts(data) if report else {}
         now = time.perf_counter()
         self.seconds, self.since = self.seconds + now - self.since, now
         images = self.state.step * self.config.batch_size
         row: dict[str, Any] = {"step": self.state.step, "images": images, "seconds": round(self.seconds, 3)}
         if self.pending:
-            losses, timesteps, weights = self._window()
+            losses, timesteps = (
+                torch.cat([getattr(r, k) for r in self.pending]).cpu() for k in ("losses", "timesteps")
+            )
+            weights = self.state.weighting.weights().cpu()
             bins = Bins.uniform(self.config.num_timesteps, self.config.bins)
             row |= {
                 name: float(torch.stack([getattr(r, name) for r in self.pending]).mean())
@@ -429,10 +521,6 @@ class _Recorder:
             row |= {"bin_weights": bins.mean(weights, torch.arange(len(weights)))[0]}
         append_metrics(self.out / "metrics.jsonl", row | extra)
         self.pending.clear()
-
-    def _window(self) -> tuple[Tensor, Tensor, Tensor]:
-        losses, timesteps = (torch.cat([getattr(r, name) for r in self.pending]) for name in ("losses", "timesteps"))
-        return losses.cpu(), timesteps.cpu(), self.state.weighting.weights().cpu()
 
     def validate(self) -> dict[str, Any]:
         """Losses of the EMA weights at fixed timesteps, images and noise; TrainingDiverged if they are not finite."""
@@ -484,27 +572,38 @@ class _Recorder:
 
     def save(self, status: str) -> None:
         """Checkpoint, the steps not yet logged included, then summary."""
+        if not self.first:
+            return
         tensors, rest = self.state.state_dict()
         for name, column in zip(StepRecord._fields, zip(*self.pending, strict=True), strict=False):
             tensors[f"pending.{name}"] = torch.stack([torch.as_tensor(value) for value in column])
-        save_checkpoint(self.out / "checkpoint", self.state.step, tensors, rest | {"seconds": self.seconds})
+        rest |= {"seconds": self.seconds, "config": self.config.to_dict()}
+        save_checkpoint(self.out / "checkpoint", self.state.step, tensors, rest)
         self.summarise(status)
 
     def restore(self) -> None:
-        """Continue from the checkpoint in the folder, if there is one."""
-        if (self.out / "checkpoint" / "latest.json").exists():
-            step, tensors, rest = load_checkpoint(self.out / "checkpoint")
-            self.seconds = rest.pop("seconds")
-            columns = [tensors.pop(f"pending.{name}", torch.empty(0)) for name in StepRecord._fields]
+        """Continue from the checkpoint in the folder, if there is one; the first rank reads it for all."""
+        folder = self.out / "checkpoint"
+        found = load_checkpoint(folder, self.config.to_dict()) if self.first and any(folder.glob("*.json")) else None
+        found = _from_first(found, self.images.device)
+        if found:
+            step, tensors, rest = found
+            columns = [tensors.get(f"pending.{name}", torch.empty(0)) for name in StepRecord._fields]
             on_device = [column.to(self.images.device) for column in columns[1:]]
-            self.pending = [StepRecord(int(i), *row) for i, *row in zip(columns[0], *on_device, strict=True)]
-            self.state.load_state_dict(step, tensors, rest)
-        if (self.out / "summary.json").exists():
-            started = read_json(self.out / "summary.json")["provenance"]
+            try:
+                self.pending = [StepRecord(int(i), *row) for i, *row in zip(columns[0], *on_device, strict=True)]
+                self.seconds = rest["seconds"]
+                self.state.load_state_dict(step, tensors, rest)
+            except (RuntimeError, ValueError, KeyError) as error:
+                cause = str(error).splitlines()[0]
+                raise RunError(f"{folder} does not fit this run ({cause}): delete it to start again") from None
+        if self.first and (started := load_run(self.out).summary.get("provenance")):
             self.provenance |= {} if started == self.provenance else {"resumed_from": started}
 
     def summarise(self, status: str, **more: Any) -> None:
         """Write summary.json."""
+        if not self.first:
+            return
         images = self.state.step * self.config.batch_size
         base = {"status": status, "step": self.state.step, "images": images, "seconds": round(self.seconds, 3)}
         base |= {"validation_images": len(self.images)}
@@ -528,25 +627,17 @@ class _Recorder:
 def _check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
     """Refuse a run folder that is in use, is no run to resume, or is a run of another configuration."""
     if not resume:
-        if out.is_dir() and any(out.iterdir()):
+        # Hidden files are what a process leaves that was killed while it claimed the folder.
+        if out.is_dir() and any(not path.name.startswith((".lock", ".config.json.")) for path in out.iterdir()):
             raise RunError(f"{out} is not empty; choose another --out, or continue that run with --resume")
         return
     if not (out / "config.json").exists():
         raise RunError(f"{out} holds no run to resume; leave out --resume to start one there")
-    saved, given = read_json(out / "config.json"), json.loads(json.dumps(config.to_dict()))
-    differing = [key for key in given if saved.get(key) != given[key] and key not in ("device", "data_root")]
-    if differing:
-        pairs = ", ".join(f"{key} {saved.get(key)!r} there, {given[key]!r} here" for key in differing)
+    # A field that the run is older than had its default then.
+    if differing := differences(TrainConfig.from_dict(load_run(out).config).to_dict(), config.to_dict()):
         raise RunError(
-            f"{out} is a run of another configuration ({pairs}); resume it as it was, or choose another --out"
+            f"{out} is a run of another configuration ({differing}); resume it as it was, or choose another --out"
         )
-
-
-def _claim_folder(config: TrainConfig, out: Path) -> None:
-    try:
-        write_json(out / "config.json", config.to_dict())
-    except OSError as error:
-        raise RunError(f"cannot write to {out} ({error.strerror}); choose another --out") from None
 
 
 def train(
@@ -554,58 +645,73 @@ def train(
 ) -> Run:
     """Train to the end of the configuration and write a run folder; returns it as load_run does.
 
-    finish=False leaves out what comes after the last step: pipeline, samples and the final checkpoint.
+    finish=False leaves out what comes after the last step: pipeline and samples.
 
     With resume=True an interrupted run goes on from its last checkpoint and ends with the same weights as one that was
-    never interrupted (bit for bit on one CPU device). SIGINT and SIGTERM save and raise KeyboardInterrupt. Raises
-    RunError for a folder that cannot be used, TrainingDiverged when a loss or gradient is not finite.
+    never interrupted (bit for bit on one CPU device). SIGINT and SIGTERM save and raise KeyboardInterrupt. Under
+    torchrun the ranks share each batch, and their number changes nothing but rounding; the first one reads and writes
+    the folder. Raises RunError for a folder that cannot be used or written, and when another rank is lost;
+    TrainingDiverged when a loss or gradient is not finite.
     """
     out = Path(out)
-    _check_folder(config, out, resume)
-    device = resolve_device(config.device)
-    data, test = load_split(config, "train", device), load_split(config, "test", device)
-    if config.conditional and (test.num_classes or 0) > (data.num_classes or 0):
-        raise ValueError(
-            f"{data.name}: test labels reach {test.num_classes} classes and the training images chosen have only "
-            f"{data.num_classes}; use more train_images"
-        )
-    state = build(config, data)
-    recorder = _Recorder(config, state, test, out)
-    # Claimed only now, so that a misspelled name or missing data leaves no half-made run behind.
-    _claim_folder(config, out)
+    with _process_group(config) as device:
+        _share(config, device)
+        first = _ranks()[0] == 0
+        if first:
+            _check_folder(config, out, resume)
+        else:
+            _wait()  # the first rank may have to download the data
+        data, test = load_split(config, "train", device), load_split(config, "test", device)
+        if first:
+            _wait()
+        if config.conditional and (test.num_classes or 0) > (data.num_classes or 0):
+            raise ValueError(
+                f"{data.name}: test labels reach {test.num_classes} classes and the training images chosen have only "
+                f"{data.num_classes}; use more train_images"
+            )
+        recorder = _Recorder(config, build(config, data), test, out)
+        try:
+            # Claimed only now, so that a misspelled name or missing data leaves no half-made run behind.
+            with lock(out) if first else nullcontext():
+                _train(data, recorder, resume, progress, finish)
+        except OSError as error:
+            raise RunError(
+                f"cannot write to {out} ({error.strerror or error}); what was saved before is whole: make room and go "
+                "on with --resume, or choose another --out"
+            ) from None
+        return _from_first(load_run(out) if first else None, device)
+
+
+def _train(data: ImageData, recorder: _Recorder, resume: bool, progress: bool, finish: bool) -> None:
+    config, out, state = recorder.config, recorder.out, recorder.state
     if resume:
         recorder.restore()
-    rows = read_metrics(out / "metrics.jsonl", until_step=state.step) if state.step else []
-    write_atomically(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    if recorder.first:
+        _check_folder(config, out, resume)  # again, now that nobody else can write to it
+        write_json(out / "config.json", config.to_dict())
+        rows = read_metrics(out / "metrics.jsonl", until_step=state.step) if state.step else []
+        write_atomically(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     recorder.summarise("running")
     with _stop_signals() as stopped:
-        _run(state, data, config, recorder, stopped, progress)
-        if finish:
+        _run(data, recorder, stopped, progress)
+        if recorder.first and finish:
             recorder.finish()
         else:
             recorder.summarise("done")
-    return load_run(out)
 
 
-def _run(
-    state: TrainState,
-    data: ImageData,
-    config: TrainConfig,
-    recorder: _Recorder,
-    stopped: Callable[[], bool],
-    progress: bool,
-) -> None:
+def _run(data: ImageData, recorder: _Recorder, stopped: Callable[[], bool], progress: bool) -> None:
     from tqdm.auto import tqdm
 
+    config, state = recorder.config, recorder.state
     # On a CPU a check costs nothing; on a GPU it would stall the queue, so it waits for the log line.
     check_every = 1 if data.images.device.type == "cpu" else config.log_every
     seen = state.step * config.batch_size
-    bar = tqdm(total=config.images, initial=seen, unit="img", unit_scale=True, disable=not progress)
+    shown = progress and recorder.first
+    bar = tqdm(total=config.images, initial=seen, unit="img", unit_scale=True, disable=not shown)
     bar.set_description(config.weighting, refresh=False)
     if state.step == 0:
-        recorder.log(
-            recorder.validate() | recorder.distance() | (recorder.conflicts(data) if config.conflicts_from else {})
-        )
+        recorder.log(data, validate=True, report=config.conflicts_from is not None)
     with bar:
         for record in iterate(state, data, config):
             recorder.pending.append(record)
@@ -618,19 +724,23 @@ def _run(
                 validate = done or config.is_due("validate_from", state.step, 2**0.5)
             report = config.conflicts_from is not None and (done or config.is_due("conflicts_from", state.step, 2.0))
             log = save or validate or report or state.step % config.log_every == 0
-            if stopped() or log or state.step % check_every == 0:
+            check = log or state.step % check_every == 0
+            stop = stopped()
+            if _ranks()[1] > 1:  # all must stop after the same step
+                stop = check and bool(over_ranks(torch.tensor([float(stop)], device=record.loss.device))[0].any())
+            if stop or check:
                 failed = _first_failure(recorder.pending[-check_every:])
                 if failed is not None:
                     recorder.summarise("failed")
                     raise _explain_failure(failed, state, config, recorder.out)
             if log:
                 bar.set_postfix(loss=f"{float(record.losses.mean()):.4f}", refresh=False)
-                extra = recorder.validate() | recorder.distance() if validate else {}
-                recorder.log(extra | (recorder.conflicts(data) if report else {}))
+                recorder.log(data, validate=validate, report=report)
             if save:
                 recorder.save("running")
-            if stopped() and not done:
+            if stop and not done:
                 recorder.save("interrupted")
+                _wait()  # a rank that left now would have the one that writes stopped
                 raise KeyboardInterrupt(
                     f"stopped at {state.step * config.batch_size:,} of {config.images:,} images, all saved; "
                     f"go on with: dysigma train --resume --out {recorder.out}"

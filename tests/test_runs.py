@@ -1,14 +1,21 @@
+"""Run folders: whole or named as damaged, one process at a time, nothing that was whole lost."""
+
+import hashlib
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from dysigma.runs import (
     RunError,
     append_metrics,
     load_checkpoint,
     load_run,
+    lock,
     read_metrics,
     save_checkpoint,
     write_atomically,
@@ -18,31 +25,115 @@ from dysigma.runs import (
 TENSORS = {"a": torch.arange(5.0), "b": torch.tensor(3)}
 
 
-def test_checkpoint_round_trip_keeps_only_the_newest(tmp_path):
+def test_checkpoint_round_trip_keeps_the_newest_and_the_one_before(tmp_path):
     save_checkpoint(tmp_path, 10, {"a": torch.zeros(2)}, {})
     save_checkpoint(tmp_path, 20, TENSORS, {"seconds": 1.5})
     step, tensors, meta = load_checkpoint(tmp_path)
     assert step == 20 and meta == {"seconds": 1.5} and tensors.keys() == TENSORS.keys()
     assert all(torch.equal(tensors[k], TENSORS[k]) for k in TENSORS)
-    assert len(list(tmp_path.glob("state-*"))) == 1
+    save_checkpoint(tmp_path, 30, TENSORS, {})
+    names = [f"state-{step:09d}.{kind}" for step in (20, 30) for kind in ("json", "safetensors")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest.json", *names]
 
 
-@pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "no json"])
-def test_a_damaged_checkpoint_is_named_and_never_loaded(tmp_path, harm):
-    save_checkpoint(tmp_path, 1, TENSORS, {})
-    (state,) = tmp_path.glob("state-*")
-    content = bytearray(state.read_bytes())
-    if harm == "truncate":
-        state.write_bytes(content[:-3])
-    elif harm == "flip":
-        content[-1] ^= 1
-        state.write_bytes(content)
-    elif harm == "remove":
-        state.unlink()
+def harm(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "truncated":
+        path.write_bytes(content[:-3])
+    elif how == "a bit flipped":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif how == "gone":
+        path.unlink()
     else:
-        (tmp_path / "latest.json").write_text("{")
-    with pytest.raises(RunError, match="damaged"):
+        path.write_text(how)
+
+
+DAMAGE = {
+    ("state", "truncated"): "state-000000002.safetensors does not match its SHA-256",
+    ("state", "a bit flipped"): "state-000000002.safetensors does not match its SHA-256",
+    ("state", "gone"): "names state-000000002.safetensors, which is not there",
+    ("latest", "{"): "latest.json is not valid JSON",
+    ("latest", "a bit flipped"): "latest.json",
+    ("latest", "[]"): "latest.json is no checkpoint",
+    ("latest", "{}"): "latest.json is no checkpoint",
+    ("latest", '{"step": 1, "tensors": 3, "sha256": "", "meta": {}}'): "latest.json is no checkpoint",
+    ("latest", '{"step": 1, "tensors": "../x", "sha256": "", "meta": {}}'): "names x, which is not there",
+    ("latest", '{"step": 1, "tensors": "/dev/zero", "sha256": "", "meta": {}}'): "names zero, which is not there",
+    ("latest", "gone"): "latest.json does not exist",
+}
+
+
+@pytest.mark.parametrize(("what", "how"), DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, what, how):
+    save_checkpoint(tmp_path, 1, {"a": torch.zeros(5)}, {"lr": 0.1})
+    save_checkpoint(tmp_path, 2, TENSORS, {"lr": 0.2})
+    harm(tmp_path / ("latest.json" if what == "latest" else "state-000000002.safetensors"), how)
+    with pytest.warns(UserWarning, match=re.escape(DAMAGE[what, how])) as warned:
+        step, tensors, meta = load_checkpoint(tmp_path)
+    assert len(warned) == 1
+    # What latest.json says stands in the checkpoint's own file too, so without it nothing is lost.
+    assert (step, meta) == ((2, {"lr": 0.2}) if what == "latest" else (1, {"lr": 0.1}))
+    assert torch.equal(tensors["a"], TENSORS["a"] if what == "latest" else torch.zeros(5))
+
+    # Whatever happens next, the whole one stays until there is a newer one.
+    save_checkpoint(tmp_path, 3, {"a": torch.ones(5)}, {})
+    harm(tmp_path / "state-000000003.safetensors", "truncated")
+    if what == "latest":
+        with pytest.warns(UserWarning, match="state-000000003.safetensors does not match"):
+            assert load_checkpoint(tmp_path)[0] == 2
+
+
+def test_no_whole_checkpoint_is_an_error_that_names_the_damage(tmp_path):
+    save_checkpoint(tmp_path, 1, TENSORS, {})
+    harm(tmp_path / "state-000000001.safetensors", "a bit flipped")
+    with pytest.raises(
+        RunError, match=r"state-000000001\.safetensors does not match .*no other: delete it to start again"
+    ):
         load_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_of_another_run_is_passed_over(tmp_path):
+    ours, theirs = {"seed": 0, "device": "cpu"}, {"seed": 1, "device": "cpu"}
+    save_checkpoint(tmp_path, 1, TENSORS, {"config": ours})
+    save_checkpoint(tmp_path, 2, TENSORS, {"config": theirs})
+    with pytest.warns(UserWarning, match=r"state-000000002.safetensors is of another run \(seed 1 there, 0 here\)"):
+        assert load_checkpoint(tmp_path, ours)[0] == 1
+    assert load_checkpoint(tmp_path, theirs | {"device": "cuda", "new": 3})[0] == 2
+
+
+def test_checkpoints_of_early_versions_are_still_read(tmp_path):
+    content = save(TENSORS)
+    (tmp_path / "state-000000007.safetensors").write_bytes(content)
+    latest = {"step": 7, "tensors": "state-000000007.safetensors", "sha256": hashlib.sha256(content).hexdigest()}
+    write_json(tmp_path / "latest.json", latest | {"meta": {"seconds": 1.0, "param_groups": []}})
+    step, tensors, meta = load_checkpoint(tmp_path, {"seed": 0})
+    assert step == 7 and torch.equal(tensors["a"], TENSORS["a"]) and meta["seconds"] == 1.0
+
+
+def test_what_a_killed_process_left_is_cleared_by_the_next_checkpoint(tmp_path):
+    (tmp_path / ".state-000000001.safetensors.123").write_bytes(b"half")
+    save_checkpoint(tmp_path, 2, TENSORS, {})
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_is_locked_for_others_and_free_once_its_process_is_gone(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").write_text("process 1 on elsewhere since the flood")
+    refusal = rf"run is in use by process {os.getpid()} on .* since 20.*left over locks nothing"
+    with lock(tmp_path / "run"), lock(tmp_path / "new"), pytest.raises(RunError, match=refusal):
+        lock(tmp_path / "run").__enter__()
+    with lock(tmp_path / "run"):
+        pass
+
+
+def test_without_locks_in_the_system_a_warning_says_so(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError("Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.warns(UserWarning, match="no locks on this system .*not implemented"), lock(tmp_path):
+        pass
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
@@ -52,6 +143,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_json(path, {"v": 2})
     assert json.loads(path.read_text()) == {"v": 1}
+    assert list(tmp_path.iterdir()) == [path], "nothing is left on the full disk"
 
 
 def test_json_refuses_numbers_that_are_not_finite(tmp_path):
@@ -66,6 +158,15 @@ def test_metrics_survive_a_line_cut_short(tmp_path):
     write_atomically(path, path.read_text() + '{"step": 3, "lo')
     assert read_metrics(path) == [{"step": 1, "bin_losses": [0.5, None]}, {"step": 2}]
     assert read_metrics(path, until_step=1) == [{"step": 1, "bin_losses": [0.5, None]}]
+    path.write_text('{"step": 1}\n{"step": 2}')
+    assert len(read_metrics(path)) == 2
+
+
+@pytest.mark.parametrize("line", ['{"step": 1', "", "[]", "3", "{}", '{"step": "a"}', "[" * 100_000, "\0\0"])
+def test_a_damaged_line_in_the_middle_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n' + line + '\n{"step": 2}\n')
+    with pytest.raises(RunError, match=r"line 2 of .*metrics\.jsonl is damaged"):
+        read_metrics(tmp_path / "metrics.jsonl", until_step=2)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
