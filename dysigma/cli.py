@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,236 @@ def _evaluate(args: argparse.Namespace) -> None:
     print(args.run_folder / "evaluation.json")
 
 
+def _add_conflicts(commands: Any) -> None:
+    parser = commands.add_parser(
+        "conflicts",
+        help="which timesteps conflict in a run or a diffusers pipeline, by how much, and how surely",
+        description="Gradients of the losses of timestep bins, for a run or a diffusers pipeline on pixels. Writes "
+        "conflicts.json, conflicts.png and, with --transfer, transfer.png. Costs about --micro-batches training steps "
+        "on --bins times --batch-per-bin images.",
+    )
+    parser.add_argument("path", type=Path, metavar="PATH", help="run folder, or local folder of a diffusers pipeline")
+    parser.add_argument("--data", help=f"{HELP['data']} (default: the run's own; for a pipeline, leaves)")
+    parser.add_argument("--data-root", help="where CIFAR-10 lies, if not where it was in training")
+    parser.add_argument("--num-images", type=int, help="use only the first so many training images")
+    parser.add_argument("--bins", type=int, default=10, help="how many bins of timesteps (default: 10)")
+    parser.add_argument(
+        "--binning", choices=("timesteps", "log-snr"), default="timesteps", help="what has equal widths"
+    )
+    parser.add_argument("--micro-batches", type=int, default=16, help="more shorten the intervals (default: 16)")
+    parser.add_argument("--batch-per-bin", type=int, default=4, help="images per bin and micro-batch (default: 4)")
+    parser.add_argument("--weighting", help="predefined weighting of the losses (default: unweighted)")
+    parser.add_argument("--transfer", action="store_true", help="also fine-tune on each bin alone and test on all")
+    parser.add_argument("--transfer-steps", type=int, default=50, help="steps of each fine-tuning (default: 50)")
+    parser.add_argument("--seed", type=int, default=0, help="of images, timesteps and noise (default: 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    parser.add_argument("--out", type=Path, help="folder (default: PATH/conflicts; for a pipeline, ./conflicts-NAME)")
+    parser.set_defaults(run=_conflicts)
+
+
+def _pipeline_parts(path: Path) -> tuple[Any, Any, str]:
+    """(network, schedule, prediction type) of a diffusers pipeline."""
+    import inspect
+
+    from diffusers import DiffusionPipeline
+
+    from .runs import read_json
+    from .schedule import NoiseSchedule
+
+    index = read_json(path / "model_index.json")
+    parts = [part for part, origin in index.items() if isinstance(origin, list) and origin[0]]
+    refused = "only networks on pixels that need timesteps, and classes at most, are measured"
+    if other := [part for part in parts if "vae" in part or "encoder" in part]:
+        raise ValueError(f"{path} has a {other[0]}, for latents or prompts; {refused}")
+    name = "unet" if "unet" in parts else "transformer"
+    if not {name, "scheduler"} <= set(parts):
+        raise ValueError(f"{path} must have a unet or transformer, and a scheduler; it has {parts}")
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # a damaged file makes the loaders raise almost anything
+        raise ValueError(f"{path} does not open as a diffusers pipeline: {' '.join(str(error).split())}") from error
+    network, scheduler = getattr(pipeline, name), pipeline.scheduler
+    if "encoder_hidden_states" in inspect.signature(network.forward).parameters:
+        raise ValueError(f"{path} needs encoder_hidden_states, as of a prompt; {refused}")
+    return network, NoiseSchedule.from_diffusers(scheduler), scheduler.config.get("prediction_type", "epsilon")
+
+
+def _images_for(network: Any, config: Any, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """(ImageData that the network takes, its model_kwargs)."""
+    from .training import load_split
+
+    size, channels = network.config.get("sample_size"), network.config["in_channels"]
+    size = size[0] if isinstance(size, list | tuple) and len(set(size)) == 1 else size
+    config = replace(config, data=args.data, train_images=None) if args.data else config
+    config = replace(config, data_root=args.data_root or config.data_root, image_size=size, conditional=False)
+    config = config if args.num_images is None else replace(config, train_images=args.num_images)
+    data = load_split(config, "train", network.device)
+    if data.images.shape[1] != channels:
+        raise ValueError(f"{args.path} takes {channels} channels; {data.name} has {data.images.shape[1]}")
+    classes = network.config.get("num_class_embeds") or network.config.get("num_embeds_ada_norm")
+    if classes and not 1 <= (data.num_classes or 0) <= classes:
+        raise ValueError(
+            f"{args.path} is conditioned on {classes} classes; {data.name} has {data.num_classes or 'none'}"
+        )
+    return data, {"class_labels": data.labels} if classes else {}
+
+
+def _conflicts(args: argparse.Namespace) -> None:
+    from .bins import Bins
+    from .gradients import conflicts, negative_transfer
+    from .runs import provenance, read_json
+    from .training import TrainConfig, resolve_device
+    from .weightings import make_weighting
+
+    path, name, run = args.path, args.path.resolve().name, args.path / "config.json"
+    foreign = (path / "model_index.json").is_file()
+    out = args.out or (Path(f"conflicts-{name}") if foreign else path / "conflicts")
+    if not foreign and not (run.is_file() and "weighting" in read_json(run)):
+        raise ValueError(
+            f"{path} is neither a run folder nor a diffusers pipeline (it has no model_index.json). A network alone "
+            "does not say which noise schedule it was trained with"
+        )
+    if foreign and out.resolve().is_relative_to(path.resolve()):
+        raise ValueError(f"{out} lies in the pipeline's folder, which is left as it is; choose another --out")
+    if not 2 <= args.bins <= 64:
+        raise ValueError(f"--bins must be from 2 to 64; got {args.bins}")
+    if foreign:
+        config, device = TrainConfig(train_images=1000), resolve_device(args.device)
+        network, schedule, kind = _pipeline_parts(path)
+        network, schedule = network.to(device), schedule.to(device)
+    else:
+        config, network, schedule, _ = _device_run(path, args.device)
+        kind = config.prediction
+    data, kwargs = _images_for(network, config, args)
+    weighting = make_weighting(args.weighting, schedule, kind) if args.weighting else None
+    if weighting is not None and weighting.learns:
+        raise ValueError(f"--weighting takes a predefined one; {args.weighting} learns its weights in training")
+    bins = Bins.equal_log_snr(schedule.log_snr, args.bins) if args.binning == "log-snr" else args.bins
+    common: dict[str, Any] = {"prediction_type": kind, "model_kwargs": kwargs, "seed": args.seed}
+    sizes = {"micro_batches": args.micro_batches, "batch_per_bin": args.batch_per_bin}
+    report = conflicts(network, data, schedule, bins, weighting=weighting, **sizes, **common)
+    spans = [f"{first}-{end - 1}" for first, end in pairwise(report.edges)]
+    print(f"{name}: {kind} network, {len(data):,} images of {data.name}, weighting {args.weighting or 'none'}\n")
+    print(report.table().to_string(index=False, float_format="{:.3g}".format, na_rep="?"), end="\n\n")
+    print(*_conflict_sentences(report, spans), sep="\n")
+    cosines = {"naive: of averaged gradients": report.cosine, "debiased; hatched: undetermined": report.cosine_debiased}
+    figures = {"conflicts": _draw_matrices(cosines, spans)}
+    record = {"path": name, "data": data.name, "images": len(data), "weighting": args.weighting, "transfer": None}
+    if args.transfer:
+        transfer = negative_transfer(network, data, schedule, bins, steps=args.transfer_steps, **common)
+        figures["transfer"] = _transfer(transfer, spans)
+        record["transfer"] = {key: getattr(transfer, key).tolist() for key in ("losses", "change", "change_se")}
+    _write(out, "conflicts", record | {"report": report.to_dict(), "provenance": provenance()}, figures)
+
+
+def _write(out: Path, name: str, record: dict[str, Any], figures: dict[str, Any]) -> None:
+    from .runs import write_json
+
+    write_json(out / f"{name}.json", record)
+    for stem, figure in figures.items():
+        figure.savefig(out / f"{stem}.png", dpi=110)
+    print(f"\n{name}.json, {', '.join(f'{stem}.png' for stem in figures)} in {out}")
+
+
+def _conflict_sentences(report: Any, spans: Sequence[str]) -> list[str]:
+    """What a ConflictReport says, and how surely."""
+    import torch
+
+    cosine, (low, high), lines = report.cosine_debiased, report.interval(), []
+    known, count = cosine.isfinite().triu(1), report.settings["micro_batches"]
+    if pairs := int(known.sum()):
+        i, j = divmod(int(torch.where(known, cosine, torch.inf).argmin()), len(spans))
+        sure, negative = (int(x[known].sum()) for x in (high < 0, cosine < 0))
+        lines = [
+            f"Mean cosine of {pairs} pairs of bins: {report.mean_cosine:.3f} ± {report.mean_cosine_se:.3f} (standard "
+            f"error, {count} micro-batches). Naive, shrunk by noise: {float(report.cosine[known].mean()):.3f}. Null, "
+            f"gradients that cancel as at a minimiser: {report.null_cosine:.3f}.",
+            f"Conflict: {negative} pairs have a negative cosine, {sure} of them for sure (95 % interval below 0; if "
+            f"all cosines were 0, chance alone would give about {0.025 * pairs:.1f}).",
+            f"Lowest cosine: {cosine[i, j]:.3f} [{low[i, j]:.3f}, {high[i, j]:.3f}], timesteps {spans[i]} and "
+            f"{spans[j]}. It was picked as the lowest of {pairs}, so expect a less extreme one in a repeat.",
+        ]
+    if lost := [span for span, missing in zip(spans, cosine.diagonal().isnan(), strict=True) if missing]:
+        lines.append(
+            f"Undetermined: {report.undetermined} of {report.undetermined + pairs} pairs. The gradient of timesteps "
+            f"{', '.join(lost)} does not stand out of its noise: use more --micro-batches (now {count})."
+        )
+    ends, longest = report.stationarity_interval, float(report.gramian.diagonal().max()) ** 0.5
+    verdict = "So some step lowers every bin's loss" if ends[0] > 0 else "Not told apart from Pareto stationary"
+    return [
+        *lines,
+        f"Stationarity: the shortest convex combination of the gradients has norm {report.stationarity:.3g} "
+        f"[{ends[0]:.3g}, {ends[1]:.3g}], the longest gradient {longest:.3g}. {verdict}.",
+    ]
+
+
+def _draw_matrices(matrices: dict[str, Any], spans: Sequence[str], limit: float = 1, unit: str = "cosine") -> Any:
+    """Matrices of bins side by side on one scale."""
+    import matplotlib.pyplot as plt
+
+    from . import plots
+
+    plots.use_style()
+    fig, axes = plt.subplots(1, len(matrices), figsize=(6.6 * len(matrices), 5.6), squeeze=False)
+    for ax, (title, matrix) in zip(axes[0], matrices.items(), strict=True):
+        plots.heatmap(ax, matrix, labels=spans, limit=limit, unit=unit)
+        ax.tick_params(axis="x", rotation=90)
+        ax.set(title=title, xlabel="timesteps", ylabel="timesteps")
+    return fig
+
+
+def _transfer(transfer: Any, spans: Sequence[str]) -> Any:
+    """Print what fine-tuning on one bin did to the others, and return its figure."""
+    import torch
+
+    # Two standard errors are a 95 % interval for the 64 draws of a bin.
+    change, half = (100 * x / transfer.losses for x in (transfer.change, 2 * transfer.change_se))
+    rose, fell, others = change > half, change < -half, ~torch.eye(len(spans), dtype=torch.bool)
+    i, j = divmod(int(torch.where(others, change, -torch.inf).argmax()), len(spans))
+    print(
+        f"Transfer: fine-tuning on one bin lowered its own loss for sure in {int(fell.diagonal().sum())} of "
+        f"{len(spans)} bins. Of {int(others.sum())} losses of other bins {int(rose[others].sum())} rose and "
+        f"{int(fell[others].sum())} fell for sure (95 % intervals of the evaluation; each fine-tuning ran once). "
+        f"Most: {spans[i]} changed {spans[j]} by {change[i, j]:+.1f} ± {half[i, j]:.1f} %."
+    )
+    title, limit = "dots: 95 % interval excludes 0", float(change.abs().max())
+    fig = _draw_matrices({title: change}, spans, limit, "change of the loss, %")
+    rows, columns = torch.nonzero(rose | fell).T
+    fig.axes[0].plot(columns + 0.38, rows - 0.36, "k.", markersize=5)
+    fig.axes[0].set(xlabel="loss at timesteps", ylabel="fine-tuned on timesteps")
+    return fig
+
+
+def _add_compare(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="finished runs against the first: losses, ELBO, images to its loss; paired by seed, with intervals",
+        description="Runs that differ in the seed alone are one arm. Columns: loss, of the last validation; ratio, of "
+        "that to the first arm's, geometric mean over timesteps; bits, difference of the ELBO's diffusion term in "
+        "bits/dim; reached, in how many seeds the arm gets where the first ends, after reach images, speedup times "
+        "sooner; fluctuation of weights; mean losses of the two halves of the timesteps, whether no arm is lower in "
+        "both, and in which share of seeds.",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="two run folders or more, the baseline first")
+    parser.add_argument("--out", type=Path, help="folder for compare.json and compare.png")
+    parser.set_defaults(run=_compare)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from .compare import compare, draw
+    from .runs import load_run, provenance
+
+    result = compare([load_run(path) for path in args.runs])
+    intervals = "95 % intervals over paired seeds" if len(result.seeds) > 1 else "one seed, so no intervals"
+    left_out = len(args.runs) - len(result.seeds) * len(result.table)
+    print(f"against {result.table.index[0]}; seeds {', '.join(map(str, result.seeds))}: {intervals}")
+    print(f"left out: {left_out} runs of seeds that not all arms have\n" if left_out else "")
+    print(result)
+    if args.out:
+        record = result.to_dict() | {"runs": [path.resolve().name for path in args.runs], "provenance": provenance()}
+        _write(args.out, "compare", record, {"compare": draw(result)})
+
+
 def _add_race(commands: Any) -> None:
     parser = commands.add_parser("race", help="train arms x seeds on common random numbers; goes on where it stopped")
     parser.add_argument(
@@ -279,7 +510,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dysigma {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_train, _add_sample, _add_evaluate, _add_race, _add_notebooks, _add_benchmark):
+    for add in (
+        _add_train,
+        _add_sample,
+        _add_evaluate,
+        _add_conflicts,
+        _add_compare,
+        _add_race,
+        _add_notebooks,
+        _add_benchmark,
+    ):
         add(commands)
     return parser
 

@@ -22,6 +22,7 @@ ROWS = (
     {"gradients", "evaluation"},
     {"training"},
     {"convergence", "race", "benchmark", "notebooks"},
+    {"compare"},
     {"cli", "teaching"},
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
