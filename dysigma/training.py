@@ -215,6 +215,10 @@ def resolve_device(name: str) -> torch.device:
     """The torch device of a name; "auto" takes CUDA, then MPS, then the CPU. ValueError if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"device {name!r} asked for, but torch {torch.__version__} sees no CUDA device; use auto or cpu"
+        )
     try:
         probe = torch.zeros(1, device=name)
         probe.item()
