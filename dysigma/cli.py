@@ -216,8 +216,8 @@ def _add_conflicts(commands: Any) -> None:
         "conflicts",
         help="which timesteps conflict in a run or a diffusers pipeline, by how much, and how surely",
         description="Gradients of the losses of timestep bins, for a run or a diffusers pipeline on pixels. Writes "
-        "conflicts.json, conflicts.png and, with --transfer, transfer.png. Costs about --micro-batches training steps "
-        "on --bins times --batch-per-bin images.",
+        "conflicts.json and .png and, with --transfer, transfer.json and .png. Costs about --micro-batches training "
+        "steps on --bins times --batch-per-bin images.",
     )
     parser.add_argument("path", type=Path, metavar="PATH", help="run folder, or local folder of a diffusers pipeline")
     parser.add_argument("--data", help=f"{HELP['data']} (default: the run's own; for a pipeline, leaves)")
@@ -260,9 +260,14 @@ def _pipeline_parts(path: Path) -> tuple[Any, Any, str]:
     except Exception as error:  # a damaged file makes the loaders raise almost anything
         raise ValueError(f"{path} does not open as a diffusers pipeline: {' '.join(str(error).split())}") from error
     network, scheduler = getattr(pipeline, name), pipeline.scheduler
+    schedule = NoiseSchedule.from_diffusers(scheduler)
+    if schedule.is_flow:
+        raise ValueError(
+            f"{path} is trained by flow matching; its network is called with noise levels, which are not measured here"
+        )
     if "encoder_hidden_states" in inspect.signature(network.forward).parameters:
         raise ValueError(f"{path} needs encoder_hidden_states, as of a prompt; {refused}")
-    return network, NoiseSchedule.from_diffusers(scheduler), scheduler.config.get("prediction_type", "epsilon")
+    return network, schedule, scheduler.config.get("prediction_type", "epsilon")
 
 
 def _images_for(network: Any, config: Any, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
@@ -276,7 +281,10 @@ def _images_for(network: Any, config: Any, args: argparse.Namespace) -> tuple[An
     config = config if args.num_images is None else replace(config, train_images=args.num_images)
     data = load_split(config, "train", network.device)
     if data.images.shape[1] != channels:
-        raise ValueError(f"{args.path} takes {channels} channels; {data.name} has {data.images.shape[1]}")
+        raise ValueError(
+            f"{args.path} takes {channels} channels, and {data.name} has {data.images.shape[1]}: choose another "
+            "--data; networks on latents are not measured"
+        )
     classes = network.config.get("num_class_embeds") or network.config.get("num_embeds_ada_norm")
     if classes and not 1 <= (data.num_classes or 0) <= classes:
         raise ValueError(
@@ -324,22 +332,22 @@ def _conflicts(args: argparse.Namespace) -> None:
     print(report.table().to_string(index=False, float_format="{:.3g}".format, na_rep="?"), end="\n\n")
     print(*_conflict_sentences(report, spans), sep="\n")
     cosines = {"naive: of averaged gradients": report.cosine, "debiased; hatched: undetermined": report.cosine_debiased}
-    figures = {"conflicts": _draw_matrices(cosines, spans)}
-    record = {"path": name, "data": data.name, "images": len(data), "weighting": args.weighting, "transfer": None}
+    about = {"path": name, "data": data.name, "images": len(data), "provenance": provenance()}
+    record = about | {"weighting": args.weighting, "report": report.to_dict()}
+    _write(out, "conflicts", record, _draw_matrices(cosines, spans))
     if args.transfer:
         transfer = negative_transfer(network, data, schedule, bins, steps=args.transfer_steps, **common)
-        figures["transfer"] = _transfer(transfer, spans)
-        record["transfer"] = {key: getattr(transfer, key).tolist() for key in ("losses", "change", "change_se")}
-    _write(out, "conflicts", record | {"report": report.to_dict(), "provenance": provenance()}, figures)
+        rows = {key: getattr(transfer, key).tolist() for key in ("losses", "change", "change_se")}
+        settings = {"edges": transfer.edges, "steps": args.transfer_steps, "seed": args.seed}
+        _write(out, "transfer", about | settings | rows, _transfer(transfer, spans))
 
 
-def _write(out: Path, name: str, record: dict[str, Any], figures: dict[str, Any]) -> None:
+def _write(out: Path, name: str, record: dict[str, Any], figure: Any) -> None:
     from .runs import write_json
 
     write_json(out / f"{name}.json", record)
-    for stem, figure in figures.items():
-        figure.savefig(out / f"{stem}.png", dpi=110)
-    print(f"\n{name}.json, {', '.join(f'{stem}.png' for stem in figures)} in {out}")
+    figure.savefig(out / f"{name}.png", dpi=110)
+    print(f"\n{out / name}.json and .png")
 
 
 def _conflict_sentences(report: Any, spans: Sequence[str]) -> list[str]:
@@ -438,7 +446,7 @@ def _compare(args: argparse.Namespace) -> None:
     print(result)
     if args.out:
         record = result.to_dict() | {"runs": [path.resolve().name for path in args.runs], "provenance": provenance()}
-        _write(args.out, "compare", record, {"compare": draw(result)})
+        _write(args.out, "compare", record, draw(result))
 
 
 def _add_race(commands: Any) -> None:

@@ -1,11 +1,23 @@
 """The command line as a person uses it."""
 
 import dataclasses
+import hashlib
 import json
 
 import numpy as np
 import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 
+import dysigma
 from dysigma.cli import HELP, main
 from dysigma.training import TrainConfig
 
@@ -70,8 +82,6 @@ def test_options_come_from_a_file_and_flags_win(tmp_path):
     ],
 )
 def test_bad_input_is_one_line_and_code_2(tmp_path, capsys, monkeypatch, arguments, message):
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["train", "--out", str(tmp_path / "run"), *QUICK, *arguments]) == 2
     error = capsys.readouterr().err
@@ -124,3 +134,174 @@ def test_an_unwritable_folder_is_refused(tmp_path, capsys):
 def test_sampling_a_folder_that_is_no_run(tmp_path, capsys):
     assert main(["sample", str(tmp_path)]) == 2
     assert "not a run folder" in capsys.readouterr().err
+
+
+SMALL = ["--bins=3", "--micro-batches=6", "--batch-per-bin=2", "--device=cpu"]
+BLOCKS = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 8}
+PLAIN = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+
+
+def a_pipeline(folder, scheduler=None, network=None, **options):
+    """A folder that diffusers alone wrote: {file: digest} of what it holds comes with it."""
+    network = network or UNet2DModel(**BLOCKS, **PLAIN, **options)
+    DDPMPipeline(network, scheduler or DDPMScheduler()).save_pretrained(folder)
+    return str(folder), contents(folder)
+
+
+def contents(folder):
+    return {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def reread(out):
+    """(record, ConflictReport) of a folder that the command wrote."""
+    record = json.loads((out / "conflicts.json").read_text())
+    return record, dysigma.ConflictReport.from_dict(record["report"])
+
+
+def same(read, expected):
+    for name, value in vars(expected).items():
+        kept = getattr(read, name)
+        if isinstance(value, torch.Tensor | float):
+            torch.testing.assert_close(kept, value, rtol=1e-12, atol=0, equal_nan=True, msg=name)
+        else:
+            assert kept == value, name
+
+
+def test_conflicts_of_a_pipeline_are_those_of_its_network(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    scheduler = DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, num_train_timesteps=40)
+    path, before = a_pipeline(tmp_path / "someones", scheduler)
+    options = ["--num-images=20", "--binning=log-snr", "--seed=3", "--transfer", "--transfer-steps=2"]
+    assert main(["conflicts", path, *SMALL, *options]) == 0
+    assert contents(tmp_path / "someones") == before
+    out = tmp_path / "conflicts-someones"
+    assert sorted(f.name for f in out.iterdir()) == ["conflicts.json", "conflicts.png", "transfer.json", "transfer.png"]
+    record, report = reread(out)
+    assert str(tmp_path) not in json.dumps(record) and record["provenance"]["torch"] == torch.__version__
+    assert (record["path"], record["data"], record["images"], record["weighting"]) == ("someones", "leaves", 20, None)
+
+    schedule, images = dysigma.NoiseSchedule.from_diffusers(scheduler), dysigma.leaves(20, 8).images
+    network = UNet2DModel.from_pretrained(path, subfolder="unet")
+    common = {"prediction_type": "v_prediction", "seed": 3, "progress": False}
+    bins = dysigma.Bins.equal_log_snr(schedule.log_snr, 3)
+    same(report, dysigma.conflicts(network, images, schedule, bins, micro_batches=6, batch_per_bin=2, **common))
+    transfer = json.loads((out / "transfer.json").read_text())
+    expected = dysigma.gradients.negative_transfer(network, images, schedule, bins, steps=2, **common)
+    torch.testing.assert_close(torch.tensor(transfer["change"], dtype=torch.float64), expected.change)
+    text = capsys.readouterr().out
+    assert "someones: v_prediction network, 20 images of leaves, weighting none" in text
+    assert all(f"\n{word}: " in text for word in ("Stationarity", "Transfer"))
+    assert "Mean cosine of " in text or "Undetermined: 3 of 3 pairs" in text
+
+
+def test_conflicts_of_a_run_are_on_its_images_and_averaged_weights(a_run, tmp_path, capsys):
+    assert main(["conflicts", a_run, *SMALL, "--weighting=min-snr"]) == 0
+    run = dysigma.load_run(a_run)
+    record, report = reread(run.path / "conflicts")
+    assert (record["images"], record["weighting"], record["report"]["edges"]) == (32, "min-snr", [0, 333, 666, 1000])
+    schedule, options = dysigma.NoiseSchedule.linear(1000), {"micro_batches": 6, "batch_per_bin": 2, "progress": False}
+    options["weighting"] = dysigma.make_weighting("min-snr", schedule)
+    same(report, dysigma.conflicts(run.pipeline().unet, dysigma.leaves(32, 8).images, schedule, 3, **options))
+    assert main(["conflicts", a_run, *SMALL, "--num-images=8", "--out", str(tmp_path)]) == 0
+    assert reread(tmp_path)[0]["images"] == 8
+
+
+def test_conflicts_of_a_class_conditional_network_use_the_labels(tmp_path):
+    path, _ = a_pipeline(tmp_path / "p", num_class_embeds=10)
+    out = tmp_path / "out"
+    assert main(["conflicts", path, *SMALL, "--num-images=20", "--out", str(out)]) == 0
+    data, network = dysigma.leaves(20, 8), UNet2DModel.from_pretrained(path, subfolder="unet")
+    options = {"micro_batches": 6, "batch_per_bin": 2, "progress": False}
+    schedule = dysigma.NoiseSchedule.from_diffusers(DDPMScheduler())
+    expected = dysigma.conflicts(network, data, schedule, 3, model_kwargs={"class_labels": data.labels}, **options)
+    same(reread(out)[1], expected)
+
+
+def test_sentences_say_what_the_report_does(capsys):
+    from dysigma.cli import _conflict_sentences
+
+    torch.manual_seed(1)
+    network, schedule = torch.nn.Conv2d(3, 3, 3, padding=1), dysigma.NoiseSchedule.linear(30)
+    model = Timeless(network)
+    images, spans = dysigma.leaves(16, 8).images, ["0-9", "10-19", "20-29"]
+    report = dysigma.conflicts(model, images, schedule, 3, micro_batches=20, batch_per_bin=16, progress=False)
+    assert report.undetermined == 0
+    lines = _conflict_sentences(report, spans)
+    i, j = divmod(int(report.cosine_debiased.argmin()), 3)
+    (low, high), lowest = (end[i, j] for end in report.interval()), report.cosine_debiased[i, j]
+    assert f"of 3 pairs of bins: {report.mean_cosine:.3f} ± {report.mean_cosine_se:.3f} (" in lines[0]
+    assert lines[0].endswith(": -0.500.") and lines[1].startswith(f"Conflict: {round(3 * report.conflict_rate)} pairs")
+    assert f"{round(3 * report.sure_conflict_rate)} of them for sure" in lines[1]
+    assert f"{lowest:.3f} [{low:.3f}, {high:.3f}], timesteps {spans[i]} and {spans[j]}." in lines[2]
+    assert ("every bin's loss" in lines[-1]) == (report.stationarity_interval[0] > 0) and len(lines) == 4
+    unknown = report.cosine_debiased.clone()
+    unknown[2], unknown[:, 2] = float("nan"), float("nan")
+    lines = _conflict_sentences(dataclasses.replace(report, cosine_debiased=unknown, undetermined=2), spans)
+    assert "Undetermined: 2 of 3 pairs. The gradient of timesteps 20-29 does not stand out" in lines[3]
+    assert "more --micro-batches (now 20)" in lines[3] and "Mean cosine of 1 pairs" in lines[0]
+
+
+class Timeless(torch.nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x, timesteps):
+        return self.network(x)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "takes 4 channels, and leaves has 3: choose another --data; networks on latents are not measured"),
+        (["--data=NPZ"], "is conditioned on 4 classes; plain.npz has none"),
+        (["--data=leaves"], "is conditioned on 4 classes; leaves has 10"),
+        (["--bins=1"], "--bins must be from 2 to 64; got 1"),
+        (["--bins=65"], "--bins must be from 2 to 64; got 65"),
+        (["--micro-batches=5"], "need micro_batches >= 6"),
+        (["--weighting=uncertainty"], "--weighting takes a predefined one; uncertainty learns its weights in training"),
+        (["--weighting=min-srn"], "unknown weighting 'min-srn'"),
+        (["--out=PATH/sub"], "lies in the pipeline's folder, which is left as it is; choose another --out"),
+        (["--num-images=0"], "train_images must be a positive"),
+    ],
+)
+def test_conflicts_refuses_bad_options(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    np.savez(tmp_path / "plain.npz", images=np.zeros((10, 8, 8, 3), np.uint8))
+    kind = {"in_channels": 4, "out_channels": 4} if "4 channels" in message else {}
+    kind |= {"num_class_embeds": 4} if "4 classes" in message else {}
+    path, before = a_pipeline(tmp_path / "p", **kind)
+    options = [o.replace("NPZ", "plain.npz").replace("PATH", path) for o in options]
+    assert main(["conflicts", path, *SMALL, *options]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("dysigma: ") and message in error
+    assert contents(tmp_path / "p") == before and not (tmp_path / "conflicts-p").exists()
+
+
+def test_conflicts_refuses_other_pipelines_with_the_reason(tmp_path, capsys):
+    refused = "only networks on pixels that need timesteps, and classes at most, are measured"
+    cross = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2}
+    prompted = UNet2DConditionModel(**BLOCKS, **cross, cross_attention_dim=8, in_channels=3, out_channels=3)
+    reasons = {
+        "prompted": f"needs encoder_hidden_states, as of a prompt; {refused}",
+        "latent": f"has a vqvae, for latents or prompts; {refused}",
+        "headless": "must have a unet or transformer, and a scheduler; it has ['scheduler']",
+        "damaged": "does not open as a diffusers pipeline: ",
+        "flow": "is trained by flow matching; its network is called with noise levels, which are not measured here",
+        "edm": "EDMEulerScheduler has no alphas_cumprod",
+        "alone/unet": "is neither a run folder nor a diffusers pipeline (it has no model_index.json)",
+        "none": "is neither a run folder nor a diffusers pipeline",
+    }
+    a_pipeline(tmp_path / "prompted", network=prompted)
+    for name in ("latent", "headless", "damaged", "alone"):
+        a_pipeline(tmp_path / name)
+    a_pipeline(tmp_path / "flow", FlowMatchEulerDiscreteScheduler())
+    a_pipeline(tmp_path / "edm", EDMEulerScheduler())
+    for name, change in (("latent", {"vqvae": ["diffusers", "VQModel"]}), ("headless", {"unet": [None, None]})):
+        index = tmp_path / name / "model_index.json"
+        index.write_text(json.dumps(json.loads(index.read_text()) | change))
+    (tmp_path / "damaged" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"nothing")
+    for name, reason in reasons.items():
+        assert main(["conflicts", str(tmp_path / name), *SMALL]) == 2, name
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"dysigma: {'' if name == 'edm' else tmp_path / name}") and reason in error, name
