@@ -270,10 +270,8 @@ def _share(config: TrainConfig, device: torch.device) -> Tensor:
     """The places in the batch that this rank works on, part by part: (accumulate, B / accumulate / ranks)."""
     rank, count = _ranks()
     if config.batch_size % (config.accumulate * count):
-        raise ValueError(
-            f"batch_size must be a multiple of accumulate times the number of ranks; got batch_size "
-            f"{config.batch_size}, accumulate {config.accumulate}, {count} ranks"
-        )
+        got = f"batch_size {config.batch_size}, accumulate {config.accumulate}, {count} ranks"
+        raise ValueError(f"batch_size must be a multiple of accumulate times the number of ranks; got {got}")
     return torch.arange(config.batch_size, device=device).view(config.accumulate, count, -1)[:, rank]
 
 
@@ -512,16 +510,15 @@ class _Recorder:
         images = self.state.step * self.config.batch_size
         row: dict[str, Any] = {"step": self.state.step, "images": images, "seconds": round(self.seconds, 3)}
         if self.pending:
-            losses, timesteps = (
-                torch.cat([getattr(r, k) for r in self.pending]).cpu() for k in ("losses", "timesteps")
+            names = ("loss", "grad_norm", "losses", "timesteps")
+            columns = (torch.cat([getattr(r, name).view(-1) for r in self.pending]).cpu() for name in names)
+            loss, norm, losses, timesteps = columns
+            weights, bins = (
+                self.state.weighting.weights().cpu(),
+                Bins.uniform(self.config.num_timesteps, self.config.bins),
             )
-            weights = self.state.weighting.weights().cpu()
-            bins = Bins.uniform(self.config.num_timesteps, self.config.bins)
-            row |= {
-                name: float(torch.stack([getattr(r, name) for r in self.pending]).mean())
-                for name in ("loss", "grad_norm")
-            }
-            row |= {"mean_loss": float(losses.mean()), "bin_losses": bins.mean(losses, timesteps)[0]}
+            row |= {"loss": float(loss.mean()), "grad_norm": float(norm.mean()), "mean_loss": float(losses.mean())}
+            row |= {"bin_losses": bins.mean(losses, timesteps)[0]}
             row |= {"bin_weights": bins.mean(weights, torch.arange(len(weights)))[0]}
         append_metrics(self.out / "metrics.jsonl", row | extra)
         self.pending.clear()
@@ -657,6 +654,8 @@ def train(
     the folder. Raises RunError for a folder that cannot be used or written, and when another rank is lost;
     TrainingDiverged when a loss or gradient is not finite.
     """
+    from safetensors import SafetensorError
+
     out = Path(out)
     with _process_group(config) as device:
         _share(config, device)
@@ -678,9 +677,9 @@ def train(
             # Claimed only now, so that a misspelled name or missing data leaves no half-made run behind.
             with lock(out) if first else nullcontext():
                 _train(data, recorder, resume, progress, finish)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise RunError(
-                f"cannot write to {out} ({error.strerror or error}); what was saved before is whole: make room and go "
+                f"cannot write to {out} ({getattr(error, 'strerror', '') or error}); what was saved before is whole: make room and go "
                 "on with --resume, or choose another --out"
             ) from None
         return _from_first(load_run(out) if first else None, device)
