@@ -225,7 +225,7 @@ def _add_conflicts(commands: Any) -> None:
     parser.add_argument("--num-images", type=int, help="use only the first so many training images")
     parser.add_argument("--bins", type=int, default=10, help="how many bins of timesteps (default: 10)")
     parser.add_argument(
-        "--binning", choices=("timesteps", "log-snr"), default="timesteps", help="what has equal widths"
+        "--binning", choices=("timesteps", "log-snr"), default="timesteps", help="what bins have equal widths in"
     )
     parser.add_argument("--micro-batches", type=int, default=16, help="more shorten the intervals (default: 16)")
     parser.add_argument("--batch-per-bin", type=int, default=4, help="images per bin and micro-batch (default: 4)")
@@ -371,7 +371,8 @@ def _conflict_sentences(report: Any, spans: Sequence[str]) -> list[str]:
     if lost := [span for span, missing in zip(spans, cosine.diagonal().isnan(), strict=True) if missing]:
         lines.append(
             f"Undetermined: {report.undetermined} of {report.undetermined + pairs} pairs. The gradient of timesteps "
-            f"{', '.join(lost)} does not stand out of its noise: use more --micro-batches (now {count})."
+            f"{', '.join(lost)} does not stand out of its noise: use more --micro-batches (now {count}) or a larger "
+            f"--batch-per-bin (now {report.settings['batch_per_bin']})."
         )
     ends, longest = report.stationarity_interval, float(report.gramian.diagonal().max()) ** 0.5
     verdict = "So some step lowers every bin's loss" if ends[0] > 0 else "Not told apart from Pareto stationary"
@@ -389,7 +390,8 @@ def _draw_matrices(matrices: dict[str, Any], spans: Sequence[str], limit: float 
     from . import plots
 
     plots.use_style()
-    fig, axes = plt.subplots(1, len(matrices), figsize=(6.6 * len(matrices), 5.6), squeeze=False)
+    side = max(5.6, 0.16 * len(spans))
+    fig, axes = plt.subplots(1, len(matrices), figsize=((side + 1) * len(matrices), side), squeeze=False)
     for ax, (title, matrix) in zip(axes[0], matrices.items(), strict=True):
         plots.heatmap(ax, matrix, labels=spans, limit=limit, unit=unit)
         ax.tick_params(axis="x", rotation=90)
