@@ -554,7 +554,8 @@ class _Recorder:
     def conflicts(self, data: ImageData) -> dict[str, Any]:
         """Conflicts of the bins at the EMA weights, rounded, from 16 batches a bin; every call has the same draws."""
         self.state.ema.copy_to(self.ema_model)
-        config, few = self.config, ("edges", "log_snr", "settings", "group_names", "group_gramian")
+        config, aside = self.config, {"edges", "log_snr", "settings", "group_names", "group_gramian", "gramian_se"}
+        aside |= {"cosine", "magnitude_similarity", "update_cosine", "update_cosine_se", "cosine_preconditioned"}
         options: dict[str, Any] = {
             "prediction_type": config.prediction,
             "batch_per_bin": config.batch_size,
@@ -564,7 +565,7 @@ class _Recorder:
         }
         with _autocast(config, data.images.device):
             report = conflicts(self.ema_model, data.images, self.state.schedule, config.bins, **options)
-        values = {name: value for name, value in report.to_dict().items() if name not in few}
+        values = {name: value for name, value in report.to_dict().items() if name not in aside}
         return {"conflicts": json.loads(json.dumps(values), parse_float=lambda text: float(f"{float(text):.4g}"))}
 
     def _labels(self, count: int) -> Tensor | None:

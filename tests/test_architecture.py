@@ -26,7 +26,7 @@ ROWS = (
     {"cli", "teaching"},
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
-MAX_LINES = 3900  # of code; the aim is 3000
+MAX_LINES = 4600  # of code; the aim is 3000
 SLOW_IMPORTS = {
     "diffusers",
     "matplotlib",
