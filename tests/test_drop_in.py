@@ -1,6 +1,9 @@
 """Three lines in other people's loops: networks, schedulers and accelerate as they are, against formulas by hand."""
 
+import argparse
+import importlib.util
 import os
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -418,3 +421,54 @@ def test_conflicts_of_a_flow():
 
     report = conflicts(AsTold(), torch.randn(20, 3, 8, 8), schedule, 2, **options)
     assert report.settings["prediction_type"] == "flow_prediction" and report.losses.isfinite().all()
+
+
+# ---------------------------------------------------------------- the text-guided study and the notebook
+
+
+@pytest.fixture(scope="module")
+def study():
+    path = Path(__file__).parent.parent / "data/races/text_guided.py"
+    spec = importlib.util.spec_from_file_location("text_guided", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_text_guided_study_trains_on_captions_and_guides(study):
+    torch.manual_seed(0)
+    data, schedule = dysigma.leaves(40, size=8), dysigma.NoiseSchedule.linear()
+    texts = study.captions(data)
+    assert texts[0] == "" and len(texts) == 31
+    model = study.TextToImage(texts, 8, 12)
+    assert sum(p.numel() for p in model.parameters()) < 200_000
+    # The caption of a class and template, as the training loop numbers it.
+    assert [texts[1 + label * 3] for label in (0, 9)] == ["discs in ember", "shards in frost"]
+    x, timesteps, labels = torch.randn(2, 3, 8, 8), torch.tensor([10, 500]), torch.tensor([1, 28])
+    told, free = model(x, timesteps, labels), model(x, timesteps, torch.zeros(2, dtype=torch.int64))
+    assert not torch.allclose(told, free, atol=1e-4)
+    for factor, wanted in ((0.0, free), (1.0, told), (3.0, 3 * told - 2 * free)):
+        torch.testing.assert_close(study.Guided(model, factor)(x, timesteps, labels), wanted, rtol=1e-4, atol=1e-5)
+    new = study.of_classes(data, study.HELD_OUT, 6)
+    assert new.labels.tolist() == [8, 9] * 3
+    args = argparse.Namespace(lr=1e-3, ema_half_life=1000, batch_size=4, warmup_images=8, test_new=new)
+    before = [p.clone() for p in model.parameters()]
+    judged, curve = study.fit(model, new, schedule, "dy-sigma", 1, args, 8, "adapt", checkpoints=(4, 8))
+    assert len(curve) == 2 and len(curve[0]) == 20
+    assert study.judge_losses(judged, new, schedule).tolist() == curve[-1]
+    assert not all(map(torch.equal, before, model.parameters()))
+
+
+def test_colours_tell_the_palettes_apart(study):
+    data = dysigma.leaves(400, size=8)
+    means = torch.stack([study.histograms(data.images[data.labels == k]).mean(0) for k in range(10)]).sqrt()
+    nearest = torch.cdist(study.histograms(dysigma.leaves(200, size=8, split="test").images).sqrt(), means).argmin(1)
+    assert (nearest // 2 == torch.arange(200) % 10 // 2).float().mean() > 0.95
+
+
+@pytest.mark.slow
+def test_notebook_10_runs_as_printed(tmp_path):
+    from dysigma.notebooks import build, find
+
+    build(find(Path(__file__).parent.parent / "notebooks", ["10"]), fast=True, out=tmp_path)
+    assert (tmp_path / "10_reuse.ipynb").exists()

@@ -392,6 +392,15 @@ def test_no_signal_is_a_level_too(kind):
         torch.testing.assert_close(gradient_at(weighting, levels), weighting.weights()[[19, 3]], rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["min-snr", "elbo", "dy-sigma"])
+def test_noise_levels_compile_to_one_graph(name):
+    torch._dynamo.reset()
+    one, other = make_weighting(name, SHORT), make_weighting(name, SHORT)
+    losses, levels = torch.rand(6), torch.linspace(-5, 5, 6)
+    compiled = torch.compile(one.at, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(losses, levels), other.at(losses, levels))
+
+
 def test_bad_noise_levels_are_refused():
     weighting = make_weighting("min-snr", LINEAR)
     good = torch.zeros(3)
