@@ -75,7 +75,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The table in a .toml file, or the object in a JSON file; RunError if it cannot be read."""
     table = _read(path, "TOML" if path.suffix == ".toml" else "JSON")
     if not isinstance(table, dict):
-        raise RunError(f"{path} must hold named values; it holds a {type(table).__name__}")
+        raise RunError(f"{path} must hold named values; got {type(table).__name__}")
     return table
 
 

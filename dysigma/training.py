@@ -125,9 +125,9 @@ class TrainConfig:
         if kind in ("int", "float"):
             may_be_zero = name in ("seed", "warmup_images", "weight_decay", "distance_images")
             low = 0 if may_be_zero else 1 if kind == "int" else 5e-324
-            if not low <= value < math.inf:
-                rule = "positive" if low else "zero or more"
-                raise ValueError(f"{name} must be a {rule} and finite {kind}; got {value!r}")
+            high = 2**63 if kind == "int" else math.inf
+            if not low <= value < high:
+                raise ValueError(f"{name} must be {'positive' if low else '0 or more'} and below {high}; got {value!r}")
 
     @property
     def num_steps(self) -> int:
@@ -143,6 +143,10 @@ class TrainConfig:
         first = max(1, getattr(self, name) // self.batch_size)
         power = round(math.log(max(step, 1) / first, factor))
         return power >= 0 and step == round(first * factor**power)
+
+    def noise_schedule(self) -> NoiseSchedule:
+        """The schedule alone, on the CPU: of a run of others, nothing that its configuration names is imported."""
+        return make_schedule(self.schedule, self.num_timesteps, zero_terminal_snr=self.zero_terminal_snr)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-able values."""
@@ -160,6 +164,14 @@ class TrainConfig:
 
 class TrainingDiverged(RuntimeError):
     """A loss or gradient that is not finite; the message names step, timestep bin and weighting."""
+
+
+@contextmanager
+def _undefined_is_divergence(config: TrainConfig, step: int) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise TrainingDiverged(f"at step {step}, weighting {config.weighting!r}: {error}. Try a lower lr") from None
 
 
 class StepRecord(NamedTuple):
@@ -317,9 +329,13 @@ def load_split(config: TrainConfig, split: str, device: torch.device) -> ImageDa
 
 def make_parts(config: TrainConfig) -> tuple[NoiseSchedule, Weighting, TimestepSampler]:
     """Schedule, weighting and timestep sampler of a configuration, on the CPU."""
-    schedule = make_schedule(config.schedule, config.num_timesteps, zero_terminal_snr=config.zero_terminal_snr)
-    params = config.weighting_params
+    schedule, params = config.noise_schedule(), config.weighting_params
     weighting = make_weighting(config.weighting, schedule, config.prediction, config.normalize, **params)
+    weights = weighting.weights()
+    if not weights.isfinite().all() or not weights.any():
+        raise ValueError(
+            f"{config.weighting} {params} gives weights that are all 0 or not finite: normalize, or use less"
+        )
     return schedule, weighting, make_sampler(config.timestep_sampler, schedule, **config.sampler_params)
 
 
@@ -383,7 +399,7 @@ def _step_gramian(state: TrainState, data: ImageData, config: TrainConfig) -> Te
         "splits": 4,
         "model_kwargs": _kwargs(config, labels),
     }
-    with _autocast(config, device):
+    with _autocast(config, device), _undefined_is_divergence(config, step):
         gramian = bin_gramian(state.model, state.schedule, x0, noise, timesteps, bins, **options)
     if _ranks()[1] > 1:  # each has computed it whole; rounding may differ, the weights that follow must not
         distributed.broadcast(gramian, 0)
@@ -529,7 +545,6 @@ class _Recorder:
         fixed: dict[str, Any] = {"timesteps": self.timesteps, "labels": self.labels}
         losses = validation_losses(self.ema_model, self.images, self.state.schedule, self.config.prediction, **fixed)
         if not losses.isfinite().all():
-            self.summarise("failed")
             raise TrainingDiverged(
                 f"validation losses are not finite after step {self.state.step}, weighting {self.config.weighting!r}: "
                 f"the averaged weights are broken; nothing was repaired. Try a lower lr, in another folder"
@@ -563,7 +578,7 @@ class _Recorder:
             "seed": config.seed,
             "progress": False,
         }
-        with _autocast(config, data.images.device):
+        with _autocast(config, data.images.device), _undefined_is_divergence(config, self.state.step):
             report = conflicts(self.ema_model, data.images, self.state.schedule, config.bins, **options)
         values = {name: value for name, value in report.to_dict().items() if name not in aside}
         return {"conflicts": json.loads(json.dumps(values), parse_float=lambda text: float(f"{float(text):.4g}"))}
@@ -679,9 +694,10 @@ def train(
             with lock(out) if first else nullcontext():
                 _train(data, recorder, resume, progress, finish)
         except (OSError, SafetensorError) as error:
+            cause = getattr(error, "strerror", None) or error
             raise RunError(
-                f"cannot write to {out} ({getattr(error, 'strerror', '') or error}); what was saved before is whole: make room and go "
-                "on with --resume, or choose another --out"
+                f"cannot write to {out} ({cause}); what was saved before is whole: make room and go on with --resume, "
+                "or choose another --out"
             ) from None
         return _from_first(load_run(out) if first else None, device)
 
@@ -697,7 +713,11 @@ def _train(data: ImageData, recorder: _Recorder, resume: bool, progress: bool, f
         write_atomically(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     recorder.summarise("running")
     with _stop_signals() as stopped:
-        _run(data, recorder, stopped, progress)
+        try:
+            _run(data, recorder, stopped, progress)
+        except TrainingDiverged:
+            recorder.summarise("failed")
+            raise
         if recorder.first and finish:
             recorder.finish()
         else:
@@ -735,7 +755,6 @@ def _run(data: ImageData, recorder: _Recorder, stopped: Callable[[], bool], prog
             if stop or check:
                 failed = _first_failure(recorder.pending[-check_every:])
                 if failed is not None:
-                    recorder.summarise("failed")
                     raise _explain_failure(failed, state, config, recorder.out)
             if log:
                 bar.set_postfix(loss=f"{float(record.losses.mean()):.4f}", refresh=False)

@@ -215,18 +215,19 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
         ({"model": "big"}, KeyError, "compact"),
         ({"schedule": "cosin"}, KeyError, "cosine"),
         ({"prediction": "velocity"}, ValueError, "v_prediction"),
-        ({"batch_size": 0}, ValueError, "batch_size must be a positive"),
+        ({"batch_size": 0}, ValueError, "batch_size must be positive"),
         ({"batch_size": 500}, ValueError, "must not exceed images"),
         ({"accumulate": 3}, ValueError, "multiple of accumulate"),
-        ({"lr": float("nan")}, ValueError, "lr must be a positive"),
+        ({"lr": float("nan")}, ValueError, "lr must be positive and below inf; got nan"),
         ({"lr": "a"}, ValueError, "lr must be float; got 'a'"),
-        ({"weighting_lr": -1.0}, ValueError, "weighting_lr must be a positive"),
-        ({"seed": -1}, ValueError, "seed must be a zero or more"),
+        ({"weighting_lr": -1.0}, ValueError, "weighting_lr must be positive"),
+        ({"seed": -1}, ValueError, "seed must be 0 or more"),
         ({"seed": 1.5}, ValueError, "seed must be int"),
+        ({"seed": 2**64}, ValueError, "seed must be 0 or more and below 9223372036854775808"),
         ({"flip": "no"}, ValueError, "flip must be bool"),
         ({"compile": "no"}, ValueError, "compile must be bool"),
         ({"device": None}, ValueError, "device must be str"),
-        ({"checkpoint_every": 0}, ValueError, "checkpoint_every must be a positive"),
+        ({"checkpoint_every": 0}, ValueError, "checkpoint_every must be positive"),
         ({"weighting_params": "kappa"}, ValueError, "weighting_params must be dict"),
         ({"bins": 51}, ValueError, "bins must not exceed num_timesteps 50"),
         ({"validation_timesteps": 51}, ValueError, "validation_timesteps must not exceed"),
@@ -236,6 +237,84 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
 def test_a_bad_configuration_is_refused_when_it_is_made(changes, error, message):
     with pytest.raises(error, match=message):
         with_(**changes)
+
+
+MICRO = {"model": "micro", "images": 16, "num_timesteps": 50}
+ONE = {"images": 4, "batch_size": 1, "weighting_params": {"bins": 20, "gramian_every": 2}}
+RIGHT = {
+    "a batch of 1, 20 bins": ONE | {"weighting": "ugd"},
+    "a batch of 1, all that adapts": ONE | {
+        "weighting": "dy-sigma", "weighting_params": {"variant": "conflict", "floor": "online", "bins": 20},
+        "timestep_sampler": "loss-second-moment",  "sampler_params": {"bins": 20},
+    },
+    "a batch of 1, stratified": {"images": 4, "batch_size": 1, "timestep_sampler": "stratified"},
+    "pure noise at the end": {"zero_terminal_snr": True, "prediction": "v", "weighting": "dy-sigma"},
+    "two timesteps": {"num_timesteps": 2, "bins": 2, "validation_timesteps": 2},
+    "bfloat16": {"precision": "bfloat16"},
+    "gray": {"data": "gray.npz", "image_size": None, "train_images": None},
+    "wide, its middle": {"data": "wide.npz", "image_size": 8, "train_images": None},
+    "two images": {"data": "two.npz", "image_size": None, "train_images": None},
+}  # fmt: skip
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, shape in {"gray": (20, 8, 8), "wide": (20, 8, 12, 3), "two": (2, 8, 8, 3)}.items():
+        np.savez(f"{name}.npz", images=np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_unusual_settings_train(tmp_path, files, name):
+    config = with_(**(MICRO | RIGHT[name]))
+    run = train(config, tmp_path / "run", progress=False, finish=False)
+    assert run.metrics.step.iloc[-1] == config.num_steps
+    # A network that knows nothing loses about as much as its target varies; 1 for noise.
+    assert 0.3 < run.metrics.mean_loss.iloc[-1] < 3
+    assert all(0 <= weight < np.inf for weight in run.metrics.bin_weights.iloc[-1])
+
+
+def test_wide_images_are_cropped_to_their_middle(files):
+    data = load_split(with_(data="wide.npz", image_size=8, train_images=None), "train", torch.device("cpu"))
+    middle = torch.from_numpy(np.load("wide.npz")["images"][:9, :, 2:10]).permute(0, 3, 1, 2)
+    assert torch.equal(data.images[:9], middle)
+
+
+OVERFLOWS = "gives weights that are all 0 or not finite"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": "gray.npz", "image_size": None, "train_images": None, "conditional": True}, "needs labels"),
+        ({"zero_terminal_snr": True}, "epsilon' has no weight where SNR = 0"),
+        ({"num_timesteps": 1, "bins": 1, "validation_timesteps": 1}, "T >= 2"),
+        ({"normalize": False, "weighting": "min-snr", "weighting_params": {"gamma": 1e-300}}, OVERFLOWS),
+        ({"normalize": False, "weighting": "edm", "weighting_params": {"sigma_data": 1e-30}}, OVERFLOWS),
+        ({"weighting": "variance-aware", "weighting_params": {"strength": 1e300}}, OVERFLOWS),
+    ],
+)
+def test_settings_without_a_meaning_are_refused_and_leave_no_folder(tmp_path, files, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(with_(**(MICRO | changes)), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({}, "loss is not finite at step 1"),
+        ({"weighting": "ugd", "weighting_params": {"gramian_every": 1, "bins": 4}}, "at step 1, weighting 'ugd': bins"),
+        ({"conflicts_from": 8}, "at step 1, weighting 'const-eps': bins"),
+        ({"weighting": "uncertainty", "weighting_lr": 1e38, "lr": 1e-3}, "loss is not finite at step 1"),
+        ({"weighting": "loss-balance", "weighting_params": {"strength": 1e6}, "lr": 1e-3}, "not finite at step"),
+    ],
+)
+def test_overflow_is_divergence_wherever_it_is_met_first(tmp_path, changes, what):
+    config = with_(**(MICRO | {"images": 64, "lr": 1e30, "warmup_images": 0} | changes))
+    with pytest.raises(TrainingDiverged, match=what):
+        train(config, tmp_path / "run", progress=False)
+    assert load_run(tmp_path / "run").summary["status"] == "failed"
 
 
 def test_validations_on_a_geometric_grid_fall_on_its_nearest_steps():
