@@ -98,18 +98,19 @@ def speedup(baseline: Mapping[int, float], arm: Mapping[int, float], budget: flo
 
     Interval and p: t on ln ratio; detectable: noncentral t, two-sided 5 %. With any pair censored these are NaN and the
     ratio is a bound, with `budget`, the images of the whole record, for what exceeded it: ">=" if baselines alone are
-    censored, "<=" if arms alone, else "?" and NaN. Correlation: over pairs that both reach, NaN below three. Raises
-    ValueError for no common seed, images above the budget, or of 0 (the untrained network meets the threshold).
+    censored, "<=" if arms alone, else "?" and NaN, as also where an untrained network, 0 images, meets the threshold.
+    Correlation: over pairs that both reach, NaN below three. Raises ValueError for no common seed, or images outside
+    [0, budget].
     """
     from scipy import optimize, stats
 
     seeds = sorted(set(baseline) & set(arm))
     n = np.array([[images[seed] for seed in seeds] for images in (baseline, arm)], dtype=np.float64)
     finite = np.isfinite(n)
-    if not seeds or not (n > 0).all() or (n[finite] > budget).any():
-        raise ValueError(f"need common seeds and images in (0, {budget}]; got baseline {baseline}, arm {arm}")
-    bound = ("=", ">=", "<=", "?")[(not finite[0].all()) + 2 * (not finite[1].all())]
-    ln_n = np.log(np.where(finite, n, math.nan if bound == "?" else budget))
+    if not seeds or not (n >= 0).all() or (n[finite] > budget).any():
+        raise ValueError(f"need common seeds and images in [0, {budget}]; got baseline {baseline}, arm {arm}")
+    bound = ("=", ">=", "<=", "?")[(not finite[0].all()) + 2 * (not finite[1].all())] if n.all() else "?"
+    ln_n = np.log(np.where(finite & (n > 0), n, math.nan if bound == "?" else budget))
     low = high = p = correlation = detectable = math.nan
     if bound == "=" and len(seeds) > 1:
         test, df, critical = stats.ttest_rel(*ln_n), len(seeds) - 1, stats.t.ppf(0.975, len(seeds) - 1)
@@ -117,7 +118,7 @@ def speedup(baseline: Mapping[int, float], arm: Mapping[int, float], budget: flo
         # In standard errors. A find on the wrong side has a chance below 1e-4 and is left out.
         shift = optimize.brentq(lambda shift: stats.nct.sf(critical, df, shift) - 0.8, 0.0, 100.0)
         detectable = math.exp(shift * stats.sem(ln_n[0] - ln_n[1]))
-    both = ln_n[:, finite.all(0)]
+    both = ln_n[:, np.isfinite(ln_n).all(0) & finite.all(0)]
     if both.shape[1] > 2 and both.std(1).all():
         correlation = float(np.corrcoef(both)[0, 1])
     ratio, (lost, lost_arm) = math.exp((ln_n[0] - ln_n[1]).mean()), (int(k) for k in (~finite).sum(1))

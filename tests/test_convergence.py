@@ -177,9 +177,15 @@ def test_censored_pairs_give_bounds_and_no_interval():
     assert four.correlation == pytest.approx(speedup(late, soon).correlation) and math.isnan(lower.correlation)
 
 
+def test_a_threshold_that_an_untrained_network_meets_says_nothing():
+    for pair in (({1: 0.0, 2: 4.0}, {1: 5.0, 2: 2.0}), ({1: 8.0, 2: 4.0}, {1: 0.0, 2: 2.0})):
+        found = speedup(*pair, 10)
+        assert found.bound == "?" and all(math.isnan(x) for x in (found.ratio, found.low, found.p, found.detectable))
+
+
 @pytest.mark.parametrize(
     ("baseline", "arm", "budget"),
-    [({1: 5.0}, {2: 5.0}, 10), ({1: 0.0}, {1: 5.0}, 10), ({1: 11.0}, {1: 5.0}, 10), ({1: math.nan}, {1: 5.0}, 10)],
+    [({1: 5.0}, {2: 5.0}, 10), ({1: 11.0}, {1: 5.0}, 10), ({1: math.nan}, {1: 5.0}, 10)],
 )
 def test_pairs_that_are_none_are_refused(baseline, arm, budget):
     with pytest.raises(ValueError, match="common seeds"):
