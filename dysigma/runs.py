@@ -221,7 +221,10 @@ def read_metrics(path: Path, until_step: int | None = None) -> list[dict[str, An
     Raises RunError for any other line that is no row.
     """
     rows = []
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    try:
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from None
     for number, line in enumerate(lines, 1):
         if number == len(lines) and not line.endswith(b"}"):
             break

@@ -673,6 +673,7 @@ def train(
     from safetensors import SafetensorError
 
     out = Path(out)
+    make_parts(config)  # so that a misspelled name is told before any data are read
     with _process_group(config) as device:
         _share(config, device)
         first = _ranks()[0] == 0
