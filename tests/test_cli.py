@@ -262,7 +262,7 @@ class Timeless(torch.nn.Module):
         (["--weighting=uncertainty"], "--weighting takes a predefined one; uncertainty learns its weights in training"),
         (["--weighting=min-srn"], "unknown weighting 'min-srn'"),
         (["--out=PATH/sub"], "lies in the pipeline's folder, which is left as it is; choose another --out"),
-        (["--num-images=0"], "train_images must be a positive"),
+        (["--num-images=0"], "train_images must be positive"),
     ],
 )
 def test_conflicts_refuses_bad_options(tmp_path, monkeypatch, capsys, options, message):
