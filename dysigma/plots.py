@@ -157,16 +157,16 @@ def weight_curves(ax: Axes, log_snr: ArrayLike, curves: Mapping[str, ArrayLike])
 def heatmap(ax: Axes, matrix: ArrayLike, *, labels: Sequence[str] = (), limit: float = 1, unit: str = "cosine") -> Axes:
     """A signed matrix (R, C) on a diverging map from -limit to limit, numbers up to 12 x 12, NaN (unknown) hatched."""
     values = np.asarray(matrix, dtype=float)
-    image = ax.imshow(values, cmap="vlag", vmin=-limit, vmax=limit)
+    image, size = ax.imshow(values, cmap="vlag", vmin=-limit, vmax=limit), 9 if max(values.shape) <= 8 else 7
     for row, column in np.ndindex(values.shape):
         if np.isnan(values[row, column]):
             ax.fill_between([column - 0.5, column + 0.5], row - 0.5, row + 0.5, fc="none", hatch="////", ec="0.5", lw=0)
         elif max(values.shape) <= 12:
             text = f"{values[row, column]:.2f}".replace("-", "\N{MINUS SIGN}")
             colour = "white" if abs(values[row, column]) > 0.7 * limit else "black"
-            ax.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
-    for axis, size in zip((ax.yaxis, ax.xaxis), values.shape, strict=True):
-        axis.set_ticks(range(size), labels=labels or [str(i) for i in range(size)])
+            ax.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
+    for axis, count in zip((ax.yaxis, ax.xaxis), values.shape, strict=True):
+        axis.set_ticks(range(count), labels=labels or [str(i) for i in range(count)])
     ax.grid(False)
     ax.figure.colorbar(image, ax=ax, label=unit)
     return ax
