@@ -110,7 +110,7 @@ def load_data(
     root: folder of the official archive, its batches or cifar10.npz, or one of these files; where they are missing the
         archive is downloaded. Default: the environment variable DYSIGMA_DATA, else the user's cache.
     size: side in pixels, of block means of the central square where they fit, else of bicubic values, antialiased.
-        Default: as it is; leaves: 32.
+        Default: the central square as it is; leaves: 32.
     num_images: the first so many, but spread over all files of a folder. Default: all; leaves: 10,000 and 2,000.
     seed: which leaves.
     Raises ValueError for a bad argument or file, ConnectionError if CIFAR-10 is not here and cannot be downloaded.

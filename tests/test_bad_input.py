@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import io
 import itertools
@@ -11,6 +12,7 @@ import os
 import pickle
 import random
 import shutil
+import socket
 import struct
 import tarfile
 import warnings
@@ -496,3 +498,53 @@ def test_a_changed_run_folder_is_read_right_or_refused(run_folder: Path, tmp_pat
 def test_the_evil_pickle_of_these_tests_does_run_elsewhere(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(Evil(tmp_path / "mark")))
     assert (tmp_path / "mark").is_dir()
+
+
+# --- what the package never does ----------------------------------------------------------------------------------------
+
+NEVER = {
+    "eval", "exec", "compile", "os.system", "os.popen", "os.execv", "pickle.load", "pickle.loads", "torch.load",
+    "torch.save", "pickle.dump", "shutil.unpack_archive", "tar.extract", "tar.extractall", "file.extractall",
+}  # fmt: skip
+
+
+def test_no_shell_no_code_from_data_no_extraction_and_one_address() -> None:
+    called: dict[str, list[str]] = {}
+    for path in Path(data.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called.setdefault(ast.unparse(node.func), []).append(path.stem)
+                values = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert values.get("shell", "False") == "False" and values.get("allow_pickle", "False") == "False"
+    assert not NEVER & called.keys()
+    assert called["subprocess.run"] == ["runs"] and called["urlopen"] == ["data"] and called["_ArraysOnly"] == ["data"]
+    assert data.CIFAR10_URL.startswith("https://")
+
+
+def test_training_sampling_and_reading_back_never_touch_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("somebody called home")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    for variable in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+        monkeypatch.delenv(variable, raising=False)
+    options = "--model micro --images 16 --batch-size 8 --image-size 8 --train-images 16 --validation-images 4 --quiet"
+    assert (
+        main(
+            [
+                "train",
+                "--out",
+                str(tmp_path / "run"),
+                "--validation-timesteps",
+                "5",
+                "--device",
+                "cpu",
+                *options.split(),
+            ]
+        )
+        == 0
+    )
+    assert load_run(tmp_path / "run").pipeline()
