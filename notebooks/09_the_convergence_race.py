@@ -13,9 +13,9 @@
 # # 09 · The convergence race: is it 3.7 times faster, and than what?
 #
 # > **Claim.** "So many times faster" hides three choices: the constant that is beaten, the threshold, and the seed. Made afterwards,
-# > they yield almost any factor, even for a weighting against itself. Made beforehand: our Dy-Sigma is sooner than one constant
-# > where the network predicts $x_0$, by less than 3.7; it is never shown to be sooner than the other where the network predicts
-# > the noise; and Min-SNR, which learns nothing, does as well.
+# > they yield almost any factor, even for a weighting against itself. Made beforehand, in four primary comparisons: our Dy-Sigma is
+# > sooner than one constant where the network predicts $x_0$, by an estimate below 3.7; it is not shown to be sooner than the other
+# > where the network predicts the noise; and Min-SNR, which learns nothing, does as well.
 #
 # **You will be able to**
 #
@@ -320,9 +320,9 @@ reveal("Dy-Sigma against const-x0, sample network, fields, distance: R?", float(
 # %% [markdown]
 # *Detectable* is the smallest $R$ that this many seeds, with this spread, find four times out of five. In words:
 #
-# - Against const-x0, where the network predicts $x_0$, Dy-Sigma is sooner on both data sets, and by less than claimed. On fields the interval
+# - Against const-x0, where the network predicts $x_0$, Dy-Sigma is sooner on both data sets; both estimates lie below the claim. On fields the interval
 #   excludes 3.7; on leaves it does not.
-# - Against const-eps, where the network predicts the noise, it is never shown to be sooner. On leaves it is later, and how much is only
+# - Against const-eps, where the network predicts the noise, it is not shown to be sooner. On leaves it is later, and how much is only
 #   bounded. On fields Const itself often fails to keep its threshold, which lies below the best denoiser: no statement.
 #
 # ## 7 · Every arm, both constants, both networks
