@@ -394,11 +394,8 @@ def _step_gramian(state: TrainState, data: ImageData, config: TrainConfig) -> Te
     # Another seed gives another order of the images than training has at this step.
     x0, labels, _ = batch(data, config.seed + 2**32, step, len(timesteps), flip=config.flip)
     noise = torch.randn(x0.shape, generator=generator(config.seed, step, "gramian noise", device), device=device)
-    options: dict[str, Any] = {
-        "prediction_type": config.prediction,
-        "splits": 4,
-        "model_kwargs": _kwargs(config, labels),
-    }
+    options: dict[str, Any] = {"prediction_type": config.prediction, "splits": 4}
+    options["model_kwargs"] = _kwargs(config, labels)
     with _autocast(config, device), _undefined_is_divergence(config, step):
         gramian = bin_gramian(state.model, state.schedule, x0, noise, timesteps, bins, **options)
     if _ranks()[1] > 1:  # each has computed it whole; rounding may differ, the weights that follow must not
@@ -558,12 +555,10 @@ class _Recorder:
             return {}
         settings = (config.features, config.data, config.data_root, config.image_size, config.train_images)
         features, reference = _reference(images.device, *settings)
-        labels = self._labels(config.distance_images)
-        options: dict[str, Any] = {"num_steps": config.distance_steps, "labels": labels}
+        options: dict[str, Any] = {"num_steps": config.distance_steps, "labels": self._labels(config.distance_images)}
+        options["prediction_type"] = config.prediction
         shape = (config.distance_images, *images.shape[1:])
-        samples = sample_images(
-            self.ema_model, self.state.schedule, shape, prediction_type=config.prediction, **options
-        )
+        samples = sample_images(self.ema_model, self.state.schedule, shape, **options)
         return {"distance": frechet_distance(moments(extract(features, samples)), reference)}
 
     def conflicts(self, data: ImageData) -> dict[str, Any]:
@@ -571,13 +566,8 @@ class _Recorder:
         self.state.ema.copy_to(self.ema_model)
         config, aside = self.config, {"edges", "log_snr", "settings", "group_names", "group_gramian", "gramian_se"}
         aside |= {"cosine", "magnitude_similarity", "update_cosine", "update_cosine_se", "cosine_preconditioned"}
-        options: dict[str, Any] = {
-            "prediction_type": config.prediction,
-            "batch_per_bin": config.batch_size,
-            "model_kwargs": _kwargs(config, data.labels),
-            "seed": config.seed,
-            "progress": False,
-        }
+        options: dict[str, Any] = {"prediction_type": config.prediction, "batch_per_bin": config.batch_size}
+        options |= {"model_kwargs": _kwargs(config, data.labels), "seed": config.seed, "progress": False}
         with _autocast(config, data.images.device), _undefined_is_divergence(config, self.state.step):
             report = conflicts(self.ema_model, data.images, self.state.schedule, config.bins, **options)
         values = {name: value for name, value in report.to_dict().items() if name not in aside}
