@@ -23,7 +23,7 @@
 # - tell conflict that hurts from conflict that every minimum has;
 # - read off which layers conflict, whom a step hurts, and how noisy each timestep's gradient is.
 #
-# **You need** log-SNR from [01](01_forward_process_and_snr.ipynb) and the training step of [06](06_train_a_compact_ddpm.ipynb). Negative transfer (02, planned) and
+# **You need** log-SNR from [01](01_forward_process_and_snr.ipynb) and the training step of [06](06_train_a_compact_ddpm.ipynb). Negative transfer ([02](02_one_network_many_objectives.ipynb)) and
 # the weightings of [05](05_dy_sigma_derived.ipynb) say why one asks.
 #
 # **Time** reading 35 min · running about 80 s (short run 20 s) on two CPU cores · memory under 1 GB.
@@ -523,7 +523,7 @@ check("7.2", samples)
 # ## Limitations
 #
 # - One small architecture, 8 × 8 images, unweighted losses in sections 5 and 6. More capacity means less conflict at the minimum.
-# - Conflict says what an infinitesimal step does, not where training ends; 08 (planned) looks at the trade-off itself.
+# - Conflict says what an infinitesimal step does, not where training ends; [08](08_pareto_trade_offs.ipynb) looks at the trade-off itself.
 # - Showing cosines only where they are determined selects large gradients.
 # - Section 7: one data set, three seeds, one learning rate; a tenth is reached within its warm-up.
 #
@@ -541,7 +541,7 @@ check("7.2", samples)
 # - Désidéri, *Multiple-gradient descent algorithm (MGDA) for multiobjective optimization*, 2012,
 #   [doi:10.1016/j.crma.2012.03.014](https://doi.org/10.1016/j.crma.2012.03.014): Pareto stationarity and the min-norm point.
 #
-# **Next:** 08, Pareto trade-offs (planned). Back to the [map](00_start_here.ipynb).
+# **Next:** [08, Pareto trade-offs](08_pareto_trade_offs.ipynb). Back to the [map](00_start_here.ipynb).
 
 # %%
 watermark()
