@@ -40,10 +40,11 @@ class Comparison:
 
     table: one row per arm, the baseline first. images; loss, the last one, mean over timesteps and seeds; ratio, the
     geometric mean over timesteps and seeds of that loss over the baseline's; bits, the difference in bits/dim of the
-    diffusion term of the ELBO, the integral of the epsilon loss over log-SNR (Kingma et al. 2021); low_noise and
-    high_noise, the mean losses of the two halves of the timesteps; non_dominated, whether no arm is better in both, and
-    front_share, in which share of seeds; reached, how many seeds reach the baseline's last geometric-mean loss; reach,
-    the images that takes, and speedup, the baseline's over the arm's, NaN unless all seeds do; fluctuation of the
+    diffusion term of the ELBO between the first and last validation timestep, the integral of the epsilon loss over
+    log-SNR (Kingma et al. 2021); low_noise and high_noise, the mean losses of the two halves of the timesteps;
+    non_dominated, whether no arm is better in both, and front_share, in which share of seeds; reached, how many
+    seeds reach the baseline's last geometric-mean loss; reach, the images that takes, and speedup, the baseline's
+    over the arm's, NaN unless all seeds do; fluctuation of the
     weights (bins' median) in the second half of training. _low and _high: 95 % t-intervals of paired differences
     (ratios: of their logarithms), NaN for one seed.
     """

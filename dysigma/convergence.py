@@ -184,7 +184,8 @@ def race_curves(table: pandas.DataFrame, metric: str) -> Curves:
     """Curves by (grid label, arm) and seed, of a table of load_races; empty where training diverged.
 
     metric: "validation", the geometric mean over timesteps of validation losses; "bits", the diffusion term of the
-    ELBO in bits per dimension, by trapezoids over log_snr; "distance", of sampled images. KeyError for any other.
+    ELBO between the first and the last validation timestep, bits per dimension, by trapezoids over log_snr; "distance",
+    of sampled images. KeyError for any other.
     """
     curves: Curves = {}
     for row in table.to_dict("records"):

@@ -63,14 +63,14 @@ banner(NOTEBOOK)
 # |---|---|
 # | 00 Start here | you are here |
 # | [01 Forward process and SNR](01_forward_process_and_snr.ipynb) | what is a noise schedule, in one number per timestep? |
-# | 02 One network, many objectives | does training one noise level hurt another? *(planned)* |
+# | [02 One network, many objectives](02_one_network_many_objectives.ipynb) | does training one noise level hurt another? |
 # | [03 SNR weightings](03_snr_weightings.ipynb) | where do Min-SNR and its relatives come from, and are they right in the wild? |
 # | [04 Learnable weightings](04_learnable_weightings.ipynb) | what do learned weights converge to, and why do they fluctuate? |
 # | [05 Dy-Sigma derived](05_dy_sigma_derived.ipynb) | which formulas fit the abstract, what does each minimise, and does it help? |
 # | [06 Train a compact DDPM](06_train_a_compact_ddpm.ipynb) | a real model, live on dead leaves and recorded on CIFAR-10 |
-# | 07 Gradient conflicts | do the timesteps really pull apart, once noise is accounted for? *(planned)* |
-# | 08 Pareto trade-offs | what is the best any weighting could do? *(planned)* |
-# | 09 The convergence race | is it 3.7 times faster, and than what? *(planned)* |
+# | [07 Gradient conflicts](07_gradient_conflicts.ipynb) | do the timesteps really pull apart, once noise is accounted for? |
+# | [08 Pareto trade-offs](08_pareto_trade_offs.ipynb) | what is the best any weighting could do? |
+# | [09 The convergence race](09_the_convergence_race.ipynb) | is it 3.7 times faster, and than what? |
 # | 10 Reuse | your own loop, your own data, your own weighting *(planned)* |
 #
 # **Three routes.** *The 45-minute tour:* this notebook, sections 1 to 4 of 01, sections 1, 2 and 7 of 03; later 05 and 09. *The full course:* in order; each

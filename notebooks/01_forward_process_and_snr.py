@@ -459,7 +459,7 @@ print(f"formula {share:.1%}, table of 1000 steps {(schedules['cosine'].log_snr >
 # - Lin, Liu, Li, Yang, *Common Diffusion Noise Schedules and Sample Steps are Flawed*, 2024,
 #   [arXiv:2305.08891](https://arxiv.org/abs/2305.08891): zero terminal SNR, and the brightness leak at full size.
 #
-# **Next:** 02, one network, many objectives (planned); until then [03, the SNR weightings](03_snr_weightings.ipynb). Back to the [map](00_start_here.ipynb).
+# **Next:** [02, one network, many objectives](02_one_network_many_objectives.ipynb). Back to the [map](00_start_here.ipynb).
 
 # %%
 watermark()

@@ -475,7 +475,7 @@ plots.show(
 #   widest intervals.
 # - `outside` and `tempered` with an $x_0$-network do the reverse: best likelihood of all, worse than their prior by the first judge.
 # - *Stability*: the last column is the fluctuation of weights over the second half of training (notebook 04). Anchored weights fluctuate
-#   less than half as much as those of uncertainty weighting or UGD, everywhere. This part of the abstract's promise holds for our
+#   less than half as much as those of uncertainty weighting or UGD in these four settings. This part of the abstract's promise holds for our
 #   reconstruction.
 # - *Against "Const"*: with an ε-network, Dy-Sigma improves on both constants by the first judge. With an $x_0$-network it improves greatly on
 #   const-eps; const-x0 is slightly better by the first judge and far worse by the second. A factor over "Const" means little until one

@@ -428,7 +428,7 @@ check("6.2", losses_x0)
 # - Karras et al., *Elucidating the Design Space of Diffusion-Based Generative Models*, 2022, [arXiv 2206.00364](https://arxiv.org/abs/2206.00364): averages of weights counted in images.
 # - Lee, Mumford, Huang, *Occlusion Models for Natural Images*, 2001, [doi 10.1023/A:1011109015675](https://doi.org/10.1023/A:1011109015675): the statistics of dead leaves.
 #
-# **Next:** 07, gradient conflicts (planned). Back to the [map](00_start_here.ipynb).
+# **Next:** [07, gradient conflicts](07_gradient_conflicts.ipynb). Back to the [map](00_start_here.ipynb).
 
 # %%
 watermark()

@@ -353,7 +353,7 @@ plots.show(
 # **What happened?** No strategy is beyond the sweep, and fifteen of nineteen are behind it. `uncertainty` and `loss-balance`,
 # which both weigh by about $1/L$, have means of +0.14 and +0.10, and three seeds do not decide. Four things to see:
 #
-# - *The learning rate moves a point further than any strategy does.* `split 0.06` gains 0.36 ± 0.10 at twice the rate and loses
+# - *The learning rate can take a point further beyond the front than any strategy gets.* `split 0.06` gains 0.36 ± 0.10 at twice the rate and loses
 #   as much at half: the common rate was tuned on other arms. Against the front of all three rates no strategy has even a positive
 #   mean. That is Xin et al.'s warning: an under-tuned baseline flatters the method.
 # - *More weight can hurt the half that gets it.* At $R=64$ the low-noise loss is 1.2 times that at $R=1$: the cleanest timesteps
@@ -535,7 +535,7 @@ check("8.2", share_found)
 # - Lin, Zhang, Yang, Liu, Wang, Zhang, *Smooth Tchebycheff Scalarization for Multi-Objective Optimization*, 2024,
 #   [arXiv:2402.19078](https://arxiv.org/abs/2402.19078): reaches bulging fronts with gradients.
 #
-# **Next:** 09, the convergence race (planned). Back to the [map](00_start_here.ipynb).
+# **Next:** [09, the convergence race](09_the_convergence_race.ipynb). Back to the [map](00_start_here.ipynb).
 
 # %%
 watermark()
