@@ -190,17 +190,16 @@ assert np.nanmax(null) > 3.7, "a choice made afterwards must find a factor where
 # %%
 analysis = protocol["analysis"]
 print(protocol["question"]["primary"], f"Thresholds: after {analysis['threshold_fractions']} of Const's budget.")
-print(*(f"{key}: {analysis[key]}" for key in ("crossing", "estimate", "censoring", "multiplicity")), sep="\n")
-print(*(f"{key}: {words}" for key, words in protocol["success"].items()), sep="\n")
-print("amendments:", *protocol["amendments"]["entries"], sep="\n")
+said = {key: analysis[key] for key in ("crossing", "estimate", "censoring", "multiplicity")} | protocol["success"]
+print(*(f"{key}: {words}" for key, words in said.items()), *protocol["amendments"]["entries"], sep="\n")
 
 # %% [markdown]
 # In plain words: $\tau$ is what Const itself keeps from half of its budget on. The primary $R$ asks how much sooner Dy-Sigma keeps it too.
 #
 # ## 5 · Can the records be trusted? And can the metric?
 #
-# Two checks that cost seconds. First we train the first stretch of two arms again, on the same seed, and compare with the record. Second, a
-# control for the distance: the **best possible denoiser** of Gaussian fields (notebook 05) goes through the same sampler. No network can know more.
+# First we train the first stretch of two arms again, on the same seed, and compare with the record. Second, a
+# control for the distance: the **best possible denoiser** of Gaussian fields (notebook 05) goes through the same sampler.
 
 # %%
 spec, stretch = Race.read(Path("..") / protocol["races"][0]["spec"]), fast(1792, 640)
@@ -371,8 +370,8 @@ print("\nR of every arm against the network's own constant, 0.5:\n\n" + every.fi
 # $x_0$-network, judged by validation loss, every arm beats const-eps by far more, plain const-x0 too.
 #
 # **The abstract's number does appear**: with $x_0$-networks against const-x0, at thresholds other than the primary one. The first table below
-# lists where. Min-SNR, which learns nothing, has it in the same places. The protocol wants such finds
-# beside the settings with $R<1$: the second table counts both, bounds included where they bind.
+# lists where. Min-SNR, which learns nothing, has it in the same places. The second
+# table counts them beside all $R<1$.
 #
 # A question that the protocol did not ask, but a sceptic does: how much of the factor is due to the prior? We compare Dy-Sigma with Min-SNR
 # directly, at the same thresholds. This is not registered.
@@ -386,7 +385,7 @@ assert spots.notna().all(axis=None), "wherever dy-sigma reaches 3.7 against cons
 print(f"R >= 3.7 against const-x0, sample networks:\n\n{spots.to_string()}\n")
 flat["high"], flat["low"] = (flat.ratio >= 3.7) & (flat.bound != "<="), (flat.ratio < 1) & (flat.bound != ">=")
 tally = flat.groupby(["arm", "predicts", "rule"])[["high", "low"]].sum().astype(str).agg(", ".join, axis=1)
-print("number of R >= 3.7, and of R < 1:\n\n" + tally.unstack([1, 2]).fillna("").to_string())
+print(f"number of R >= 3.7, and of R < 1:\n\n{tally.unstack([1, 2]).fillna('').to_string()}")
 print("\nR of dy-sigma against min-snr:\n\n" + prior.said.unstack().to_string())
 
 # %% [markdown]
@@ -525,7 +524,7 @@ check("9.2", chosen_threshold)
 # - Five seeds find large factors only; see *detectable*.
 # - The distance with twelve sampling steps measures the sampler too (section 5). We learned that after the race; a next protocol should first
 #   send the best denoiser through its metric.
-# - Bits are the integral over t = 12 to 987 alone: on fields the cleanest timesteps, left out, hold more than half of the whole term.
+# - Bits are integrated from t = 12 to 987; on fields that leaves out more than half.
 # - One learning rate for all arms, tuned on a coarse grid with one seed.
 # - A threshold taken from Const's own curve may lie where that curve is flat, or below what some of its seeds ever reach: hence the bounds.
 #
