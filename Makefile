@@ -17,7 +17,7 @@ LOG := $(VENV)/pip.log
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lab notebooks bench
+.PHONY: help setup run test lab notebooks bench faults
 
 help:  ## list the targets
 	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -38,6 +38,9 @@ lab: $(STAMP)  ## open the collection in JupyterLab
 
 notebooks: $(STAMP)  ## execute all notebooks in full and write their outputs and figures
 	$(BIN)/dysigma notebooks
+
+faults: $(STAMP)  ## kill training runs at 50 moments and compare their ends with uninterrupted ones (long)
+	$(BIN)/python tests/faults.py --kills 50 --out runs/faults.json
 
 bench: $(STAMP)  ## time training steps and weightings against hand-written ones
 	$(BIN)/dysigma benchmark
