@@ -134,7 +134,7 @@ def obedience(model, train, schedule, count, factor):
     """Sampled images of each held-out caption, and the share whose colours are nearest to those of a class held out.
 
     Nearest: of the mean histograms of all ten classes, in Hellinger distance. Two classes of ten are right, so that
-    chance is near 0.2.
+    chance is near 0.2. Pictures of coloured noise can pass, so look at the samples too.
     """
     labels = torch.tensor(HELD_OUT).repeat_interleave(count // 2)
     caption = 1 + labels * len(TEMPLATES[train.name])
@@ -176,7 +176,7 @@ def main() -> None:
     checkpoints = sorted(
         {args.batch_size * max(1, round(steps * share)) for share in (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1)}
     )
-    path = args.out / "records.jsonl"
+    path, started = args.out / "records.jsonl", provenance()
     done = (
         {tuple(json.loads(line)[k] for k in ("seed", "arm")) for line in path.read_text().splitlines()}
         if path.exists()
@@ -199,9 +199,9 @@ def main() -> None:
             for factor in (1.0, 3.0):
                 images, record[f"obedience_{factor:g}"] = obedience(model, train, schedule, args.samples, factor)
             record |= {"parameters": sum(p.numel() for p in model.parameters())}
-            record |= {"cpu_seconds": round(time.process_time() - began, 1), "provenance": provenance()}
+            record |= {"cpu_seconds": round(time.process_time() - began, 1), "provenance": started}
             if seed == 200:
-                save_grid(images, args.out / f"samples-{arm}.png", columns=args.samples // 2)
+                save_grid(images, args.out / f"samples-{arm}.png", columns=args.samples // 2, scale=3)
             with path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
             print(seed, arm, [round(sum(row) / len(row), 4) for row in curve], record["obedience_3"], flush=True)
