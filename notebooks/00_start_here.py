@@ -71,7 +71,7 @@ banner(NOTEBOOK)
 # | [07 Gradient conflicts](07_gradient_conflicts.ipynb) | do the timesteps really pull apart, once noise is accounted for? |
 # | [08 Pareto trade-offs](08_pareto_trade_offs.ipynb) | what is the best any weighting could do? |
 # | [09 The convergence race](09_the_convergence_race.ipynb) | is it 3.7 times faster, and than what? |
-# | 10 Reuse | your own loop, your own data, your own weighting *(planned)* |
+# | [10 Reuse](10_reuse.ipynb) | your own loop, your own data, your own weighting |
 #
 # **Three routes.** *The 45-minute tour:* this notebook, sections 1 to 4 of 01, sections 1, 2 and 7 of 03; later 05 and 09. *The full course:* in order; each
 # notebook needs the ones before it, says how long it takes, and has exercises with checks. *Only the API:* read the
