@@ -134,11 +134,11 @@ def _train(args: argparse.Namespace) -> None:
 def _device_run(path: Path, device: str) -> tuple[Any, Any, Any, Any]:
     """(config, model with EMA weights, schedule, torch device) of a finished run."""
     from .runs import load_run
-    from .training import TrainConfig, make_parts, resolve_device
+    from .training import TrainConfig, resolve_device
 
     run, target = load_run(path), resolve_device(device)
     config = TrainConfig.from_dict(run.config)
-    return config, run.pipeline().unet.to(target), make_parts(config)[0].to(target), target
+    return config, run.pipeline().unet.to(target), config.noise_schedule().to(target), target
 
 
 def _add_sample(commands: Any) -> None:
