@@ -143,7 +143,7 @@ print(f"{len(mine):,} gradients agree; the largest difference is {(mine - theirs
 # %% [markdown]
 # ## 3 · Predict: what does add_noise add?
 #
-# Every scheduler of diffusers for images has `add_noise`, and training scripts use it. Take a fresh `DPMSolverMultistepScheduler` and noise an
+# Most schedulers of diffusers have `add_noise`, and training scripts use it. Take a fresh `DPMSolverMultistepScheduler` and noise an
 # image to timestep 0, the cleanest of 1000, where $\sigma=0.01$. What is the standard deviation of the noise that `add_noise` puts there?
 
 # %%
@@ -429,7 +429,7 @@ plots.show(
 #
 # - By the mean over timesteps, Dy-Sigma reaches the loss of const-eps with 2.4 times fewer images, and that of Min-SNR, its prior, with 1.2 times fewer. In
 #   bits per dimension const-eps is ahead of both. Uncertainty weighting lies between by the first judge, and is level with const-eps by the second.
-# - Which "Const"? Against const-x0 any factor could be claimed: three of its four seeds do not get there.
+# - Which "Const"? Against const-x0 any factor could be claimed: three of its four seeds never reach that loss.
 # - *The control*: the loss on the old palettes, of which no image is seen in this phase, falls too, most with Dy-Sigma. So a good part of the gain is
 #   not adaptation. The model was pretrained with const-eps, briefly, and had unfinished work at the noisy timesteps. Whether the gain remains
 #   after a long pretraining is a question for a GPU.
