@@ -24,7 +24,7 @@
 #
 # **You need** [01](01_forward_process_and_snr.ipynb) (log-SNR, the floor of the loss) and the training loop of [00](00_start_here.ipynb).
 #
-# **Time** reading 30 min · running about 90 s (short run 15 s) on two CPU cores · memory under 1 GB.
+# **Time** reading 30 min · running about 100 s (short run 15 s) on two CPU cores · memory under 1 GB.
 #
 # **Functions introduced** `dysigma.gradients.negative_transfer`, `dysigma.gradients.conflicts`, `dysigma.pareto.non_dominated`,
 # `dysigma.bins.Bins`, `dysigma.exact.gaussian_fields`, `dysigma.exact.LinearDenoiser`.
@@ -74,9 +74,9 @@ banner(NOTEBOOK)
 # %%
 schedule, bands = NoiseSchedule.cosine(1000), Bins.uniform(1000, 5)
 edges, labels = bands.edges.tolist(), ["cleanest", "clean", "middle", "noisy", "noisiest"]
-data, test = gaussian_fields(8192), gaussian_fields(64, split="test")
+data, test = gaussian_fields(8192), gaussian_fields(fast(64, 16), split="test")
 probes = evaluation_timesteps(1000, 40)  # eight in each band
-x0, at = (test.images.float() / 127.5 - 1).repeat(40, 1, 1, 1), probes.repeat_interleave(64)
+x0, at = (test.images.float() / 127.5 - 1).repeat(40, 1, 1, 1), probes.repeat_interleave(len(test.images))
 noise = torch.randn(x0.shape, generator=generator(0, 0, "noise"))
 x_t = schedule.add_noise(x0, noise, at)
 
@@ -94,7 +94,7 @@ def by_band(values):
 
 
 best = wiener(x_t, at)
-best_loss = by_band((best - noise).square().mean((1, 2, 3)).view(40, 64).mean(1))
+best_loss = by_band((best - noise).square().mean((1, 2, 3)).unflatten(0, (40, -1)).mean(1))
 floor = by_band(field_floor(schedule)[probes])
 torch.testing.assert_close(best_loss, floor, rtol=0.1, atol=0, msg="the Wiener filter must reach the floor")
 print("band       ", *(f"{name:>9s}" for name in labels))
@@ -138,7 +138,7 @@ def train(model, rates, seed, first=0, last=1000, weighting=None):
 @torch.no_grad()
 def excess(model):
     """The loss above the floor at each probe, (40,)."""
-    return (model.eval()(x_t, at).sample - best).square().mean((1, 2, 3)).view(40, 64).mean(1)
+    return (model.eval()(x_t, at).sample - best).square().mean((1, 2, 3)).unflatten(0, (40, -1)).mean(1)
 
 
 def interval(values):
@@ -161,11 +161,11 @@ QUESTION_TEAM = "Bands (of 5) in which the specialists end lower than the shared
 predict(QUESTION_TEAM, 5)
 
 # %%
-STEPS, seeds = fast(300, 60), range(fast(5, 2))
+STEPS, seeds = fast(300, 50), range(fast(5, 2))
 shared = [train(untrained(seed), fading(STEPS), seed) for seed in seeds]
-loss = sample_losses(shared[0], schedule, x0, noise, at, "epsilon").detach().view(40, 64).mean(1)
+loss = sample_losses(shared[0], schedule, x0, noise, at, "epsilon").detach().unflatten(0, (40, -1)).mean(1)
 gap = by_band(loss) - best_loss - by_band(excess(shared[0]))
-assert gap.abs().max() < 0.01, "the loss must be floor plus excess, up to the noise of these draws"
+assert gap.abs().max() < fast(0.01, 0.05), "the loss must be floor plus excess, up to the noise of these draws"
 
 ours = torch.stack([excess(model) for model in shared])  # (seeds, 40)
 parts = [[train(untrained(s), fading(STEPS // 5), s, *edges[k : k + 2]) for k in range(5)] for s in seeds]
@@ -217,8 +217,8 @@ for name, point, kept in zip(["shared", *(f"trained on {k}" for k in labels)], p
 assert points.min() > 0, "no network may lie below the floor"
 
 # %% [markdown]
-# The shared network dominates all five. That does not make it Pareto optimal: it is not dominated *by these*, and training it longer gives networks that
-# dominate it.
+# The shared network dominates all five. That does not make it Pareto optimal: it is not dominated *by these*, and some more steps on all bands give one
+# that dominates it (section 3).
 #
 # ## 3 · Negative transfer, measured
 #
@@ -236,10 +236,10 @@ predict(QUESTION_FAR, -0.1)
 # %%
 RATE, TUNE = 3e-4, fast(20, 6)
 tune = partial(
-    negative_transfer, images=data, schedule=schedule, bins=bands, samples_per_bin=fast(256, 64), progress=False
+    negative_transfer, images=data, schedule=schedule, bins=bands, samples_per_bin=fast(128, 32), progress=False
 )
 adam = partial(torch.optim.Adam, lr=RATE, fused=True)
-ages = {f"{n} steps": n for n in (10, fast(60, 30), STEPS)}
+ages = {f"{n} steps": n for n in (10, fast(60, 25), STEPS)}
 networks, change, control = {}, {}, {}
 for age, steps in ages.items():
     networks[age] = shared if steps == STEPS else [train(untrained(seed), fading(steps), seed) for seed in seeds]
@@ -273,8 +273,8 @@ plots.show(
     fig,
     "02_transfer",
     title="What training on one band does to the others",
-    caption="Change of the excess in the column's band when a copy trains on the row's band alone. Means over five seeds; a circle marks a 95 % interval that contains 0. After 10 steps every band helps every other. After 60 the cleanest band and the rest work against each other. After 300 only two pairs of neighbours on the noisy side still help, and the excess of a distant band grows by up to 77 %.",
-    alt="Three signed 5 by 5 matrices, trained on by measured on. After 10 steps all entries are negative, about -0.2 to -0.36. After 60 steps the first row and the first column are positive except on the diagonal, the rest negative. After 300 steps the diagonal is negative and most other entries are positive, up to 0.77, except between the noisy and noisiest bands and around the middle.",
+    caption="Change of the excess in the column's band when a copy trains on the row's band alone. Means over five seeds; a circle marks a 95 % interval that contains 0. After 10 steps every band helps every other. After 60 the cleanest band and the rest work against each other. After 300 only two pairs of neighbours on the noisy side still help, and the excess of a distant band grows by up to three quarters.",
+    alt="Three signed 5 by 5 matrices, trained on by measured on. After 10 steps all entries are negative, about -0.2 to -0.36. After 60 steps the first row and the first column are positive except on the diagonal, the rest negative. After 300 steps the diagonal is negative and most other entries are positive, up to 0.76, except between the noisy and noisiest bands and around the middle.",
     notebook=NOTEBOOK,
 )
 
@@ -290,8 +290,8 @@ assert (idle.change == 0).all(), "the null, a copy with learning rate 0, must no
 # - **After 10 steps** all 20 pairs help. The first lesson is the same at every noise level.
 # - **After 60** the cleanest band has parted from the rest: what it learns hurts all others, and three of the four hurt it. Those four still help each other (one pair
 #   cannot be told apart from 0).
-# - **After 300** 15 of 20 pairs hurt. What still helps is next door and noisy. The matrix is not symmetric: `noisiest` costs `clean` 77 %,
-#   `clean` costs `noisiest` 35 %.
+# - **After 300** 15 of 20 pairs hurt. What still helps is next door and noisy. The matrix is not symmetric: `noisiest` costs `clean` three quarters
+#   of its excess, `clean` costs `noisiest` about a third.
 #
 # Negative transfer has an age.
 #
@@ -314,7 +314,7 @@ assert (own[late] - control[late]).mean() < (own[early] - control[early]).mean()
 
 # %% [markdown]
 # Early, specialising gains next to nothing over the control. Late it gains 14 to 31 % of the excess, while the control with as many steps stands still. Even at
-# equal total work the copies end lower in the clean, noisy and noisiest bands, level in the middle, and the cleanest is hard to tell. Compare section 1: five networks lose when
+# equal total work the copies end lower in four bands, though only the noisiest by much, and level in the middle. Compare section 1: five networks lose when
 # they start from nothing, and win, by a little, when they start from a shared one. That is the price of sharing *from here on*.
 #
 # ## 4 · Why: inner products of gradients
@@ -512,7 +512,7 @@ check("2.3", change_of_second)
 # ## What you can now do
 #
 # - Put a number on sharing: shared against specialised copies, at equal work, above a floor.
-# - Use dominance, Pareto optimality, utopia point and price of sharing for numbers, and distrust "not dominated" when there are many objectives.
+# - Apply dominance, Pareto optimality, utopia point and price of sharing to measured losses, and distrust "not dominated" when there are many objectives.
 # - Measure negative transfer on your own network with `negative_transfer`, with a control that trains on everything, at more than one age.
 # - Read $-\eta\,g_i\cdot g_j$ as the first-order effect of band $i$ on band $j$, and know that it is about small steps of plain gradient descent.
 #
