@@ -234,6 +234,13 @@ def test_sentences_say_what_the_report_does(capsys):
     assert f"{round(3 * report.sure_conflict_rate)} of them for sure" in lines[1]
     assert f"{lowest:.3f} [{low:.3f}, {high:.3f}], timesteps {spans[i]} and {spans[j]}." in lines[2]
     assert ("every bin's loss" in lines[-1]) == (report.stationarity_interval[0] > 0) and len(lines) == 4
+    # One pair below 0 with its interval, one with its estimate alone, one with the low end of its interval alone.
+    cosine, error = torch.eye(3, dtype=torch.float64), torch.full((3, 3), 0.2, dtype=torch.float64)
+    for (i, j), value, se in (((0, 1), -0.5, 0.01), ((0, 2), -0.1, 0.2), ((1, 2), 0.1, 0.2)):
+        cosine[i, j] = cosine[j, i] = value
+        error[i, j] = error[j, i] = se
+    mixed = dataclasses.replace(report, cosine_debiased=cosine, cosine_se=error)
+    assert "Conflict: 2 pairs have a negative cosine, 1 of them for sure" in _conflict_sentences(mixed, spans)[1]
     unknown = report.cosine_debiased.clone()
     unknown[2], unknown[:, 2] = float("nan"), float("nan")
     lines = _conflict_sentences(dataclasses.replace(report, cosine_debiased=unknown, undetermined=2), spans)

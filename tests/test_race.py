@@ -46,17 +46,18 @@ def test_a_race_records_every_entry_once_and_goes_on_where_it_stopped(tmp_path):
 
 
 def test_an_entry_that_fails_ends_the_race_and_the_others_wait_for_the_next_call(tmp_path):
-    spec = Race.from_dict(SPEC)
+    spec = Race.from_dict(SPEC | {"seeds": [0, 1, 2, 3]})
     foreign = tmp_path / "entries" / "0001"
     foreign.mkdir(parents=True)
     (foreign / "config.json").write_text("{}")
     with pytest.raises(RunError, match="another configuration"):
         race(spec, tmp_path, progress=False)
-    assert len(list((tmp_path / "entries").iterdir())) < 4, "entries that had not begun must not begin"
+    # Beside the foreign one, a worker may have had two more in hand.
+    assert len(list((tmp_path / "entries").iterdir())) <= 3, "entries that had not begun must not begin"
     foreign.joinpath("config.json").unlink()
     foreign.rmdir()
     race(spec, tmp_path, progress=False)
-    assert len(load_race(tmp_path)) == 4
+    assert len(load_race(tmp_path)) == 8
 
 
 def test_workers_end_with_the_process_that_started_them(tmp_path):
