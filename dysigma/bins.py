@@ -98,6 +98,6 @@ def over_ranks(*columns: Tensor) -> tuple[Tensor, ...]:
     mine = torch.stack([column.detach().float() for column in columns])  # exact for timesteps below 2^24
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return tuple(mine)
-    every = mine.new_empty(torch.distributed.get_world_size() * len(mine), mine.shape[1])
-    torch.distributed.all_gather_into_tensor(every, mine)
-    return tuple(every.view(-1, *mine.shape).transpose(0, 1).reshape(len(mine), -1))
+    every = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(every, mine)
+    return tuple(torch.cat(every, dim=1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -50,7 +51,7 @@ HELP = {
     "validation_timesteps": "timesteps per validation",
     "distance_images": "images sampled at each validation for their Fréchet distance to the training images",
     "distance_steps": "DDIM steps of those samples",
-    "features": "features of that distance: pixels, or a TorchScript file from uint8 images to (N, D)",
+    "features": "features of that distance: pixels, fid, or a TorchScript file from uint8 images to (N, D)",
     "conflicts_from": "images before the first report of gradient conflicts in metrics.jsonl, then at every doubling",
     "device": "auto, cpu, cuda, cuda:1, mps",
     "precision": "auto (bfloat16 on CUDA), float32 or bfloat16",
@@ -128,7 +129,9 @@ def _train(args: argparse.Namespace) -> None:
     if args.resume and not args.config and (args.out / "config.json").exists():
         base = read_config(args.out / "config.json")
     run = train(TrainConfig.from_dict(base | given), args.out, resume=args.resume, progress=not args.quiet)
-    print(f"done: {run.summary['images']:,} images, validation loss {run.summary['validation_loss']:.4f}, {run.path}")
+    if os.environ.get("RANK", "0") == "0":  # of torchrun; the process group has ended
+        loss = run.summary["validation_loss"]
+        print(f"done: {run.summary['images']:,} images, validation loss {loss:.4f}, {run.path}")
 
 
 def _device_run(path: Path, device: str) -> tuple[Any, Any, Any, Any]:
@@ -145,7 +148,7 @@ def _add_sample(commands: Any) -> None:
     parser = commands.add_parser("sample", help="draw images from a run as a PNG grid and, if asked, an .npz file")
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder written by dysigma train")
     parser.add_argument("--num-images", type=int, default=64, help="how many (default: 64)")
-    parser.add_argument("--sampler", default="ddim", help="ddim, dpm-solver or ddpm (default: ddim)")
+    parser.add_argument("--sampler", default="ddim", help="ddim, dpm-solver, heun or ddpm (default: ddim)")
     parser.add_argument("--steps", type=int, default=50, help="network evaluations per image (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="of latents and noise (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
@@ -176,26 +179,54 @@ def _sample(args: argparse.Namespace) -> None:
 
 
 def _add_evaluate(commands: Any) -> None:
-    parser = commands.add_parser("evaluate", help="per-timestep validation losses and ELBO of a run")
-    parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder written by dysigma train")
+    parser = commands.add_parser(
+        "evaluate",
+        help="per-timestep validation losses and ELBO of a run; with --metric also FID or another distance",
+        description="Losses and ELBO on test images, and with --metric the Fréchet distance and KID of samples to the "
+        "unaugmented training images. Writes RUN/evaluation.json.",
+    )
+    parser.add_argument("run_folder", type=Path, nargs="?", metavar="RUN", help="run folder written by dysigma train")
     parser.add_argument("--num-images", type=int, default=256, help="test images (default: 256)")
     parser.add_argument("--timesteps", type=int, default=50, help="timesteps of the loss curve (default: 50)")
     parser.add_argument("--elbo-timesteps", type=int, default=50, help="timesteps per image of the ELBO (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="of latents and noise (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     parser.add_argument("--data-root", help="where CIFAR-10 lies, if not where it was in training")
+    group = parser.add_argument_group("distance of samples")
+    group.add_argument("--metric", help="fid, pixels, a TorchScript file, or a name of your own for that in --features")
+    group.add_argument("--features", type=Path, help="TorchScript file from uint8 images to (N, D)")
+    group.add_argument("--samples", type=int, nargs="+", default=[10_000], help="how many (default: 10000)")
+    group.add_argument("--nfe", type=int, default=50, help="network evaluations per sample (default: 50)")
+    group.add_argument("--sampler", default="ddim", help="ddim, dpm-solver, heun or ddpm (default: ddim)")
+    group.add_argument("--reference-images", type=int, help="only so many training images (default: all exact ones)")
+    group.add_argument(
+        "--reference-only", action="store_true", help="measure held-out training and test images instead"
+    )
+    group.add_argument("--data", help="for --reference-only without RUN: cifar10, an .npz file, ...")
+    group.add_argument(
+        "--out", type=Path, help="JSON file (default: RUN/evaluation.json, or reference-METRIC.json here)"
+    )
     parser.set_defaults(run=_evaluate)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
     from .evaluation import elbo, evaluation_timesteps, validation_losses
-    from .runs import provenance, write_json
+    from .runs import provenance, read_json, write_json
     from .training import load_split
 
+    if args.reference_only:
+        return _reference_only(args)
+    if args.run_folder is None or args.data or len(args.samples) > 1:
+        raise ValueError("name the run to evaluate; --data and several numbers of --samples are for --reference-only")
     if args.num_images < 2:
         raise ValueError(f"--num-images must be 2 or more, for a standard error; got {args.num_images}")
     config, model, schedule, device = _device_run(args.run_folder, args.device)
-    test = load_split(replace(config, data_root=args.data_root or config.data_root), "test", device)
+    config = replace(config, data_root=args.data_root or config.data_root)
+    out = args.out or args.run_folder / "evaluation.json"
+    distances = read_json(out).get("distances", {}) if out.exists() else {}
+    if args.metric:
+        distances |= _distance(args, config, model, schedule)
+    test = load_split(config, "test", device)
     images = test.images[: args.num_images]
     labels = None if not config.conditional or test.labels is None else test.labels[: args.num_images]
     timesteps = evaluation_timesteps(schedule.num_timesteps, args.timesteps)
@@ -207,8 +238,106 @@ def _evaluate(args: argparse.Namespace) -> None:
     print(f"ELBO: at most {bound.bits_per_dim:.4f} ± {bound.standard_error:.4f} bits/dim")
     curve = {"timesteps": timesteps.tolist(), "losses": losses.tolist()}
     about = {"images": len(images), "seed": args.seed, "prediction": config.prediction, "provenance": provenance()}
-    write_json(args.run_folder / "evaluation.json", about | curve | {"elbo": bound._asdict()})
-    print(args.run_folder / "evaluation.json")
+    write_json(out, about | curve | {"elbo": bound._asdict()} | ({"distances": distances} if distances else {}))
+    print(out)
+
+
+def _metric(args: argparse.Namespace, device: Any) -> tuple[Any, dict[str, Any]]:
+    """(features, what the record says of them) of --metric and --features."""
+    import hashlib
+
+    from .distances import inception, load_features
+
+    if args.metric is None or min(args.samples) < 20:
+        raise ValueError(f"choose a --metric and --samples of 20 or more; got {args.metric}, {args.samples}")
+    if args.metric == "pixels":
+        return load_features("pixels"), {"metric": "pixels (not FID)"}
+    if args.metric == "fid":
+        file, title = inception(args.features), "FID"
+    else:
+        file, name = (args.features, args.metric) if args.features else (Path(args.metric), Path(args.metric).stem)
+        title = f"fd_{name.removeprefix('fd_')} (not FID)"
+    features = load_features(str(file), device)
+    return features, {"metric": title, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+
+
+def _report_distance(about: dict[str, Any], features: Any, reference: Any, what: str) -> dict[str, Any]:
+    """The record of compare_features, also printed as a sentence."""
+    from .distances import compare_features
+    from .runs import provenance
+
+    found = compare_features(features, reference)
+    low, high = found["interval"]
+    limit = "fewer than twice as many images as features, so compare it at equal numbers alone"
+    if found["limit"] is not None:
+        limit = "without the bias of so few {:.2f} [{:.2f}, {:.2f}]".format(found["limit"], *found["limit_interval"])
+    print(
+        f"{about['metric']} {found['distance']:.2f} [{low:.2f}, {high:.2f}] of {found['images']:,} {what} to "
+        f"{found['reference_images']:,} unaugmented training images of {about['data']}; {limit}; "
+        f"KID {found['kid']:.5f} ± {found['kid_standard_error']:.5f}"
+    )
+    return about | {"of": what} | found | {"provenance": provenance()}
+
+
+def _distance(args: argparse.Namespace, config: Any, model: Any, schedule: Any) -> dict[str, Any]:
+    """{name of the metric: record} of samples from a run."""
+    import time
+
+    import torch
+
+    from .distances import extract
+    from .evaluation import sample_images
+    from .training import load_split
+
+    device, count, classes = model.device, args.samples[0], model.config["num_class_embeds"]
+    features, about = _metric(args, device)
+    train = load_split(replace(config, train_images=None), "train", device)
+    real, start = train.originals[: args.reference_images], time.perf_counter()
+    samples = sample_images(
+        model, schedule, (count, *real.shape[1:]), prediction_type=config.prediction, sampler=args.sampler,
+        num_steps=args.nfe, seed=args.seed, labels=torch.arange(count) % classes if classes else None,
+        compile=device.type == "cuda", progress=True,
+    )  # fmt: skip
+    seconds = round(time.perf_counter() - start, 3)
+    about |= {"data": train.name, "sampler": args.sampler, "nfe": args.nfe, "seed": args.seed, "seconds": seconds}
+    found, reference = (extract(features, images, progress=True) for images in (samples, real))
+    return {
+        about["metric"].split()[0]: _report_distance(
+            about, found, reference, f"samples ({args.sampler}, {args.nfe} evaluations)"
+        )
+    }
+
+
+def _reference_only(args: argparse.Namespace) -> None:
+    """Distances of held-out training images and of test images to the other training images, at each --samples."""
+    import torch
+
+    from .distances import extract
+    from .draws import generator
+    from .runs import load_run, write_json
+    from .training import TrainConfig, load_split, resolve_device
+
+    if (args.run_folder is None) == (args.data is None):
+        raise ValueError("--reference-only measures the images of a RUN or of --data: give one of them")
+    config = TrainConfig.from_dict(load_run(args.run_folder).config) if args.run_folder else TrainConfig(data=args.data)
+    config = replace(config, data_root=args.data_root or config.data_root, train_images=None, conditional=False)
+    device, most = resolve_device(args.device), max(args.samples)
+    features, about = _metric(args, device)
+    train, test = load_split(config, "train", device), load_split(config, "test", device)
+    order = torch.randperm(len(train.originals), generator=generator(args.seed, 0, "reference"))
+    real = train.originals[order[: most + (args.reference_images or len(order))].to(device)]
+    if len(real) < most + 20:
+        raise ValueError(f"{train.name} has {len(real)} training images; --samples holds {most} of them out")
+    real, held_out = (extract(features, images, progress=True) for images in (real, test.originals[:most]))
+    about |= {"data": train.name, "seed": args.seed}
+    rows = [
+        _report_distance(about, images[:count], real[most:], f"{split} images")
+        for count in args.samples
+        for split, images in (("held-out training", real[:most]), ("test", held_out))
+    ]
+    out = args.out or Path(f"reference-{about['metric'].split()[0]}.json")
+    write_json(out, rows)
+    print(out)
 
 
 def _add_conflicts(commands: Any) -> None:
@@ -256,7 +385,7 @@ def _pipeline_parts(path: Path) -> tuple[Any, Any, str]:
     if not {name, "scheduler"} <= set(parts):
         raise ValueError(f"{path} must have a unet or transformer, and a scheduler; it has {parts}")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True)
+        pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True, use_safetensors=True)
     except Exception as error:  # a damaged file makes the loaders raise almost anything
         raise ValueError(f"{path} does not open as a diffusers pipeline: {' '.join(str(error).split())}") from error
     network, scheduler = getattr(pipeline, name), pipeline.scheduler

@@ -84,6 +84,11 @@ class ImageData:
         """How many class_names, or else one more than the largest label; None without labels."""
         return None if self.labels is None else len(self.class_names or ()) or int(self.labels.max()) + 1
 
+    @property
+    def originals(self) -> Tensor:
+        """The images that are exact, (M, C, H, W)."""
+        return self.images if self.exact is None else self.images[self.exact]
+
     def to(self, device: torch.device | str) -> ImageData:
         """The same data on `device`; where it already is there, in the same memory."""
         return self._map(lambda x: x.to(device))
@@ -324,9 +329,14 @@ def _decode(file: Path) -> Tensor:
         raise ValueError(f"{file} cannot be read as an image of 8 bits a channel ({error})") from error
 
 
-def _cifar10(root: str | Path | None, split: str) -> ImageData:
+def data_folder(root: str | Path | None = None) -> Path:
+    """Where downloads lie: root, else the environment variable DYSIGMA_DATA, else the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dysigma"
-    place = Path(root or os.environ.get("DYSIGMA_DATA") or cache).expanduser()
+    return Path(root or os.environ.get("DYSIGMA_DATA") or cache).expanduser()
+
+
+def _cifar10(root: str | Path | None, split: str) -> ImageData:
+    place = data_folder(root)
     if place.suffix in (".gz", ".npz") and not place.is_file():
         raise ValueError(f"there is no CIFAR-10 file {place}: give an existing file, or the folder that holds it")
     archive = place / "cifar-10-python.tar.gz"
@@ -335,7 +345,7 @@ def _cifar10(root: str | Path | None, split: str) -> ImageData:
             return replace(_npz(found, split), class_names=CIFAR10_CLASSES)
         if found.is_file() or all((found / name).is_file() for name in CIFAR10_BATCHES[split]):
             return _official(found, split)
-    _download(archive)
+    download("CIFAR-10", CIFAR10_URL, archive, CIFAR10_BYTES, CIFAR10_MD5, "--data-root or DYSIGMA_DATA")
     return _official(archive, split)
 
 
@@ -346,7 +356,7 @@ def _official(place: Path, split: str) -> ImageData:
         files = _read_batches(place, hashes.keys())
         for name, expected in hashes.items():
             raw = files.pop(name)
-            _check_md5(BytesIO(raw), name, expected)
+            check_digest(BytesIO(raw), name, expected)
             contents[name] = _ArraysOnly(BytesIO(raw), encoding="bytes").load()  # Python 2 wrote it: strings are bytes
         labels = torch.cat([torch.tensor(contents[name][b"labels"]) for name in hashes])
         images = _stack(((name, torch.from_numpy(contents.pop(name)[b"data"])) for name in hashes), len(hashes))
@@ -360,7 +370,7 @@ def _read_batches(place: Path, names: Set[str]) -> dict[str, bytes]:
     if place.is_dir():
         return {name: (place / name).read_bytes() for name in names}
     with place.open("rb") as stream:
-        _check_md5(stream, "the archive", CIFAR10_MD5)
+        check_digest(stream, "the archive", CIFAR10_MD5)
     with tarfile.open(place, "r:gz") as tar:
         members = ((Path(member.name).name, tar.extractfile(member)) for member in tar if member.isreg())
         files = {name: file.read() for name, file in members if name in names and file}
@@ -369,10 +379,12 @@ def _read_batches(place: Path, names: Set[str]) -> dict[str, bytes]:
     return files
 
 
-def _check_md5(stream: Any, name: str, expected: str) -> None:
-    found = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+def check_digest(stream: Any, name: str, expected: str) -> None:
+    """Raise ValueError unless a binary stream has the expected MD5 (32 hex digits) or SHA-256 (64)."""
+    kind = "MD5" if len(expected) == 32 else "SHA256"
+    found = hashlib.file_digest(stream, lambda: hashlib.new(kind, usedforsecurity=False)).hexdigest()
     if found != expected:
-        raise ValueError(f"{name} is truncated or changed: its MD5 is {found}, the official one {expected}")
+        raise ValueError(f"{name} is truncated or changed: its {kind} is {found}, the official one {expected}")
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -386,32 +398,35 @@ class _ArraysOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"a pickle asks for {module}.{name}, which is no numpy array")
 
 
-def _download(archive: Path) -> None:
-    """Fetch the official archive over HTTPS; what an interrupted download left in `.part` is continued."""
+def download(what: str, url: str, target: Path, size: int, digest: str, options: str) -> None:
+    """Fetch a published file over HTTPS and verify it; what an interrupted download left in `.part` is continued.
+
+    options: how the user names another place. Raises ConnectionError, or ValueError if what arrives is not that file.
+    """
     from tqdm import tqdm
 
-    part = archive.with_name(archive.name + ".part")
+    part = target.with_name(target.name + ".part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         done = part.stat().st_size if part.exists() else 0
-        if done < CIFAR10_BYTES:
-            request = Request(CIFAR10_URL, headers={"Range": f"bytes={done}-"})
+        if done < size:
+            request = Request(url, headers={"Range": f"bytes={done}-"})
             # A status other than 206 means that the server sends all of it again.
             with urlopen(request, timeout=30) as reply, part.open("ab" if reply.status == 206 else "wb") as file:
-                with tqdm(total=CIFAR10_BYTES, initial=file.tell(), unit="B", unit_scale=True) as bar:
+                with tqdm(total=size, initial=file.tell(), unit="B", unit_scale=True, desc=target.name) as bar:
                     while block := reply.read(1 << 20):
                         bar.update(file.write(block))
                 done = file.tell()
-        if done < CIFAR10_BYTES:
-            raise ConnectionError(f"it broke off after {done} of {CIFAR10_BYTES} bytes")
+        if done < size:
+            raise ConnectionError(f"it broke off after {done} of {size} bytes")
         with part.open("rb") as stream:
-            _check_md5(stream, "the download", CIFAR10_MD5)
-        part.replace(archive)
+            check_digest(stream, "the download", digest)
+        part.replace(target)
     except (OSError, HTTPException) as error:
         raise ConnectionError(
-            f"CIFAR-10 is not in {archive.parent}, and downloading {CIFAR10_URL} failed ({error}): run again when "
-            "online to continue, put that file there, or name a folder that holds it (--data-root or DYSIGMA_DATA)"
+            f"{what} is not in {target.parent}, and downloading {url} failed ({error}): run again when online to "
+            f"continue, put that file there, or name a place that holds it ({options})"
         ) from error
     except ValueError as error:
         part.unlink()
-        raise ValueError(f"{CIFAR10_URL}: {error}; it was removed, run again") from error
+        raise ValueError(f"{url}: {error}; it was removed, run again") from error

@@ -6,46 +6,95 @@ alone: name the features and the numbers of images beside every value.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .data import check_digest, data_folder, download
+
 Features = Callable[[Tensor], Tensor]  # (N, C, H, W) uint8 to (N, D)
 
+# The network of most published FIDs (Heusel et al. 2017), translated to TorchScript by the authors of StyleGAN2-ADA;
+# it resizes the images itself. k-diffusion and others pin the same hash.
+INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+INCEPTION_BYTES = 95_607_719
+INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 
-class Moments(NamedTuple):
-    """Mean (D,), covariance (D, D) and number of the features of some images; float64, on the CPU."""
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Mean (D,), covariance (D, D) and number of the features of some images, float64."""
 
     mean: Tensor
     covariance: Tensor
     number: int
 
+    @functools.cached_property
+    def root(self) -> Tensor:
+        """The symmetric square root of the covariance."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+
+def inception(file: str | Path | None = None) -> Path:
+    """The verified file of FID's network: the one given, else that in the data folder, downloaded if it is not there.
+
+    Raises ConnectionError offline, ValueError for another file.
+    """
+    path = Path(file) if file else data_folder() / INCEPTION_URL.rpartition("/")[2]
+    if file is None and not path.exists():
+        other = "--features or DYSIGMA_DATA; losses, the ELBO, --metric pixels and other networks by path need none"
+        download("FID's network", INCEPTION_URL, path, INCEPTION_BYTES, INCEPTION_SHA256, other)
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}; {INCEPTION_URL} is what FID needs")
+    with path.open("rb") as stream:
+        check_digest(stream, str(path), INCEPTION_SHA256)
+    return path
+
 
 def load_features(source: str, device: torch.device | str = "cpu") -> Features:
-    """ "pixels": each image as one vector in [-1, 1]; else a TorchScript file: uint8 (N, C, H, W) to features (N, D).
+    """Maps uint8 images (N, C, H, W) to features (N, D).
 
-    Raises ValueError for a file that is not there or not TorchScript.
+    source: "pixels", each image as one vector in [-1, 1]; "fid", the network of FID; or a TorchScript file that does
+    the same, called with return_features=True where it takes that. Raises ValueError for anything else.
     """
     if source == "pixels":
         return lambda images: images.flatten(1).double() / 127.5 - 1
+    path = inception() if source == "fid" else source
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript, the format that needs no code to open
-            network = torch.jit.load(source, map_location=device)
+            network: Any = torch.jit.load(path, map_location=device)
+        options = {"return_features": True} if "return_features" in str(network.forward.schema) else {}
     except (RuntimeError, ValueError) as error:
         what = "is not a TorchScript file" if Path(source).is_file() else "does not exist"
-        raise ValueError(f"features must be 'pixels' or a TorchScript file; {source} {what}") from error
-    return lambda images: network(images.to(device))
+        raise ValueError(f"features must be 'pixels', 'fid' or a TorchScript file; {source} {what}") from error
+
+    def features(images: Tensor) -> Tensor:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # whose rounding a distance would show
+            return network(images.to(device).expand(-1, 3, -1, -1), **options)
+
+    return features
 
 
 @torch.no_grad()
-def extract(features: Features, images: Tensor, batch_size: int = 256) -> Tensor:
-    """Features (N, D) float64, on the CPU, of uint8 images (N, C, H, W)."""
-    return torch.cat([features(part).double().cpu() for part in images.split(batch_size)])
+def extract(features: Features, images: Tensor, batch_size: int = 256, progress: bool = False) -> Tensor:
+    """Features (N, D) float64 of uint8 images (N, C, H, W); on a CUDA device if they come from one, else on the CPU."""
+    from tqdm.auto import tqdm
+
+    found = []
+    with tqdm(total=len(images), unit="img", desc="features", disable=not progress) as bar:
+        for part in images.split(batch_size):
+            values = features(part)
+            found.append(values.to(values.device if values.is_cuda else "cpu").double())
+            bar.update(len(part))
+    return torch.cat(found)
 
 
 def moments(features: Tensor) -> Moments:
@@ -60,9 +109,65 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
     Estimated covariances bias it upwards, by about a constant over the number of images: compare equal numbers alone.
     """
-    values, vectors = torch.linalg.eigh(a.covariance)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    # A and B both semi-definite: the roots of the eigenvalues of A B are those of the symmetric A^(1/2) B A^(1/2).
-    cross = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
+    # A and B both semi-definite: the roots of the eigenvalues of A B are those of the symmetric B^(1/2) A B^(1/2).
+    cross = torch.linalg.eigvalsh(b.root @ a.covariance @ b.root).clamp(min=0).sqrt().sum()
     square = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
     return float(square)
+
+
+def kernel_distance(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """KID, the squared maximum mean discrepancy of features (N, D) and (M, D), and its standard error.
+
+    Unbiased, with the kernel (a b / D + 1)^3 (Bińkowski et al. 2018): the mean over disjoint subsets, ten or more, of
+    1000 at most. Raises ValueError for fewer than 20 rows.
+    """
+    rows = min(len(x), len(y))
+    if rows < 20:
+        raise ValueError(f"a kernel distance needs 20 images of each kind or more; got {len(x)} and {len(y)}")
+    count = max(10, rows // 1000)
+    size, values = rows // count, []
+    for i in range(count):
+        a, b = x[i::count][:size], y[i::count][:size]
+        within = sum((k.sum() - k.trace()) for k in (_kernel(a, a), _kernel(b, b))) / (size * (size - 1))
+        values.append(within - 2 * _kernel(a, b).mean())
+    found = torch.stack(values)
+    return float(found.mean()), float(found.std() / count**0.5)
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def compare_features(features: Tensor, reference: Tensor) -> dict[str, Any]:
+    """How far samples with these features (N, D) are from images with reference (M, D); both are on one device.
+
+    "distance" is frechet_distance, "limit" what a bias proportional to 1 / N leaves of it, both with 95 % intervals
+    over samples, the reference being given: from a jackknife over ten groups (Tukey 1958), because resampling with
+    replacement would bias the distance further. With N < 2 D the bias is not of that form, and limit is None. "kid"
+    is kernel_distance, unbiased at any N, with its standard error. Raises ValueError for fewer than 20 rows.
+    """
+    kid, kid_se = kernel_distance(features, reference)
+    whole, target, groups = moments(features), moments(reference), 10
+    parts = [(features - whole.mean)[i::groups] for i in range(groups)]
+    squares = [part.T @ part for part in parts]
+    total, values = torch.stack(squares).sum(0), []
+    for part, square in zip(parts, squares, strict=True):
+        number = whole.number - len(part)
+        mean = -part.sum(0) / number
+        covariance = (total - square - number * torch.outer(mean, mean)) / (number - 1)
+        values.append(frechet_distance(Moments(whole.mean + mean, covariance, number), target))
+    distance = frechet_distance(whole, target)
+    pseudo = groups * distance - (groups - 1) * torch.tensor(values, dtype=torch.float64)
+    limit, half = float(pseudo.mean()), 2.262 * float(pseudo.std()) / groups**0.5  # Student's t, 9 degrees of freedom
+    known = whole.number >= 2 * features.shape[1]
+    return {
+        "distance": distance,
+        "interval": [distance - half, distance + half],
+        "limit": limit if known else None,
+        "limit_interval": [limit - half, limit + half] if known else None,
+        "kid": kid,
+        "kid_standard_error": kid_se,
+        "images": whole.number,
+        "reference_images": target.number,
+        "features": features.shape[1],
+    }

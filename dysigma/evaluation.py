@@ -15,7 +15,7 @@ from .objective import predict, sample_losses
 from .plots import tile
 from .schedule import NoiseSchedule, canonical_prediction_type
 
-SAMPLERS = ("ddim", "dpm-solver", "ddpm")
+SAMPLERS = ("ddim", "dpm-solver", "heun", "ddpm")
 
 
 def _model_kwargs(labels: Tensor | None) -> dict[str, Tensor]:
@@ -177,14 +177,16 @@ def sample_images(
     seed: int = 0,
     labels: Tensor | None = None,
     batch_size: int = 256,
+    compile: bool = False,
     progress: bool = False,
 ) -> Tensor:
     """Draw images with a diffusers sampler: (N, C, H, W) uint8 on the model's device.
 
     shape: (N, C, H, W); sampler: "ddim", "dpm-solver" (DPM-Solver++ 2M; it amplifies the errors that a briefly trained
-    network makes at the noisiest timesteps, into saturated colours) or "ddpm" (ancestral; use num_steps near T). The
-    latents are a function of (seed, image number). Raises KeyError for an unknown sampler, ValueError for numbers out
-    of range or samples that are not finite.
+    network makes at the noisiest timesteps, into saturated colours), "heun" (Karras et al. 2022, second order) or
+    "ddpm" (ancestral; use num_steps near T). num_steps: evaluations of the network for each image, of which heun uses
+    an odd number. compile: the network, for batches of one size. The latents are a function of (seed, image number).
+    Raises KeyError for an unknown sampler, ValueError for numbers out of range or samples that are not finite.
     """
     if sampler not in SAMPLERS:
         raise KeyError(f"unknown sampler {sampler!r}; have {list(SAMPLERS)}")
@@ -192,42 +194,49 @@ def sample_images(
         raise ValueError(
             f"need 1 image or more and num_steps from 1 to {schedule.num_timesteps}; got {shape[0]} and {num_steps}"
         )
-    if sampler == "dpm-solver" and schedule.log_snr[-1] == -math.inf:
-        raise ValueError("dpm-solver divides by alpha, which is 0 at the last step of this schedule; use ddim or ddpm")
+    if sampler in ("dpm-solver", "heun") and schedule.log_snr[-1] == -math.inf:
+        raise ValueError(f"{sampler} divides by alpha, which is 0 at the last step of this schedule; use ddim or ddpm")
     import diffusers
     from tqdm.auto import tqdm
 
     classes = {
         "ddim": diffusers.DDIMScheduler,
         "dpm-solver": diffusers.DPMSolverMultistepScheduler,
+        "heun": diffusers.HeunDiscreteScheduler,
         "ddpm": diffusers.DDPMScheduler,
     }
     options: dict[str, Any] = {"timestep_spacing": "trailing"}
     if sampler == "dpm-solver":
-        # The other two clip the predicted x0 to [-1, 1] by default; this is the same by another name.
+        # The others clip the predicted x0 to [-1, 1]; this is the same by another name.
         options |= {"thresholding": True, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0}
+    else:
+        options |= {"clip_sample": True}
     scheduler = schedule.to_diffusers(classes[sampler], prediction_type, **options)
-    device = next(model.parameters()).device
+    device, size = next(model.parameters()).device, min(batch_size, shape[0])
     was_training = model.training
     model.eval()
+    network: Any = torch.compile(model, fullgraph=True, dynamic=False) if compile else model
     done = []
     with tqdm(total=shape[0], unit="img", desc=f"sampling ({sampler}, {num_steps} steps)", disable=not progress) as bar:
-        for first in range(0, shape[0], batch_size):
-            last = min(first + batch_size, shape[0])
-            latents = [generator(seed, i, "latent", device) for i in range(first, last)]
+        for first in range(0, shape[0], size):
+            # A compiled network gets a last batch as large as the others: more than was asked for, cut off below.
+            numbers = range(first, first + size if compile else min(first + size, shape[0]))
+            latents = [generator(seed, i, "latent", device) for i in numbers]
             x = torch.stack([torch.randn(shape[1:], generator=latent, device=device) for latent in latents])
-            kwargs = _model_kwargs(None if labels is None else labels[first:last].to(device))
-            extra = {} if sampler == "ddim" else {"generator": generator(seed, first, "sampler noise", device)}
-            scheduler.set_timesteps(num_steps, device=device)
-            for t in scheduler.timesteps:
-                output = predict(model, x, t.expand(len(x)), **kwargs).float()
+            kwargs = _model_kwargs(None if labels is None else labels.to(device)[[i % len(labels) for i in numbers]])
+            extra = {"generator": generator(seed, first, "sampler noise", device)} if sampler == "ddpm" else {}
+            scheduler.set_timesteps((num_steps + 1) // 2 if sampler == "heun" else num_steps)
+            x = x * scheduler.init_noise_sigma
+            for t in scheduler.timesteps:  # on the host, where diffusers looks them up
+                timesteps = torch.full((len(x),), int(t), device=device)
+                output = predict(network, scheduler.scale_model_input(x, t), timesteps, **kwargs).float()
                 x = scheduler.step(output, t, x, **extra).prev_sample
             if not x.isfinite().all():
                 raise ValueError(f"{sampler}, {num_steps} steps: values are not finite. Is the network whole?")
             done.append(x.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8))
-            bar.update(len(x))
+            bar.update(min(size, shape[0] - first))
     model.train(was_training)
-    return torch.cat(done)
+    return torch.cat(done)[: shape[0]]
 
 
 def save_grid(images: Tensor, path: Path, columns: int = 8, scale: int = 1) -> None:

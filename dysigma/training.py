@@ -378,7 +378,7 @@ def _reference(
     """The features of the distance, and their moments on the training images; the entries of a race share them."""
     config = TrainConfig(data=data, data_root=root, image_size=size, train_images=count)
     features = load_features(source, device)
-    return features, moments(extract(features, load_split(config, "train", device).images))
+    return features, moments(extract(features, load_split(config, "train", device).originals))
 
 
 def _autocast(config: TrainConfig, device: torch.device) -> Any:

@@ -35,7 +35,8 @@ def test_every_configuration_field_has_a_help_text():
 
 
 def test_train_sample_evaluate_on_ones_own_images(tmp_path, capsys):
-    images = np.random.default_rng(0).integers(0, 256, (16, 12, 12, 3), dtype=np.uint8)
+    """Distances by pixels and by another network stand beside the losses in one file."""
+    images = np.random.default_rng(0).integers(0, 256, (24, 12, 12, 3), dtype=np.uint8)
     np.savez(tmp_path / "mine.npz", train_images=images, test_images=images[:4])
     out = tmp_path / "run"
     train = ["train", "--data", str(tmp_path / "mine.npz"), "--out", str(out), *QUICK, "--image-size=12"]
@@ -43,11 +44,39 @@ def test_train_sample_evaluate_on_ones_own_images(tmp_path, capsys):
     sample = ["sample", str(out), "--num-images", "3", "--steps", "4", "--device", "cpu"]
     assert main([*sample, "--npz", str(tmp_path / "s.npz")]) == 0
     assert np.load(tmp_path / "s.npz")["images"].shape == (3, 12, 12, 3)
+    torch.jit.save(torch.jit.trace(torch.nn.Flatten(), torch.zeros(2, 3, 12, 12)), str(tmp_path / "net.pt"))
     evaluate = ["evaluate", str(out), "--num-images", "4", "--timesteps", "5", "--elbo-timesteps", "4"]
-    assert main([*evaluate, "--device", "cpu"]) == 0
+    evaluate += ["--device", "cpu", "--samples", "20", "--nfe", "3", "--metric"]
+    for metric in (["pixels", "--sampler", "heun"], ["own", "--features", str(tmp_path / "net.pt")]):
+        assert main([*evaluate, *metric]) == 0
     report = json.loads((out / "evaluation.json").read_text())
     assert len(report["losses"]) == 5 and report["elbo"]["bits_per_dim"] > 0
-    assert "bits/dim" in capsys.readouterr().out
+    pixels, own = (report["distances"][name] for name in ("pixels", "fd_own"))
+    assert (pixels["metric"], pixels["sampler"], own["metric"]) == ("pixels (not FID)", "heun", "fd_own (not FID)")
+    assert (own["images"], own["reference_images"], own["features"], own["nfe"]) == (20, 24, 432, 3)
+    assert own["sha256"] == hashlib.sha256((tmp_path / "net.pt").read_bytes()).hexdigest()
+    said = capsys.readouterr().out
+    assert "bits/dim" in said and "20 samples (ddim, 3 evaluations) to 24 unaugmented training" in said
+    assert "compare it at equal numbers alone" in said
+
+
+def test_the_reference_leaves_out_images_that_are_not_exact_and_holds_out_what_it_measures(tmp_path, capsys):
+    """Images that only approximate the originals are black here: one of them would be seen in the mean."""
+    images = np.random.default_rng(0).integers(100, 256, (90, 8, 8, 3), dtype=np.uint8)
+    exact = np.arange(90) % 3 > 0
+    images[~exact] = 0
+    splits = {f"{s}_{k}": v for s in ("train", "test") for k, v in (("images", images), ("exact", exact))}
+    np.savez(tmp_path / "d.npz", **splits)
+    common = ["evaluate", "--reference-only", "--data", str(tmp_path / "d.npz"), "--metric", "pixels"]
+    out = tmp_path / "d.json"
+    assert main([*common, "--samples", "20", "25", "--device", "cpu", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())
+    assert [(r["of"], r["images"], r["reference_images"]) for r in rows] == [
+        (f"{split} images", count, 35) for count in (20, 25) for split in ("held-out training", "test")
+    ]
+    assert max(r["distance"] for r in rows) < 150  # black images against these: more than 190
+    assert main([*common, "--samples", "45"]) == 2
+    assert "has 60 training images; --samples holds 45 of them out" in capsys.readouterr().err
 
 
 def test_options_come_from_a_file_and_flags_win(tmp_path):
@@ -99,6 +128,13 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capsys, monkeypatch, argumen
         (["evaluate", "RUN", "--num-images", "0"], "2 or more"),
         (["evaluate", "RUN", "--elbo-timesteps", "0"], "1 timestep per image"),
         (["evaluate", "RUN", "--timesteps", "0"], "from 1 to"),
+        (["evaluate", "RUN", "--metric", "none.pt"], "none.pt does not exist"),
+        (["evaluate", "RUN", "--metric", "fid", "--features", "none.pt"], "no file none.pt"),
+        (["evaluate", "RUN", "--metric", "pixels", "--samples", "5"], "20 or more"),
+        (["evaluate", "RUN", "--samples", "20", "30"], "for --reference-only"),
+        (["evaluate"], "name the run"),
+        (["evaluate", "RUN", "--reference-only"], "choose a --metric"),
+        (["evaluate", "--reference-only", "--metric", "pixels"], "a RUN or of --data"),
         (["train", "--out", "RUN", "--resume", "--seed", "7"], "seed 0 there, 7 here"),
     ],
 )

@@ -1,11 +1,24 @@
 """Distances between sets of images, against closed forms and scipy."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 
-from dysigma.distances import Moments, extract, frechet_distance, load_features, moments
+from dysigma import distances
+from dysigma.data import data_folder
+from dysigma.distances import (
+    Moments,
+    compare_features,
+    extract,
+    frechet_distance,
+    inception,
+    kernel_distance,
+    load_features,
+    moments,
+)
 from dysigma.draws import generator
 from dysigma.exact import field_variances, gaussian_fields
 
@@ -57,10 +70,113 @@ def test_any_torchscript_network_serves(tmp_path):
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"must be .pixels. or a TorchScript file; nowhere\.pt does not exist"):
+    with pytest.raises(ValueError, match=r"must be .pixels., .fid. or a TorchScript file; nowhere\.pt does not exist"):
         load_features("nowhere.pt")
     (tmp_path / "x.pt").write_bytes(b"not a network")
     with pytest.raises(ValueError, match="is not a TorchScript file"):
         load_features(str(tmp_path / "x.pt"))
     with pytest.raises(ValueError, match=r"\(N, D\), N >= 2; got shape \(1, 3\)"):
         moments(torch.ones(1, 3))
+
+
+class Means(torch.nn.Module):
+    """Mean and largest value of each channel; classes unless features are asked for, as FID's network has it."""
+
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        x = images.float().flatten(2)
+        found = torch.cat([x.mean(2), x.amax(2)], 1)
+        return found if return_features else found[:, :1]
+
+
+def save(path, network=None):
+    torch.jit.save(torch.jit.script(network or Means()), str(path))
+    return path
+
+
+def test_networks_that_return_classes_are_asked_for_features_and_grey_images_become_three_channels(tmp_path):
+    features = load_features(str(save(tmp_path / "net.pt")))
+    grey = torch.randint(256, (4, 1, 5, 5), generator=generator(0, 0, "test"), dtype=torch.uint8)
+    assert extract(features, grey).shape == (4, 6)
+    assert torch.equal(extract(features, grey), extract(features, grey.expand(-1, 3, -1, -1)))
+
+
+def gaussian(count, draw, scale=1.0, dimension=12):
+    x = torch.randn(count, dimension, generator=draw, dtype=torch.float64)
+    return x * scale * torch.linspace(0.5, 1.5, dimension).double() + 0.1
+
+
+def test_the_jackknife_knows_the_spread_and_removes_the_bias():
+    """True distance of the populations in closed form; 60 draws of 150 samples."""
+    draw, found = generator(0, 0, "jackknife"), []
+    reference = gaussian(20_000, draw)
+    true = float((0.3 * torch.linspace(0.5, 1.5, 12).double()).square().sum())
+    for _ in range(60):
+        found.append(compare_features(gaussian(150, draw, 1.3), reference))
+    values = {key: torch.tensor([row[key] for row in found]) for key in ("distance", "limit")}
+    half = torch.tensor([row["interval"][1] - row["distance"] for row in found]) / 2.262
+    error = values["distance"].std() / 60**0.5
+    assert values["distance"].mean() > true + 10 * error
+    assert abs(values["limit"].mean() - true) < 3 * error + 0.02 * true
+    assert float(half.mean() / values["distance"].std()) == pytest.approx(1, abs=0.3)
+    inside = [row["limit_interval"][0] < true < row["limit_interval"][1] for row in found]
+    assert sum(inside) >= 50
+
+
+def test_groups_left_out_by_sums_are_those_left_out_in_fact(monkeypatch):
+    """The ten covariances of the jackknife are those of the rows that remain."""
+    x, seen = gaussian(43, generator(0, 0, "groups")) + 100, []
+    monkeypatch.setattr(distances, "frechet_distance", lambda a, b: seen.append(a) or 0.0)
+    compare_features(x, gaussian(30, generator(1, 0, "groups")))
+    for i, part in enumerate(seen[:10]):
+        wanted = moments(x[[row for row in range(43) if row % 10 != i]])
+        torch.testing.assert_close(part.mean, wanted.mean)
+        torch.testing.assert_close(part.covariance, wanted.covariance)
+
+
+def test_with_few_images_for_the_features_no_limit_is_claimed():
+    x, y = (gaussian(n, generator(n, 0, "few")) for n in (23, 24))
+    assert compare_features(x, y)["limit"] is None
+    assert compare_features(y, x)["limit"] is not None
+
+
+def test_the_kernel_distance_is_its_definition_and_unbiased():
+    draw = generator(0, 0, "kernel")
+    x, y = gaussian(20, draw), gaussian(25, draw)
+    value, _ = kernel_distance(x, y)
+    pairs = []
+    for i in range(10):  # ten subsets of two
+        (a, b), (c, d) = x[[i, i + 10]], y[[i, i + 10]]
+        k = [float((p @ q / 12 + 1) ** 3) for p, q in ((a, b), (c, d), (a, c), (a, d), (b, c), (b, d))]
+        pairs.append(k[0] + k[1] - sum(k[2:]) / 2)
+    assert value == pytest.approx(sum(pairs) / 10)
+    values = torch.tensor([kernel_distance(gaussian(40, draw), gaussian(40, draw)) for _ in range(100)])
+    assert abs(values[:, 0].mean()) < 3 * values[:, 0].std() / 10
+    assert float(values[:, 1].mean() / values[:, 0].std()) == pytest.approx(1, abs=0.25)
+    with pytest.raises(ValueError, match="20 images of each kind or more; got 19 and 40"):
+        kernel_distance(gaussian(19, draw), gaussian(40, draw))
+
+
+def test_agrees_with_torchmetrics():
+    fid, kid = (pytest.importorskip(f"torchmetrics.image.{name}") for name in ("fid", "kid"))
+    draw = generator(0, 0, "published")
+    x, y = gaussian(300, draw, 1.2), gaussian(200, draw)
+    a, b = moments(x), moments(y)
+    wanted = float(fid._compute_fid(a.mean, a.covariance, b.mean, b.covariance))
+    assert frechet_distance(a, b) == pytest.approx(wanted, rel=1e-6)
+    subsets = [kid.poly_mmd(x[i::10][:20].float(), y[i::10][:20].float()) for i in range(10)]
+    assert kernel_distance(x, y)[0] == pytest.approx(float(torch.stack(subsets).mean()), rel=1e-3)
+
+
+def test_fid_uses_the_pinned_file_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(distances, "INCEPTION_URL", "http://127.0.0.1:9/net.pt")
+    with pytest.raises(ConnectionError, match=r"FID's network is not in .*--features or DYSIGMA_DATA; losses, the"):
+        load_features("fid")
+    file = save(tmp_path / "net.pt")
+    with pytest.raises(ValueError, match=r"net\.pt is truncated or changed: its SHA256 is .* official one f58cb9b6"):
+        inception(file)
+    with pytest.raises(ValueError, match=r"there is no file .*none\.pt"):
+        inception(tmp_path / "none.pt")
+    monkeypatch.setattr(distances, "INCEPTION_SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
+    (folder := data_folder()).mkdir(exist_ok=True)
+    (folder / "net.pt").write_bytes(file.read_bytes())
+    assert load_features("fid")(torch.zeros(2, 3, 4, 4, dtype=torch.uint8)).shape == (2, 6)

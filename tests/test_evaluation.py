@@ -82,6 +82,41 @@ def test_samples_are_a_function_of_seed_and_image_number():
     assert not torch.equal(many, sample_images(model, schedule, (5, 3, 4, 4), num_steps=5, seed=2))
 
 
+def test_heun_evaluates_the_network_as_often_as_asked_or_once_less():
+    schedule, calls = NoiseSchedule.linear(), []
+
+    class Counted(Gaussian):
+        def forward(self, x_t, timesteps):
+            calls.append(int(timesteps[0]))
+            return super().forward(x_t, timesteps)
+
+    for steps, made in ((7, 7), (8, 7), (1, 1)):
+        calls.clear()
+        sample_images(Counted(schedule, 0.25), schedule, (2, 3, 4, 4), sampler="heun", num_steps=steps)
+        assert len(calls) == made
+    assert calls == [999]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_compiled_network_gives_the_same_samples_from_batches_of_one_size(sampler, monkeypatch):
+    schedule, sizes = NoiseSchedule.cosine(), []
+
+    class Seen(Gaussian):
+        def forward(self, x_t, timesteps):
+            sizes.append(len(x_t))
+            return super().forward(x_t, timesteps)
+
+    monkeypatch.setattr(torch, "compile", lambda model, fullgraph, dynamic: model)
+    few = {"num_steps": 4, "sampler": sampler, "batch_size": 3}
+    plain = sample_images(Seen(schedule, 0.25), schedule, (4, 3, 4, 4), **few)
+    assert set(sizes) == {3, 1}
+    sizes.clear()
+    compiled = sample_images(Seen(schedule, 0.25), schedule, (4, 3, 4, 4), compile=True, **few)
+    assert set(sizes) == {3} and torch.equal(plain[:3], compiled[:3])
+    if sampler != "ddpm":  # whose noise is of the whole batch
+        assert torch.equal(plain, compiled)
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_a_zero_terminal_snr_schedule_is_sampled_or_refused(sampler):
     schedule = NoiseSchedule.linear(zero_terminal_snr=True)
@@ -98,8 +133,9 @@ def test_a_zero_terminal_snr_schedule_is_sampled_or_refused(sampler):
     options = {"prediction_type": "v", "num_steps": 250}
     images = sample_images(velocity, schedule, (64, 3, 8, 8), sampler=sampler, **options)
     assert math.isclose(float(images.double().div(127.5).sub(1).std()), 0.25, rel_tol=0.05)
-    with pytest.raises(ValueError, match="dpm-solver divides by alpha"):
-        sample_images(velocity, schedule, (1, 3, 8, 8), sampler="dpm-solver", **options)
+    for refused in ("dpm-solver", "heun"):
+        with pytest.raises(ValueError, match=f"{refused} divides by alpha"):
+            sample_images(velocity, schedule, (1, 3, 8, 8), sampler=refused, **options)
 
 
 def test_a_broken_network_gives_no_black_images():
