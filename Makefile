@@ -17,7 +17,7 @@ LOG := $(VENV)/pip.log
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lab notebooks bench faults
+.PHONY: help setup run test lab notebooks docs browser bench faults
 
 help:  ## list the targets
 	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -39,6 +39,13 @@ lab: $(STAMP)  ## open the collection in JupyterLab
 notebooks: $(STAMP)  ## execute all notebooks in full and write their outputs and figures
 	$(BIN)/dysigma notebooks
 
+docs: $(VENV)/.docs  ## build the site into build/site: notebooks, API, notation, glossary (offline)
+	$(BIN)/sphinx-build -q -W --keep-going -c notebooks/reference notebooks build/site
+	@echo "open build/site/index.html"
+
+browser: $(VENV)/.browser  ## run notebooks 00 and 01 in JupyterLab in a headless Chromium, and take pictures
+	$(BIN)/python tests/browser.py --out runs/browser
+
 faults: $(STAMP)  ## kill training runs at 50 moments and compare their ends with uninterrupted ones (long)
 	$(BIN)/python tests/faults.py --kills 50 --out runs/faults.json
 
@@ -53,4 +60,8 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@echo "Installing into $(VENV) (one to three minutes, more where torch must be downloaded)"
 	@$(PIP) -e ".[notebooks,test]" > $(LOG) 2>&1 || { tail -n 15 $(LOG); exit 1; }
 	@$(PIP) --no-deps denoising-diffusion-pytorch >> $(LOG) 2>&1 || { tail -n 15 $(LOG); exit 1; }
+	@touch $@
+
+$(VENV)/.docs $(VENV)/.browser: $(VENV)/.%: $(STAMP)
+	@$(PIP) -e ".[$*]" >> $(LOG) 2>&1 || { tail -n 15 $(LOG); exit 1; }
 	@touch $@

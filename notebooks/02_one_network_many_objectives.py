@@ -187,18 +187,18 @@ reveal(QUESTION_TEAM, int((own.mean(0) < by_band(ours).mean(0)).sum()))
 # | symbol | in the code | shape | meaning |
 # |---|---|---|---|
 # | $\theta$ | `model` | | the parameters, shared by all timesteps |
-# | $L_t(\theta),\ L_k(\theta)$ | `losses` | `(T,)`, `(K,)` | loss at a timestep; mean over band $k$ |
+# | $L_t,\ L_k$ | `losses` | `(T,)`, `(K,)` | loss at a timestep; mean over band $k$ |
 # | $L_k^\star$ | `floor` | `(K,)` | what no denoiser beats (notebook 01) |
 # | $w_t$ | `weighting.weights()` | `(T,)` | loss weights; training minimises $\sum_tw_tL_t(\theta)$ |
-# | $z_k$ | | `(K,)` | utopia point, $\min_\theta L_k(\theta)$, each $k$ with a $\theta$ of its own |
+# | $L_k^\circ$ | | `(K,)` | utopia point, $\min_\theta L_k(\theta)$, each $k$ with a $\theta$ of its own |
 # | $g_k,\ G_{ij}$ | `report.gramian` | `(K, K)` | gradient of $L_k$; $G_{ij}=g_i\cdot g_j$ |
 #
 # Training a diffusion model has $T$ objectives and one $\theta$; the sum with weights $w$ turns them into one number. Without weights we can still say this much:
 #
 # - $a$ **dominates** $b$ if it is no worse in any objective and better in at least one.
 # - $\theta$ is **Pareto optimal** if nothing dominates it: whoever wants one loss lower must let another rise.
-# - The **utopia point** $z$ collects the best of every objective. It is seldom reached by one $\theta$, and never lies below the floor.
-# - The **price of sharing** is what the shared network pays: $L_k(\theta)-z_k$.
+# - The **utopia point** $L^\circ$ collects the best of every objective. It is seldom reached by one $\theta$, and never lies below the floor.
+# - The **price of sharing** is what the shared network pays: $L_k(\theta)-L_k^\circ$.
 #
 # The six networks are six points in five dimensions: a specialist, too, has a loss in every band.
 

@@ -288,13 +288,13 @@ for label, params in (("5 bins", {"bins": 5}), ("20 bins", {}), ("Fourier, as in
 # one half-life instead.
 #
 # **UGD**, the unconstrained gradient descent of Min-SNR's authors, does not look at losses but at gradients. If a
-# step along $-\sum_k u_kg_k$ is to help every bin, a good choice is the *shortest* such vector with $u_k\ge0,\ \sum u_k=1$: by
-# Désidéri's theorem no bin gets worse along it (to first order). UGD writes $u=\mathrm{softmax}(\beta)$ and descends
+# step along $-\sum_k \omega_kg_k$ is to help every bin, a good choice is the *shortest* such vector with $\omega_k\ge0,\ \sum \omega_k=1$: by
+# Désidéri's theorem no bin gets worse along it (to first order). UGD writes $\omega=\mathrm{softmax}(\beta)$ and descends
 #
-# $$\Big\|\sum_ku_kg_k\Big\|^2+\rho\sum_ku_k^2=u^{\!\top}Gu+\rho\,u^{\!\top}u .$$
+# $$\left\|\sum_k\omega_kg_k\right\|^2+\rho\sum_k\omega_k^2=\omega^{\!\top}G\omega+\rho\,\omega^{\!\top}\omega .$$
 #
 # All it needs to know of the gradients is the Gramian $G$. For two of them and $\rho=0$ the answer is a line of algebra:
-# $u_1=(g_2\!\cdot\!g_2-g_1\!\cdot\!g_2)/\|g_1-g_2\|^2$, if that lies between 0 and 1.
+# $\omega_1=(g_2\!\cdot\!g_2-g_1\!\cdot\!g_2)/\|g_1-g_2\|^2$, if that lies between 0 and 1.
 
 # %%
 g = torch.tensor([[3.0, 0.5], [-0.6, 0.8]], dtype=torch.float64)  # long and short, more than a right angle apart

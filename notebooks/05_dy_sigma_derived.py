@@ -116,7 +116,7 @@ predict(QUESTION_PRIOR, 4.0)
 # | $z_t$ | `z` | `(T,)` | the loss that $s$ looks at, over its running mean |
 # | $s_t,\ s_t^\star$ | `s` | `(T,)` | learned log variance, from 0; its fixed point |
 # | $\kappa$ | `kappa` | () | how strongly the prior holds |
-# | $u_k,\ G$ | `u`, `gramian` | `(K,)`, `(K, K)` | share of bin $k$ in the weight; inner products of the bins' gradients |
+# | $\omega_k,\ G$ | `u`, `gramian` | `(K,)`, `(K, K)` | share of bin $k$ in the weight; inner products of the bins' gradients |
 #
 # All variants share a start, $s_t=0$, where the weights are the prior. All are divided by their mean, so that they differ in
 # shape and not in scale. The first:
@@ -272,13 +272,13 @@ assert away > 2 * off.mean(), "the whole loss must lead to other weights"
 same(settle("tilt", floor, kappa=1.0), prior * z**0.5, "tilt, κ = 1")
 
 # %% [markdown]
-# **Conflict.** All of the above look at losses. Gradients know more: with $u_k$ the share of bin $k$ in the total weight and $G$ the Gramian
+# **Conflict.** All of the above look at losses. Gradients know more: with $\omega_k$ the share of bin $k$ in the total weight and $G$ the Gramian
 # of the bins' gradients (mean diagonal 1),
 #
-# $$\textbf{conflict:}\quad\text{the mean of anchored over }t\;+\;K\,u^{\!\top}Gu .$$
+# $$\textbf{conflict:}\quad\text{the mean of anchored over }t\;+\;K\,\omega^{\!\top}G\omega .$$
 #
-# $u^{\!\top}Gu$ is the squared length of the step, which MGDA and UGD minimise. Its derivative by $\ln u_k$ is
-# $2K\,u_k(Gu)_k$, and $(Gu)_k$ is the inner product of bin $k$'s gradient with the step: **a bin that the step hurts gains weight.**
+# $\omega^{\!\top}G\omega$ is the squared length of the step, which MGDA and UGD minimise. Its derivative by $\ln \omega_k$ is
+# $2K\,\omega_k(G\omega)_k$, and $(G\omega)_k$ is the inner product of bin $k$'s gradient with the step: **a bin that the step hurts gains weight.**
 # We check it on ten timesteps with equal losses, so that anchored alone would not move. The last three pull against the others.
 
 # %%

@@ -246,7 +246,7 @@ assert right > 0.9, "intervals of 95 % must hold the truth about as often"
 #
 # Training minimises $\sum_k\omega_kL_k$. Where it ends, $\sum_j\omega_jg_j=0$. Multiply by $g_i$:
 #
-# $$\sum_j\omega_j\,g_i\cdot g_j=0\quad\Longrightarrow\quad\sum_{j\ne i}\omega_jG_{ij}=-\omega_iG_{ii}\;\lt\;0 .$$
+# $$\sum_j\omega_j\,g_i\cdot g_j=0\quad\Longrightarrow\quad\sum_{j\ne i}\omega_jG_{ij}=-\omega_iG_{ii} < 0 .$$
 #
 # So **at a minimum every bin that still has a gradient conflicts with some other**, with any weights and any network. If all $\omega_k|g_k|$ are
 # equal, sum over $i$ as well: the mean cosine of two bins is then $-\frac1{K-1}$, −0.11 for ten. That is the null, not 0. Only capacity enough for every $g_k$ to vanish escapes.
@@ -414,11 +414,11 @@ tabulate(STAGES[1:3], step | {"conflicts": lambda r: r.conflict_rate} | adam)
 # ## 7 · Does Dy-Sigma become Pareto stationary sooner?
 #
 # Dy-Sigma (here our reconstruction, notebook 05) is meant to help convergence of many objectives at once. A point is *Pareto stationary* when some convex combination of the gradients
-# vanishes, so $s=\min_{\lambda}\left|\sum_k\lambda_kg_k\right|$ measures the distance (Désidéri 2012). Naively it can never read 0: the diagonal holds noise, and $\lambda$ is
-# fitted to it. `conflicts` fits $\lambda$ on half of the micro-batches and judges it on the other; values that are negative are not told apart from 0.
+# vanishes, so $\ell=\min_{\omega}\left|\sum_k\omega_kg_k\right|$ measures the distance (Désidéri 2012). Naively it can never read 0: the diagonal holds noise, and $\omega$ is
+# fitted to it. `conflicts` fits $\omega$ on half of the micro-batches and judges it on the other; values that are negative are not told apart from 0.
 #
 # Recorded with `dysigma race data/races/conflicts-fields.toml --out data/runs/conflicts-fields`: five weightings, two targets, three paired seeds, at the averaged weights at every doubling of the images seen (bins of equal $t$,
-# 512 samples each). We count the images until $s$ stays below a tenth of its start; lower values drown in noise.
+# 512 samples each). We count the images until $\ell$ stays below a tenth of its start; lower values drown in noise.
 # How many times sooner than its own prior, Min-SNR, does Dy-Sigma get there, with a network that predicts noise?
 
 # %%

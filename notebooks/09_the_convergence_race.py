@@ -88,7 +88,7 @@ for network, (constant, weighted) in {"x0": x0, "ε": noise}.items():
 #
 # | symbol | in the code | meaning |
 # |---|---|---|
-# | $x_0$ / $\epsilon$ network | `sample`, `epsilon` | what the network predicts |
+# | $x_0,\ \epsilon$ | `sample`, `epsilon` | what the network predicts |
 # | $\tau$ | `threshold` | a value of the metric, lower is better |
 # | $n(\tau)$ | `images_to_threshold` | images seen until the curve is at $\tau$ and **stays** at or below; ∞ if never (*censored*) |
 # | $R=n_\text{Const}(\tau)/n_\text{arm}(\tau)$ | `Speedup.ratio` | above 1: the arm is sooner |

@@ -165,22 +165,22 @@ assert abs(ours - 0.01) < 1e-3, "the training table must start clean"
 # |---|---|---|---|
 # | DDPM, DDIM, DPM-Solver, PNDM, … | `from_diffusers(scheduler)` | that of its config | its timestep |
 # | Euler type: input $x/\alpha = x_0+\sigma\epsilon$ | `from_diffusers(scheduler)` | that of its config | its timestep |
-# | flow matching, $x_t=(1-s)x_0+s\epsilon$ | `from_diffusers(scheduler)` | `flow_prediction` | `at(…, 2 ln((1-s)/s))` |
+# | flow matching, $x_t=(1-r)x_0+r\epsilon$ | `from_diffusers(scheduler)` | `flow_prediction` | `at(…, 2 ln((1-r)/r))` |
 # | EDM, $x=x_0+\sigma\epsilon$, any $\sigma$ | `NoiseSchedule(log_snr.sigmoid())` | `sample`, for $D$ | `at(…, -2 ln σ)` |
 #
 # ## 4 · Flow matching and other continuous levels
 #
-# The network of a rectified flow predicts the velocity $u=\epsilon-x_0$. From $x_t=(1-s)x_0+s\epsilon$ follows $x_0=x_t-su$, so an error in $u$
-# is $s$ times as large in $x_0$; and $S=(1-s)^2/s^2$ gives $s=1/(1+\sqrt S)$. Squared:
+# The network of a rectified flow predicts the velocity $u=\epsilon-x_0$. From $x_t=(1-r)x_0+r\epsilon$ follows $x_0=x_t-ru$, so an error in $u$
+# is $r$ times as large in $x_0$; and $S=(1-r)^2/r^2$ gives $r=1/(1+\sqrt S)$. Squared:
 #
-# $$L^{u}=\frac{L^{x}}{s^2}=(1+\sqrt S)^2\,L^{x}\qquad\text{beside}\qquad L^{\epsilon}=S\,L^{x},\quad L^{v}=(1+S)\,L^{x}.$$
+# $$L^{u}=\frac{L^{x}}{r^2}=(1+\sqrt S)^2\,L^{x}\qquad\text{beside}\qquad L^{\epsilon}=S\,L^{x},\quad L^{v}=(1+S)\,L^{x}.$$
 #
 # A weight on the $x_0$ error is divided by that factor. In logarithms nothing overflows: $2\,\mathrm{softplus}(\lambda/2)$ for $u$, with $\lambda=\ln S$.
 # The check uses one guess of $x_0$ and reads it as a prediction of each target.
 #
 # | symbol | in the code | shape | meaning |
 # |---|---|---|---|
-# | $s$ | `s` | `(B,)` | share of noise in a flow |
+# | $r$ | `s` | `(B,)` | share of noise in a flow |
 # | $\lambda$ | `log_snr` | `(B,)` | natural log of SNR |
 # | $L^x, L^u$ | `error_x0`, `error_u` | `(B,)` | squared errors of the same guess |
 
@@ -481,12 +481,12 @@ log_snr_edm = ...
 check("10.1", log_snr_edm)
 
 # %% [markdown]
-# **10.2** (●●○, 8 min) A flow-matching script multiplies the squared error of the velocity by $\frac2{\pi(1-2s+2s^2)}$. Write this as a weighting of your own: the
+# **10.2** (●●○, 8 min) A flow-matching script multiplies the squared error of the velocity by $\frac2{\pi(1-2r+2r^2)}$. Write this as a weighting of your own: the
 # *log* of the weight on the $x_0$ error, as a function of `log_snr`. The check calls it at the levels below.
 #
 # <details><summary>Hint</summary>
 #
-# First $s$ from `log_snr`: $\sqrt S=(1-s)/s$, so $s$ is a sigmoid of $-\lambda/2$. Then a weight on the $u$ error is a weight $1/s^2$ times as large on
+# First $r$ from `log_snr`: $\sqrt S=(1-r)/r$, so $r$ is a sigmoid of $-\lambda/2$. Then a weight on the $u$ error is a weight $1/r^2$ times as large on
 # the $x_0$ error.
 #
 # </details>

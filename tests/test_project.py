@@ -103,7 +103,7 @@ def recipes() -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("target", ["setup", "run", "test", "lab", "notebooks", "bench"])
+@pytest.mark.parametrize("target", ["setup", "run", "test", "lab", "notebooks", "docs", "bench"])
 def test_readme_gives_each_target_as_plain_commands(target):
     readme = (ROOT / "README.md").read_text()
     assert f"make {target}" in readme

@@ -1,0 +1,90 @@
+"""The site: its pages name what exists, once, and it builds without a warning and without anything from elsewhere."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import dysigma
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+REFERENCE = NOTEBOOKS / "reference"
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in REFERENCE.glob("*.md")}
+MODULES = {path.stem for path in Path(dysigma.__file__).parent.glob("*.py")} - {"__init__", "__main__", "cli"}
+
+
+def table(text: str) -> list[list[str]]:
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line[:2] == "| "]
+    return rows[1:]
+
+
+def test_the_api_page_lists_every_module_and_what_the_package_gives_at_its_top():
+    assert set(re.findall(r"automodule:: dysigma\.(\w+)", PAGES["api"])) == MODULES
+    named = re.findall(r"\{py:\w+\}`~([\w.]+)`", PAGES["api"])
+    assert sorted(name.rsplit(".", 1)[1] for name in named) == sorted(dysigma.__all__)
+    for name in named:
+        module, attribute = name.rsplit(".", 1)
+        assert getattr(importlib.import_module(module), attribute) is getattr(dysigma, attribute), name
+
+
+def symbols(cell: str) -> list[str]:
+    """The symbols that the first cell of a row of notation defines, without the formulas of those that have one."""
+    parts = re.split(r",\\ |, ", cell.replace("$", "")) if "$" in cell else []
+    return [part.split("=")[0].strip() for part in parts]
+
+
+def test_the_notation_page_defines_each_symbol_once_and_knows_those_of_all_notebooks():
+    defined = [symbol for row in table(PAGES["notation"]) for symbol in symbols(row[0])]
+    assert len(defined) == len(set(defined)) > 40
+    # The page explains indices (timestep, bin, sample) and the star (the best that exists).
+    bare = partial(re.sub, r"_(\w|\{\w+\})|\^\\star", "")
+    known = {bare(symbol) for symbol in defined}
+    for source in sorted(NOTEBOOKS.glob("[0-9]*.py")):
+        text = source.read_text(encoding="utf-8")
+        rows = re.search(r"^# \| symbol \|.*\n(# \|.*\n)+", text, re.M)
+        assert rows or source.stem.startswith("00"), f"{source.name} has no table of symbols"
+        for row in table(rows[0].replace("# |", "|"))[1:] if rows else ():
+            assert {bare(symbol) for symbol in symbols(row[0])} <= known, f"{source.name}: {row[0]}"
+
+
+def test_the_glossary_is_in_order_and_explains_each_word_once():
+    words = [row[0] for row in table(PAGES["glossary"])]
+    assert len(words) == len(set(words)) > 30
+    assert words == sorted(words, key=lambda word: re.sub(r"[^a-z ]", " ", word.lower()))
+
+
+@pytest.mark.parametrize("path", sorted([*REFERENCE.glob("*.md"), NOTEBOOKS / "README.md"]), ids=lambda path: path.stem)
+def test_links_resolve(path):
+    for target in re.findall(r"\]\((?!http)([^)#]+)", path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), target
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_needs_nothing_from_elsewhere(tmp_path):
+    for module in ("sphinx", "myst_nb", "furo", "latex2mathml"):
+        pytest.importorskip(module)
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", str(tmp_path / "trees")]
+    built = subprocess.run(
+        [*command, "-c", str(REFERENCE), str(NOTEBOOKS), str(tmp_path / "site")], capture_output=True
+    )
+    assert not built.returncode, built.stderr.decode()
+    pages = {path.stem: path.read_text(encoding="utf-8") for path in (tmp_path / "site").rglob("*.html")}
+    assert {path.stem for path in NOTEBOOKS.glob("[0-9]*.py")} | {"api", "notation", "glossary"} <= set(pages)
+    for name, text in pages.items():
+        assert not re.findall(r'<(?:script|link|img|iframe)[^>]* (?:src|href)="(?:https?:)?//[^"]*"', text), name
+        pictures = [tag for tag in re.findall(r"<img[^>]*>", text) if "_images/" in tag]
+        assert not [tag for tag in pictures if not re.search(r'alt="[^"]{30,}"', tag)], name
+        assert "\\(" not in text and "$$" not in re.sub(r"<pre>.*?</pre>", "", text, flags=re.S), f"{name}: bare TeX"
+    for name in dysigma.__all__:
+        thing = getattr(dysigma, name)
+        where = getattr(thing, "__module__", "")
+        assert isinstance(thing, dict) or f'id="{where}.{name}"' in pages["api"] or f'id="module-dysigma.{name}"', name
+    assert pages["05_dy_sigma_derived"].count("Show code cell source") >= 2
+    assert "<img" in pages["05_dy_sigma_derived"] and "<math" in pages["05_dy_sigma_derived"]
+    assert "<details>" in pages["05_dy_sigma_derived"]
