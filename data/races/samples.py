@@ -27,7 +27,7 @@ def main() -> None:
     race = Race.read(given.race)
     planned, cpu = dict(race.entries()), torch.device("cpu")
     plots.use_style()
-    fig, axes = plt.subplots(len(race.grid), 1, figsize=(6, 0.6 * len(race.grid) * (len(given.arms) + 1.5)))
+    fig, axes = plt.subplots(len(race.grid), 1, figsize=(6, 0.56 * len(race.grid) * (len(given.arms) + 1.2)))
     with tempfile.TemporaryDirectory() as scratch:
         for ax, label in zip(axes.flat, race.grid, strict=True):
             config = planned[label, given.arms[0], race.seeds[0]]
