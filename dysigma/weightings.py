@@ -175,7 +175,7 @@ class Weighting(nn.Module):
     log_snr: Tensor
     log_conversion: Tensor
     gramian: Tensor  # (K, K) positive semi-definite, mean diagonal 1; 0 before the first
-    gramian_mean: Tensor  # (K, K) running mean of what was observed
+    gramian_mean: Tensor  # (K, K) running mean of what was observed, in units of its diagonal
     gramians_seen: Tensor
     bins: Bins
     bin_index: Tensor  # (T,)
@@ -294,9 +294,10 @@ class Weighting(nn.Module):
         """Take in G (K, K), the inner products of the gradients of the mean losses of self.bins; the same on all ranks.
 
         The losses are unweighted, in the model's own target space. Give a debiased estimate, although it is noisy and
-        perhaps indefinite: the last ten or so are averaged, which noise in the diagonal would survive, and the positive
-        semi-definite matrix nearest to the mean is what weights use, once it is not 0. Ignored in eval() mode. Raises
-        ValueError for another shape or entries that are not finite.
+        perhaps indefinite: the last ten or so are averaged, each over the mean of its absolute diagonal, and the
+        positive semi-definite matrix nearest to the mean is what weights use, once it is not 0. (Noise in the diagonal
+        would survive the mean.) Ignored in eval() mode. Raises ValueError for another shape or entries that are not
+        finite.
         """
         if not self.needs_gramian:
             raise ValueError(f"{type(self).__name__} uses no Gramian (needs_gramian is False)")
@@ -305,7 +306,9 @@ class Weighting(nn.Module):
             raise ValueError(f"gramian must be ({size}, {size}) and finite; got {gramian}")
         if self.training:
             self.gramians_seen += 1
-            self.gramian_mean.lerp_(gramian.double(), (1 / self.gramians_seen.double()).clamp(min=0.1))
+            # Gradients shrink by orders of magnitude in training: as they are, the first would rule the mean.
+            unit = gramian.double() / gramian.double().diagonal().abs().mean().clamp(min=1e-30)
+            self.gramian_mean.lerp_(unit, (1 / self.gramians_seen.double()).clamp(min=0.1))
             nearest = project_psd(self.gramian_mean)
             if nearest.trace() > 0:
                 self._observe(nearest * (size / nearest.trace()))

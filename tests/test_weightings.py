@@ -694,6 +694,17 @@ def test_noisy_indefinite_gramians_are_averaged_into_a_semi_definite_one():
     assert sum(errors[20:]) < 0.4 * errors[0] * 20
 
 
+def test_large_early_gradients_do_not_rule_the_mean_of_gramians():
+    early, late = torch.diag(torch.tensor([4.0, 1.0])), torch.diag(torch.tensor([1.0, 4.0]))
+    scaled, plain = (make_weighting("ugd", SHORT, bins=2) for _ in range(2))
+    for step in range(30):
+        gramian = early if step == 0 else late
+        scaled.observe_gramian(gramian * 0.5**step)
+        plain.observe_gramian(gramian)
+    torch.testing.assert_close(scaled.gramian, plain.gramian)
+    torch.testing.assert_close(scaled.gramian, late / 2.5, rtol=0.05, atol=0.02)
+
+
 def test_a_gramian_without_positive_part_changes_nothing():
     for name, params in (("ugd", {}), ("dy-sigma", {"variant": "conflict"})):
         weighting = make_weighting(name, SHORT, bins=6, **params)

@@ -1,6 +1,6 @@
 """Samples at the end of a race: chosen arms trained again with its first seed, and sampled from the same latents.
 
-    python data/races/samples.py data/races/race-leaves.toml --out data/runs/race-leaves/samples.png
+python data/races/samples.py data/races/race-leaves.toml --out data/runs/race-leaves/samples.png
 """
 
 import argparse
