@@ -9,6 +9,8 @@
 PY ?= python3
 CONSTRAINTS ?= constraints.txt
 PYTEST_FLAGS ?= -n 2
+# Replaces lines of `make lowest`: torch==2.13.0 where the lowest torch has no small build.
+LOWEST ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +19,7 @@ LOG := $(VENV)/pip.log
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lab notebooks docs browser bench faults
+.PHONY: help setup run test lowest lab notebooks docs browser bench faults
 
 help:  ## list the targets
 	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -32,6 +34,12 @@ test: $(STAMP)  ## lint, format check, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
+
+lowest:  ## the tests with the lowest versions that pyproject.toml allows, in .venv-lowest (with python3.11)
+	$(PY) -m venv .venv-lowest
+	$(PY) tests/lowest.py $(LOWEST) > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python -m pip install -q -c .venv-lowest/constraints.txt -e ".[notebooks,test]"
+	.venv-lowest/bin/python -m pytest -q $(PYTEST_FLAGS)
 
 lab: $(STAMP)  ## open the collection in JupyterLab
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb

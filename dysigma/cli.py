@@ -90,19 +90,15 @@ def _add_train(commands: Any) -> None:
         "  dysigma train --resume --out runs/gpu                                go on where it stopped",
     )
     parser.add_argument("--out", type=Path, required=True, help="run folder to write (must be new or empty)")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the interrupted run in --out, as it was configured"
-    )
-    parser.add_argument(
-        "--config", type=Path, help="JSON or TOML file with any of the options below; flags win over it"
-    )
+    parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out, as configured")
+    parser.add_argument("--config", type=Path, help="JSON or TOML file with options as below; flags win over it")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     group = parser.add_argument_group("configuration")
     for f in dataclasses.fields(TrainConfig):
         default = f.default if f.default is not dataclasses.MISSING else None
         flag, text = "--" + f.name.replace("_", "-"), HELP[f.name]
         if f.name == "weighting":
-            text += ", ".join(WEIGHTINGS)
+            text += f"{', '.join(WEIGHTINGS)}, or module:function of your own"
         if default is not None and not isinstance(default, bool):
             text += f" (default: {default})"
         if "bool" in str(f.type):
@@ -354,7 +350,7 @@ def _add_conflicts(commands: Any) -> None:
     parser.add_argument("--num-images", type=int, help="use only the first so many training images")
     parser.add_argument("--bins", type=int, default=10, help="how many bins of timesteps (default: 10)")
     parser.add_argument(
-        "--binning", choices=("timesteps", "log-snr"), default="timesteps", help="what bins have equal widths in"
+        "--binning", choices=("timesteps", "log-snr"), default="timesteps", help="for equal widths in it"
     )
     parser.add_argument("--micro-batches", type=int, default=16, help="more shorten the intervals (default: 16)")
     parser.add_argument("--batch-per-bin", type=int, default=4, help="images per bin and micro-batch (default: 4)")
@@ -385,7 +381,8 @@ def _pipeline_parts(path: Path) -> tuple[Any, Any, str]:
     if not {name, "scheduler"} <= set(parts):
         raise ValueError(f"{path} must have a unet or transformer, and a scheduler; it has {parts}")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True, use_safetensors=True)
+        options = {"use_safetensors": True, "low_cpu_mem_usage": False}  # to use little wants accelerate
+        pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True, **options)
     except Exception as error:  # a damaged file makes the loaders raise almost anything
         raise ValueError(f"{path} does not open as a diffusers pipeline: {' '.join(str(error).split())}") from error
     network, scheduler = getattr(pipeline, name), pipeline.scheduler
@@ -582,9 +579,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _add_race(commands: Any) -> None:
     parser = commands.add_parser("race", help="train arms x seeds on common random numbers; goes on where it stopped")
-    parser.add_argument(
-        "spec", type=Path, metavar="SPEC", help="TOML file, for example data/races/weightings-leaves.toml"
-    )
+    parser.add_argument("spec", type=Path, metavar="SPEC", help="TOML file, such as data/races/weightings-leaves.toml")
     parser.add_argument("--out", type=Path, required=True, help="folder for records.jsonl")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at once, one CPU thread each (default: 1)")
     parser.add_argument("--device", help="instead of the specification's")
@@ -605,9 +600,7 @@ def _race(args: argparse.Namespace) -> None:
 def _add_notebooks(commands: Any) -> None:
     parser = commands.add_parser("notebooks", help="execute the notebooks")
     parser.add_argument("names", nargs="*", help="notebooks to run, such as 00 or 06_train (default: all)")
-    parser.add_argument(
-        "--fast", action="store_true", help="small sizes, in a temporary folder; the committed outputs stay"
-    )
+    parser.add_argument("--fast", action="store_true", help="small sizes, in a temporary folder; committed pages stay")
     parser.add_argument("--folder", type=Path, default=Path("notebooks"), help="where they are (default: notebooks)")
     parser.add_argument("--out", type=Path, help="write pages and figures here instead of beside the sources")
     parser.add_argument("--no-solutions", action="store_true", help="leave the solutions out, for a class; needs --out")
@@ -624,7 +617,8 @@ def _notebooks(args: argparse.Namespace) -> None:
 
 def _add_benchmark(commands: Any) -> None:
     parser = commands.add_parser(
-        "benchmark", help="time a training step against diffusers + accelerate by hand, and each weighting, in one run"
+        "benchmark",
+        help="time a training step beside diffusers + accelerate, each weighting, and a report of conflicts",
     )
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--image-size", type=int, default=16)
@@ -650,15 +644,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dysigma {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
-        _add_train,
-        _add_sample,
-        _add_evaluate,
-        _add_conflicts,
-        _add_compare,
-        _add_race,
-        _add_notebooks,
-        _add_benchmark,
-    ):
+        _add_train, _add_sample, _add_evaluate, _add_conflicts, _add_compare, _add_race, _add_notebooks, _add_benchmark
+    ):  # fmt: skip
         add(commands)
     return parser
 
@@ -675,8 +662,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dysigma: {error}", file=sys.stderr)
         return 1
     except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
-        # str() of a KeyError is the repr of its message.
-        print(f"dysigma: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        # str() of a KeyError is the repr of its message. Modules that are missing are those of the extra.
+        hint = "; pip install 'dysigma[notebooks]'" if isinstance(error, ModuleNotFoundError) else ""
+        print(f"dysigma: {error.args[0] if isinstance(error, KeyError) else error}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"\ndysigma: {str(stop) or 'interrupted before the first step; nothing was written'}", file=sys.stderr)

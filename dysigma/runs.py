@@ -263,7 +263,8 @@ class Run:
             )
         try:
             # Part by part and never from a pickle: nothing is imported because a file names it.
-            network = UNet2DModel.from_pretrained(folder / "unet", local_files_only=True, use_safetensors=True)
+            options = {"use_safetensors": True, "low_cpu_mem_usage": False}  # to use little wants accelerate
+            network = UNet2DModel.from_pretrained(folder / "unet", local_files_only=True, **options)
             return DDPMPipeline(network, DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True))
         except Exception as error:  # damaged files raise almost anything
             raise RunError(f"{folder} is damaged ({str(error).splitlines()[0]})") from None

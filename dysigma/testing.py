@@ -34,14 +34,15 @@ def _trained(weighting: Weighting, seed: int, steps: int) -> Weighting:
     for batch in _batches(seed, steps):
         if weighting.needs_gramian:
             weighting.observe_gramian(torch.arange(1.0, 1 + weighting.bins.num_bins).diag())
-        optimizer.zero_grad()
         weighting(*batch).backward()
         optimizer.step()
+        optimizer.zero_grad()
     return weighting
 
 
 def _state(weighting: Weighting) -> dict[str, Tensor]:
-    return {"weights()": weighting.weights()} | {k: v.clone() for k, v in weighting.state_dict().items()}
+    gradients = {f"gradient of {k}": p.grad for k, p in weighting.named_parameters() if p.grad is not None}
+    return {"weights()": weighting.weights(), **gradients} | {k: v.clone() for k, v in weighting.state_dict().items()}
 
 
 def _table(weighting: Weighting, fresh: Weighting) -> None:
@@ -75,9 +76,18 @@ def _state_dict(weighting: Weighting, fresh: Weighting) -> None:
 
 
 def _same(weighting: Weighting, fresh: Weighting, call: Callable[..., Tensor]) -> None:
-    (losses, *rest), other = next(_batches(4, 1)), copy.deepcopy(weighting)
-    _close(call(other, losses, *rest), weighting(losses, *rest))
+    (losses, timesteps, importance), other = next(_batches(4, 1)), copy.deepcopy(weighting)
+    importance[-1] = 0  # the first can take its place
+    changed, value = call(other, losses, timesteps, importance), weighting(losses, timesteps, importance)
+    (changed + value).backward()
+    _close(changed, value)
     _close(_state(other), _state(weighting))
+
+
+def _twice(weighting: Weighting, losses: Tensor, timesteps: Tensor, importance: Tensor) -> Tensor:
+    half = importance[:1] / 2
+    twice = (torch.cat([column[:-1], column[:1]]) for column in (losses, timesteps))
+    return weighting(*twice, torch.cat([half, importance[1:-1], half]))
 
 
 def _in_low_precision(weighting: Weighting, losses: Tensor, timesteps: Tensor, importance: Tensor) -> Tensor:
@@ -97,6 +107,7 @@ LAWS: dict[str, Callable[[Weighting, Weighting], None]] = {
     "state moves in train() mode alone": _eval_mode,
     "state_dict() is the whole state": _state_dict,
     "the order of samples does not matter": partial(_same, call=lambda w, *batch: w(*(x.flip(0) for x in batch))),
+    "a sample that comes twice with half the importance counts once": partial(_same, call=_twice),
     "low precision changes nothing": partial(_same, call=_in_low_precision),
     "levels of timesteps are those timesteps": partial(_same, call=lambda w, x, t, i: w.at(x, w.log_snr[t], i)),
     "nothing waits for the device": _device,
@@ -111,7 +122,7 @@ def check_weighting(weighting: str | Callable[..., Any], **params: Any) -> None:
     """
     usual = NoiseSchedule(torch.linspace(6, -6, NUM_TIMESTEPS, dtype=torch.float64).sigmoid())
     cases = [(usual, kind) for kind in PREDICTION_TYPES[:3]] + [(NoiseSchedule.flow(NUM_TIMESTEPS), "flow_prediction")]
-    for (schedule, kind), steps, law in product(cases, (0, 4), LAWS):
+    for (schedule, kind), law, steps in product(cases, LAWS, (0, 4)):
         one, fresh = (make_weighting(weighting, schedule, kind, **params) for _ in range(2))
         try:
             LAWS[law](_trained(one, 0, steps), fresh)

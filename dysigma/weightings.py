@@ -75,7 +75,8 @@ PREDEFINED: dict[str, Callable[..., Tensor]] = {
 
 
 def _check_options(name: str, options: Mapping[str, Any], function: Callable[..., Any]) -> None:
-    known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    parameters = inspect.signature(function).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY or p.default is not p.empty]
     if set(options) - set(known):
         raise ValueError(f"{name} has no parameter {sorted(set(options) - set(known))}; it has {known}")
 
@@ -724,9 +725,9 @@ def make_weighting(
 
     name: of WEIGHTINGS; or your own, as an object or "module:function" (imported, so run): a subclass of Weighting, a
     partial of one, or a function of log_snr that gives the log-weight on the x0 error, like those of PREDEFINED.
-    normalize=True: weights of mean 1 over timesteps; False: the formula's own scale. params: those of the weighting,
-    keyword-only there. Raises KeyError for an unknown name, ImportError for a module that does not load, ValueError for
-    an unknown or bad parameter, for epsilon where SNR = 0, and for a target that the schedule does not have.
+    normalize=True: weights of mean 1 over timesteps; False: the formula's own scale. params: those of the weighting, by
+    name. Raises KeyError for an unknown name, ImportError for a module that does not load, ValueError for an unknown or
+    bad parameter, for epsilon where SNR = 0, and for a target that the schedule does not have.
     """
     found = _named(name, WEIGHTINGS, "weighting")
     if not hasattr(schedule, "log_snr"):

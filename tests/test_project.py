@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lowest import lowest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -92,6 +93,15 @@ def test_all_that_make_installs_is_pinned():
     brought = closure([*PROJECT["project"]["dependencies"], *EXTRAS["notebooks"], *EXTRAS["test"], *EXTRAS["moo"]])
     assert {"torch", "sympy", "pyzmq", "quadprog"} <= brought  # the walk went deep
     assert not brought - set(pins())
+
+
+def test_the_lowest_versions_are_the_bounds_of_pyproject():
+    bounds = lowest(["torch==2.13.0"])
+    assert bounds.pop("torch") == "2.13.0"
+    ranges = {r.name: r.specifier for r in map(Requirement, REQUIREMENTS) if r.name != "dysigma"}
+    for name, version in bounds.items():
+        assert version in ranges[name] and f">={version}" in {str(part) for part in ranges[name]}
+    assert set(bounds) == set(ranges) - {Requirement(line).name for line in EXTRAS["docs"]} - {"torch"}
 
 
 def recipes() -> dict[str, list[str]]:

@@ -1,20 +1,60 @@
-"""The README's Python runs exactly as printed, and its table of weightings is the package's."""
+"""The README's Python runs as printed, its commands are those of the command line, its table is the package's."""
 
 import re
+import shlex
 from pathlib import Path
 
+import pytest
+
 import dysigma
+from dysigma.cli import _parser
+from dysigma.race import Race
+from dysigma.training import TrainConfig
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)
+SHELL = [re.split(r"\s+#", line)[0] for language, block in BLOCKS if not language for line in block.splitlines()]
+# Commands between the lines too, and what --help gives as examples; an ellipsis stands for options.
+INLINE = re.findall(r"`(?:torchrun --nproc_per_node \d -m )?(dysigma [a-z][^`]*)`", README)
+ENTRIES = (ROOT / "data/gpu-backlog.md").read_text().split("\n- [")[1:]
+JOBS = [job for entry in ENTRIES if "*ready*" in entry for job in re.findall(r"`(dysigma [^`]+)`", entry)]
+COMMANDS = [line for line in SHELL if line.startswith("dysigma ")] + INLINE + JOBS
 
 
-def test_every_python_block_runs_as_printed():
+def test_every_block_is_python_or_shell_and_every_python_block_runs_as_printed():
+    assert {language for language, _ in BLOCKS} == {"python", ""}
+    blocks = [block for language, block in BLOCKS if language]
     namespace: dict = {}
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(blocks) >= 2
     for block in blocks:
         exec(block, namespace)
     assert namespace["loss"].isfinite()
+
+
+def test_shell_blocks_hold_commands_that_exist():
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+    known = {"dysigma", "python3", "pip", "ruff", "jupyter", "PIP_EXTRA_INDEX_URL", "make"}
+    assert len(SHELL) > 15
+    for line in SHELL:
+        words = shlex.split(line)
+        assert words[0] in known, line
+        assert words[0] != "make" or words[1] in targets, line
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_those_of_the_command_line(command, capsys):
+    words = [word for word in shlex.split(command)[1:] if word not in ("...", "…")]
+    out = [] if "--out" in words or words[0] != "train" else ["--out", "x"]
+    try:
+        args = _parser().parse_args(words + out)
+    except SystemExit:
+        pytest.fail(capsys.readouterr().err)
+    if args.command == "race":
+        assert Race.read(ROOT / args.spec).arms
+    if args.command == "train" and not args.resume:
+        names = {name: value for name, value in vars(args).items() if name in TrainConfig.__annotations__}
+        TrainConfig.from_dict({name: value for name, value in names.items() if value is not None})
 
 
 def test_every_weighting_is_named():
@@ -23,6 +63,5 @@ def test_every_weighting_is_named():
 
 
 def test_links_and_pictures_exist():
-    root = Path(__file__).parent.parent
     for target in re.findall(r"\]\((?!http)([^)#]+)", README):
-        assert (root / target).exists(), target
+        assert (ROOT / target).exists(), target

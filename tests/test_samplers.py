@@ -133,10 +133,12 @@ def test_a_training_step_counts_a_density_once(name):
     state = build(config, data)
     if name == "loss-second-moment":
         state.sampler = adapted()
-    p, w = state.sampler.probabilities(), state.weighting.weights()
+    p, w, twin = state.sampler.probabilities(), state.weighting.weights(), copy.deepcopy(state.sampler)
     record = train_step(state, data, config)
     each = w[record.timesteps] * record.losses
-    if name == "loss-second-moment":
+    if name == "loss-second-moment":  # it sees what it corrects, before the correction
+        twin.update(each, record.timesteps)
+        torch.testing.assert_close(state.sampler.moments, twin.moments)
         each = each / (1000 * p[record.timesteps]).float()
         assert each.std() > 0 and p.std() > 1e-5
     torch.testing.assert_close(record.loss, each.mean(), rtol=1e-5, atol=0)

@@ -21,7 +21,7 @@ OWN = """
 import torch
 from dysigma import Weighting
 
-def quarter(log_snr, *, power=0.25):
+def quarter(log_snr, power=0.25):
     return power * log_snr  # log-weight on the x0 error: SNR^power
 
 class Harder(Weighting):
@@ -109,6 +109,21 @@ class LastOneWins(Own):
         self.sums[1, self.bin_index[timesteps[-1]]] = losses[-1]
 
 
+class Uncounted(Own):
+    def update(self, losses, timesteps, importance):
+        super().update(losses, timesteps, torch.ones_like(importance))
+
+
+class UncountedGradient(Own):
+    def __init__(self, setting):
+        super().__init__(setting)
+        self.s = nn.Parameter(torch.zeros(4))
+
+    def update(self, losses, timesteps, importance):
+        s = self.s[self.bin_index[timesteps]]
+        return (losses * torch.exp(-s) + s).mean()
+
+
 class Rounded(Own):
     def update(self, losses, timesteps, importance):
         one_hot = nn.functional.one_hot(self.bin_index[timesteps], 4).float()
@@ -127,7 +142,7 @@ class Shifted(Own):
 
 class Waiting(Own):
     def update(self, losses, timesteps, importance):
-        super().update(losses / float(losses.mean()), timesteps, importance)
+        super().update(losses / float((importance * losses).mean()), timesteps, importance)
 
 
 BROKEN = {
@@ -141,6 +156,8 @@ BROKEN = {
     Drawing: "state moves in train\\(\\) mode alone': the global random state",
     Forgetful: "state_dict\\(\\) is the whole state",
     LastOneWins: "the order of samples does not matter",
+    Uncounted: "a sample that comes twice",
+    UncountedGradient: "a sample that comes twice",
     Rounded: "low precision changes nothing",
     Halved: "low precision changes nothing",
     Shifted: "levels of timesteps are those timesteps",
