@@ -1,29 +1,27 @@
-"""Speed as ratios within one run: training steps, what a weighting adds to them, what a report of conflicts costs."""
+"""Speed within one run: training steps, ours and others', what a weighting adds to them, a report of conflicts."""
 
 from __future__ import annotations
 
 import functools
-import re
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .bins import Bins
-from .data import ImageData
+from .data import ImageData, batch
 from .draws import generator
-from .gradients import bin_gramian, bin_timesteps, conflicts
+from .gradients import conflicts
 from .models import make_model
 from .objective import sample_losses
 from .runs import provenance, write_json
 from .schedule import make_schedule
-from .training import TrainConfig, build, load_split, resolve_device, train_step
+from .training import TrainConfig, autocast, build, fast_kernels, load_split, resolve_device, train_step
 from .weightings import WEIGHTINGS, make_weighting
 
 BINS, MICRO_BATCHES = 10, 16  # as conflicts has them by default
@@ -49,51 +47,188 @@ def time_in_turn(contenders: dict[str, Callable[[], Any]], rounds: int, device: 
     return seconds
 
 
-def _hand_written_step(config: TrainConfig, data: ImageData) -> Callable[[], Any]:
-    """The same step as a user of diffusers and accelerate writes it, with EMAModel and a DataLoader."""
+def _own_step(config: TrainConfig, data: ImageData, **options: Any) -> Callable[[], Any]:
+    """Our training step; options compile the network in another way."""
+    state = build(config, data)
+    if options:
+        state.forward = torch.compile(state.model, fullgraph=True, dynamic=False, **options)
+    return lambda: train_step(state, data, config)
+
+
+def _recipe_step(config: TrainConfig, data: ImageData, low: bool = False) -> Callable[[], Any]:
+    """A step of diffusers' train_unconditional.py with EMA and its other defaults, on the same network and images.
+
+    Pictures are decoded already. low: with --mixed_precision bf16, which casts images, noise and schedule too.
+    """
     import accelerate
     import diffusers
+    import numpy
     from diffusers.training_utils import EMAModel
+    from PIL import Image, ImageOps
 
-    device = data.images.device
-    precision = "bf16" if device.type == "cuda" else "no"
-    accelerator = accelerate.Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
-    x0 = data.images.cpu().float().div(127.5).sub(1)
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.TensorDataset(x0), config.batch_size, shuffle=True, drop_last=True
-    )
-    torch.manual_seed(config.seed)
-    model: Any = make_model(config.model, data.images.shape[-1], data.images.shape[1])
-    scheduler = diffusers.DDPMScheduler(config.num_timesteps)
-    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
-    warmup = diffusers.optimization.get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=100)
-    model, optimizer, loader, warmup = accelerator.prepare(model, optimizer, loader, warmup)
-    model = torch.compile(model) if device.type == "cuda" else model  # as ours is
-    ema = EMAModel(model.parameters(), decay=0.999)
-    batches = iter(loader)
+    device, dtype = data.images.device, torch.bfloat16 if low else torch.float32
+    pictures = [Image.fromarray(image) for image in data.images.permute(0, 2, 3, 1).cpu().numpy()]
+
+    def collate(chosen: list[Any]) -> Tensor:
+        turned = [ImageOps.mirror(picture) if torch.rand(()) < 0.5 else picture for picture in chosen]
+        return torch.stack([torch.from_numpy(numpy.array(x)).permute(2, 0, 1).div(127.5).sub(1) for x in turned])
+
+    loader: Any = torch.utils.data.DataLoader(pictures, config.batch_size, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
+    accelerator, model = accelerate.Accelerator(cpu=device.type == "cpu"), _network(config, data)
+    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
+    rate = diffusers.optimization.get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=10**5)
+    model, optimizer, loader, rate = accelerator.prepare(model, optimizer, loader, rate)
+    ema, scheduler = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True), diffusers.DDPMScheduler()
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
 
     def step() -> float:
-        nonlocal batches
-        images = next(batches, None)
-        if images is None:
-            batches = iter(loader)
-            images = next(batches)
-        clean = images[0]
-        clean = torch.where(torch.rand(len(clean), 1, 1, 1, device=clean.device) < 0.5, clean.flip(-1), clean)
+        clean = next(batches).to(dtype)
         noise = torch.randn_like(clean)
-        timesteps = torch.randint(0, config.num_timesteps, (len(clean),), device=clean.device)
-        with accelerator.accumulate(model):
-            output = model(scheduler.add_noise(clean, noise, timesteps), timesteps).sample
-            loss = torch.nn.functional.mse_loss(output.float(), noise.float())
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), config.grad_clip)
-            optimizer.step()
-            warmup.step()
-            optimizer.zero_grad()
+        timesteps = torch.randint(0, 1000, (len(clean),), device=clean.device)
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        with torch.autocast(device.type, dtype, enabled=low):
+            output = model(noisy, timesteps).sample
+        loss = torch.nn.functional.mse_loss(output.float(), noise.float())
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+        optimizer.zero_grad()
         ema.step(model.parameters())
         return loss.detach().item()
 
     return step
+
+
+def _lucidrains_step(config: TrainConfig, data: ImageData) -> Callable[[], Any]:
+    """A step of denoising-diffusion-pytorch's Trainer around the same network, spared its data loading and its EMA."""
+    from denoising_diffusion_pytorch.denoising_diffusion_pytorch import GaussianDiffusion
+
+    class Network(torch.nn.Module):
+        channels, out_dim, self_condition, random_or_learned_sinusoidal_cond = 3, 3, False, False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = _network(config, data)
+
+        def forward(self, x: Tensor, timesteps: Tensor, _: None) -> Tensor:
+            return self.network(x, timesteps).sample
+
+    diffusion = GaussianDiffusion(Network(), image_size=data.images.shape[-1], objective="pred_noise")
+    diffusion.to(data.images.device)
+    optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
+    steps = itertools.count()
+
+    def step() -> float:
+        images, _, _ = batch(data, 0, next(steps), config.batch_size)
+        loss = diffusion(images.add(1).div(2))
+        loss.backward()
+        total = loss.item()
+        torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total
+
+    return step
+
+
+def _network(config: TrainConfig, data: ImageData) -> Any:
+    return make_model(config.model, data.images.shape[-1], data.images.shape[1]).to(data.images.device)
+
+
+def _parts(config: TrainConfig, data: ImageData) -> dict[str, Callable[[], Any]]:
+    """The parts of our step, each as a call of its own."""
+    state, steps = build(config, data), itertools.count()
+    train_step(state, data, config)
+    draws = batch(data, 0, 0, config.batch_size)[0]
+    noise, timesteps = torch.randn_like(draws), torch.arange(config.batch_size, device=draws.device) % 1000
+
+    def losses() -> Tensor:
+        with autocast(config, draws.device):
+            return sample_losses(state.forward, state.schedule, draws, noise, timesteps, config.prediction)
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
+        state.optimizer.step()
+
+    return {
+        "images and noise": lambda: torch.randn_like(batch(data, 0, next(steps), config.batch_size)[0]),
+        "forward": losses,
+        "forward and backward": lambda: losses().mean().backward(),
+        "optimizer": update,
+        "EMA": lambda: state.ema.update(state.model, 10**6, config.batch_size),
+    }
+
+
+def matmul_peak(device: torch.device) -> float:
+    """FLOP/s of one large matrix product, the fastest of ten: bfloat16 on CUDA, else float32."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / min(time_in_turn({"": lambda: a @ a}, 10, device)[""])
+
+
+def flops_per_image(preset: str, image_size: int) -> int:
+    """FLOP of one image in a training step, 2 for each multiply-add; a backward pass counts as two forward passes."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = make_model(preset, image_size).to("meta")
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, image_size, image_size, device="meta"), torch.zeros(1, device="meta").long())
+    return 3 * counter.get_total_flops()
+
+
+def step_costs(config: TrainConfig, rounds: int, device: torch.device, peak: float) -> dict[str, Any]:
+    """Print and return what training steps of one batch size cost, ours and others', by name.
+
+    "fails" with the reason, or "seconds" (median), "images_per_second", "flops" per second and its "share" of peak,
+    "ratio" of its seconds to ours (median over rounds), "bytes" at the peak (CUDA alone). "parts" has the seconds of
+    the parts of ours.
+    """
+    data = load_split(config, "train", device)
+    makers: dict[str, Any] = {"dysigma": _own_step, "diffusers recipe": _recipe_step}
+    makers |= {"diffusers recipe, bf16": functools.partial(_recipe_step, low=True)}
+    makers |= {"denoising-diffusion-pytorch": _lucidrains_step}
+    if device.type == "cuda":
+        makers["dysigma, CUDA graphs"] = functools.partial(_own_step, mode="reduce-overhead")
+    flops, calls = flops_per_image(config.model, data.images.shape[-1]), {}
+    results: dict[str, dict[str, Any]] = {}
+    for name, make in makers.items():
+        try:
+            before = torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+            call = make(config, data)
+            call()  # allocates the optimizer's state
+            calls[name], results[name] = call, {"bytes": cuda_peak(call, device, before)}
+        except Exception as error:  # what cannot run here is part of the result
+            if name == "dysigma":
+                raise ValueError(f"our step fails with batch size {config.batch_size}: {error}") from error
+            results[name] = {"fails": f"{type(error).__name__}: {error}".partition("\n")[0]}
+    seconds = time_in_turn(calls, rounds, device)
+    print(f"training step, {config.model} at {data.images.shape[-1]} pixels, batch {config.batch_size}, {device}")
+    for name, row in results.items():
+        if name not in seconds:
+            print(f"  {name:28s} fails: {row['fails']}")
+            continue
+        time_, pairs = statistics.median(seconds[name]), zip(seconds[name], seconds["dysigma"], strict=True)
+        speed = config.batch_size / time_
+        row |= {"seconds": time_, "images_per_second": speed, "flops": speed * flops, "share": speed * flops / peak}
+        row |= {"ratio": statistics.median(a / b for a, b in pairs)}
+        memory = "" if row["bytes"] is None else f"   {row['bytes'] / 2**20:8.0f} MiB"
+        print(
+            f"  {name:28s} {1e3 * time_:9.1f} ms   {speed:9,.0f} img/s   {speed * flops / 1e12:8.3f} TFLOP/s   "
+            f"{row['share']:5.1%} of a matrix product   {row['ratio']:5.2f} x ours{memory}"
+        )
+    parts = {k: statistics.median(v) for k, v in time_in_turn(_parts(config, data), rounds, device).items()}
+    print("  parts of ours: " + ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in parts.items()))
+    return {"batch_size": config.batch_size, "steps": results, "parts": parts}
+
+
+def cuda_peak(call: Callable[[], Any], device: torch.device, before: int | None) -> int | None:
+    """Bytes allocated on a CUDA device at the peak of a call, above those before; None elsewhere."""
+    if before is None:
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _weighting_call(name: str, config: TrainConfig, schedule: Any, device: torch.device) -> Callable[[], Any]:
@@ -117,180 +252,98 @@ def _weighting_call(name: str, config: TrainConfig, schedule: Any, device: torch
     return call
 
 
-def _routes(preset: str, image_size: int, per_bin: int, device: torch.device) -> dict[str, Callable[[], Any]]:
-    """Calls that compute the Gramian (K, K) of the bins' mean losses on one batch, each in its own way.
+def conflict_costs(config: TrainConfig, rounds: int, device: torch.device) -> dict[str, Any]:
+    """Print and return what a report of conflicts costs beside training steps on as many samples, in float32.
 
-    The first two return none: MICRO_BATCHES forward and backward passes of the mean loss of per_bin samples of each
-    bin, and the report of as many such batches. In float32, not compiled.
+    "seconds" are medians, "ratio" the median over rounds; both for one micro-batch of BINS bins, and as many samples in
+    each as make up batch_size.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = make_model(preset, image_size).to(device)
-    schedule, bins = make_schedule("cosine").to(device), Bins.uniform(1000, BINS).to(device)
-    draw, parameters = generator(0, 0, "benchmark"), list(model.parameters())
-    timesteps = bin_timesteps(bins, per_bin, draw).flatten().to(device)
-    x0, noise = torch.randn(2, len(timesteps), 3, image_size, image_size, generator=draw).to(device)
-    losses = functools.partial(sample_losses, model, schedule, x0, noise, timesteps)
+    data, per_bin = load_split(config, "train", device), -(-config.batch_size // BINS)
+    model, schedule = _network(config, data), config.noise_schedule().to(device)
+    x0, timesteps = data.images[: BINS * per_bin].float().div(127.5).sub(1), torch.arange(BINS * per_bin, device=device)
 
     def steps() -> None:
         for _ in range(MICRO_BATCHES):
             model.zero_grad()
-            losses().mean().backward()
+            sample_losses(model, schedule, x0, torch.randn_like(x0), timesteps).mean().backward()
 
-    def report() -> None:
-        conflicts(model, x0, schedule, bins, micro_batches=MICRO_BATCHES, batch_per_bin=per_bin, progress=False)
-
-    def means() -> Tensor:
-        return losses().view(BINS, per_bin).mean(1)
-
-    @functools.cache
-    def autogram(batch_dim: int | None) -> Callable[[Tensor], Tensor]:
-        from torchjd.autogram import Engine
-
-        return Engine(model, batch_dim=batch_dim).compute_gramian
-
-    def gramian(jacobians: Iterable[Tensor]) -> Tensor:
-        blocks = (jacobian.flatten(1).double() for jacobian in jacobians)
-        return torch.stack([block @ block.T for block in blocks]).sum(0)
-
-    def jac() -> Tensor:
-        from torchjd import autojac
-
-        return gramian(autojac.jac(means(), parameters, parallel_chunk_size=1))
-
-    def retained() -> Tensor:
-        rows = [torch.autograd.grad(mean, parameters, retain_graph=True) for mean in means()]
-        return gramian(map(torch.stack, zip(*rows, strict=True)))
-
-    return {
-        "training steps": steps,
-        "conflicts": report,
-        "bin_gramian": lambda: bin_gramian(model, schedule, x0, noise, timesteps, bins, splits=1),
-        "TorchJD autogram, per sample": lambda: autogram(0)(losses()).view(BINS, per_bin, BINS, per_bin).mean((1, 3)),
-        "TorchJD autogram, per bin": lambda: autogram(None)(means()),
-        "TorchJD jac, bin by bin": jac,
-        "retained graph": retained,
-    }
-
-
-def _peak_memory(name: str, preset: str, image_size: int, per_bin: int, device: torch.device) -> int | None:
-    """Bytes a route takes at its peak above the model and the batch; None where the system does not tell."""
-    status = Path("/proc/self/status")
-    _routes("micro", 8, 1, device)[name]()  # late imports, lasting buffers
-    call = _routes(preset, image_size, per_bin, device)[name]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        return torch.cuda.max_memory_allocated(device) - before
-    if device.type != "cpu" or not status.exists():
-        return None
-    before = int(re.findall(r"VmRSS:\s+(\d+)", status.read_text())[0])
-    call()
-    # Not ru_maxrss of getrusage: on Linux a process inherits that from its parent.
-    return 1024 * (int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0]) - before)
-
-
-def _measure(name: str, call: Callable[[], Any], expected: Tensor, *batch: Any) -> dict[str, Any]:
-    """The error of a route's Gramian, and its memory; ValueError for a Gramian unlike the expected one."""
-    found: dict[str, Any] = {}
-    gramian = call()
-    if gramian is not None:
-        found["error"] = float((gramian - expected).abs().max() / expected.abs().max())
-        if not found["error"] < 0.01:  # 1e-6 in float32, more where a GPU convolves in TF32
-            raise ValueError(f"its Gramian differs by {found['error']:.1%} of the largest entry")
-    if expected.is_cuda:
-        return found | {"bytes": _peak_memory(name, *batch)}
-    with ProcessPoolExecutor(1, get_context("spawn")) as fresh:  # with no memory of another route to use again
-        return found | {"bytes": fresh.submit(_peak_memory, name, *batch).result()}
-
-
-def conflict_costs(preset: str, image_size: int, per_bin: int, rounds: int, device: torch.device) -> dict[str, Any]:
-    """Print and return what a report of conflicts costs beside training steps and other routes to its Gramians.
-
-    In "routes", "fails" with the reason, or: "seconds" for per_bin samples of each bin (median), "ratio" to a training
-    step on as many (quartiles over the rounds), "bytes" at the peak above model and batch, and "error" of the Gramian:
-    its largest difference from bin_gramian's as a share of the largest entry.
-    """
-    batch, calls, results = (preset, image_size, per_bin, device), {}, {}
-    expected = _routes(*batch)["bin_gramian"]()
-    for name in _routes(*batch):
-        call = _routes(*batch)[name]  # a model for each, because autogram leaves hooks in it
-        try:
-            calls[name], results[name] = call, _measure(name, call, expected, *batch)
-        except Exception as error:  # what a route cannot do is part of the result
-            results[name] = {"fails": f"{type(error).__name__}: {error}".partition("\n")[0]}
+    options: dict[str, Any] = {"micro_batches": MICRO_BATCHES, "batch_per_bin": per_bin, "progress": False}
+    calls = {"training steps": steps, "report": lambda: conflicts(model, x0, schedule, BINS, **options)}
     seconds = time_in_turn(calls, rounds, device)
-    for name in ("training steps", "conflicts"):
-        seconds[name] = [total / MICRO_BATCHES for total in seconds[name]]
-    print(f"gradient conflicts of {BINS} bins, {per_bin} samples of each")
-    for name, row in results.items():
-        if name in seconds:
-            ratios = [a / b for a, b in zip(seconds[name], seconds["training steps"], strict=True)]
-            quartiles = torch.tensor(ratios, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
-            row |= {"seconds": statistics.median(seconds[name]), "ratio": quartiles.tolist()}
-            memory = "" if row["bytes"] is None else f"{row['bytes'] / 2**20:6.0f} MiB"
-            print(f"  {name:28s} {1e3 * row['seconds']:8.1f} ms   {row['ratio'][1]:6.2f} steps   {memory}")
-        else:
-            print(f"  {name:28s} fails: {row['fails']}")
-    return {"bins": BINS, "batch_per_bin": per_bin, "micro_batches": MICRO_BATCHES, "routes": results}
+    ratio = statistics.median(a / b for a, b in zip(seconds["report"], seconds["training steps"], strict=True))
+    print(
+        f"gradient conflicts of {BINS} bins, {per_bin} samples of each: {ratio:.2f} training steps on as many samples"
+    )
+    medians = {name: statistics.median(values) / MICRO_BATCHES for name, values in seconds.items()}
+    return {"bins": BINS, "batch_per_bin": per_bin, "micro_batches": MICRO_BATCHES, "seconds": medians, "ratio": ratio}
+
+
+def weighting_costs(config: TrainConfig, rounds: int, device: torch.device, step: float) -> dict[str, float]:
+    """Print and return the seconds of each weighting above those of losses.mean(), as a share of `step` seconds."""
+    # "gramian" needs an optional package, and the work of both kinds that need Gramians lies in computing those.
+    names = [name for name in WEIGHTINGS if name not in ("gramian", "ugd")]
+    schedule = make_schedule(config.schedule, config.num_timesteps).to(device)
+    calls = {name: _weighting_call(name, config, schedule, device) for name in ["mean", *names]}
+    times = {name: statistics.median(values) for name, values in time_in_turn(calls, rounds, device).items()}
+    print("overhead of a weighting, share of the training step")
+    for name in names:
+        over = times[name] - times["mean"]
+        print(f"  {name:16s} {100 * over / step:6.2f} %   {1e6 * over:6.0f} us")
+    return {name: (times[name] - times["mean"]) / step for name in names}
+
+
+def _draw(result: dict[str, Any], path: Path) -> None:
+    """Images per second of everything that ran, at each batch size."""
+    import matplotlib.pyplot as plt
+
+    from . import plots
+
+    plots.use_style()
+    fig, axes = plt.subplots(1, len(result["steps"]), squeeze=False, figsize=(5.5 * len(result["steps"]), 3))
+    for ax, cost in zip(axes[0], result["steps"], strict=True):
+        rows = {name: row for name, row in cost["steps"].items() if "fails" not in row}
+        bars = ax.barh(list(rows), [row["images_per_second"] for row in rows.values()])
+        ax.bar_label(bars, [f"{row['images_per_second']:,.0f}, {row['share']:.0%}" for row in rows.values()], padding=3)
+        ax.set(
+            title=f"{result['model']}, batch {cost['batch_size']}", xlabel="images per second, % of a matrix product"
+        )
+        ax.invert_yaxis()
+        ax.margins(x=0.3)
+    fig.savefig(path, dpi=110)
 
 
 def benchmark(
     model: str = "tiny",
     image_size: int = 16,
-    batch_size: int = 32,
+    batch_sizes: Sequence[int] = (32,),
     *,
     rounds: int = 20,
     device: str = "auto",
     out: Path | None = None,
 ) -> dict[str, Any]:
-    """Print and return medians and ratios of one run; writes them as JSON to `out` if given.
+    """Print and return costs measured in one run; writes them as JSON to `out`, and a figure beside it, if given.
 
-    "ratio" of the step is ours / hand-written (below 1: ours is faster), the median over rounds of the ratio within a
-    round. "overhead" of a weighting is its seconds over those of losses.mean(), as a share of our step.
-    "conflicts" is what conflict_costs returns for batch_size samples, rounded up to as many in each bin.
+    "steps" has step_costs for each batch size; "weighting_overhead" is what weighting_costs returns and "conflicts"
+    what conflict_costs returns for the first.
     """
     target = resolve_device(device)
-    if rounds < 1:
-        raise ValueError(f"rounds must be 1 or more; got {rounds}")
-    count = max(2048, batch_size)
+    if rounds < 1 or not batch_sizes or min(batch_sizes) < 1:
+        raise ValueError(f"rounds and batch_sizes must be 1 or more; got {rounds}, {[*batch_sizes]}")
+    count = max(2048, *batch_sizes)
     config = TrainConfig(
-        model=model, image_size=image_size, batch_size=batch_size, images=10**9, train_images=count, device=device
+        model=model, image_size=image_size, batch_size=1, images=10**9, train_images=count, device=device
     )
-    data = load_split(config, "train", target)
-    state = build(config, data)
-    steps = {
-        "dysigma": lambda: train_step(state, data, config),
-        "diffusers + accelerate": _hand_written_step(config, data),
-    }
-    seconds = time_in_turn(steps, rounds, target)
-    ours, theirs = (statistics.median(seconds[name]) for name in steps)
-    ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))
-    print(f"training step, {model} at {image_size}x{image_size}, batch {batch_size}, {target}")
-    print(
-        f"  ours {1e3 * ours:.1f} ms ({batch_size / ours:,.0f} img/s), by hand {1e3 * theirs:.1f} ms, ratio {ratio:.3f}"
-    )
-
-    # "gramian" needs an optional package, and the work of both kinds that need Gramians lies in computing those.
-    names = [name for name in WEIGHTINGS if name not in ("gramian", "ugd")]
-    calls = {name: _weighting_call(name, config, state.schedule, target) for name in ["mean", *names]}
-    times = {name: statistics.median(values) for name, values in time_in_turn(calls, 20 * rounds, target).items()}
-    overhead = {name: (times[name] - times["mean"]) / ours for name in names}
-    print("overhead of a weighting, share of the training step")
-    for name, share in overhead.items():
-        print(f"  {name:16s} {100 * share:6.2f} %   {1e6 * (times[name] - times['mean']):6.0f} us")
-    result = {
-        "model": model,
-        "image_size": image_size,
-        "batch_size": batch_size,
-        "rounds": rounds,
-        "seconds_per_step": {name: statistics.median(values) for name, values in seconds.items()},
-        "step_ratio": ratio,
-        "weighting_overhead": overhead,
-        "conflicts": conflict_costs(model, image_size, -(-batch_size // BINS), max(1, rounds // 4), target),
-        "provenance": provenance(),
-    }
+    with fast_kernels(target):
+        peak = matmul_peak(target)
+        print(f"one matrix product: {peak / 1e12:.3f} TFLOP/s; 2 FLOP per multiply-add, forward and backward 3 forward")
+        costs = [step_costs(replace(config, batch_size=size), rounds, target, peak) for size in batch_sizes]
+    step, config = costs[0]["steps"]["dysigma"]["seconds"], replace(config, batch_size=batch_sizes[0])
+    result: dict[str, Any] = {"model": model, "image_size": image_size, "rounds": rounds, "matmul_flops": peak}
+    result |= {"flops_per_image": flops_per_image(model, image_size), "steps": costs}
+    result["weighting_overhead"] = weighting_costs(config, 20 * rounds, target, step)
+    result["conflicts"] = conflict_costs(config, max(1, rounds // 4), target)
+    result["provenance"] = provenance()
     if out is not None:
         write_json(out, result)
+        _draw(result, out.with_suffix(".png"))
     return result

@@ -15,49 +15,6 @@ from typing import Any
 
 from . import __version__
 
-HELP = {
-    "data": "leaves or gaussian-fields (both made in memory), cifar10, an .npz file, or a folder of images",
-    "data_root": "where CIFAR-10 lies or is downloaded to (default: $DYSIGMA_DATA, then the user's cache)",
-    "image_size": "resize images to this (default: as they are; leaves 16)",
-    "train_images": "use only the first so many training images",
-    "conditional": "condition the network on the class labels",
-    "model": "network preset: micro, tiny (CPU), small, compact (CIFAR-10 on one GPU), ddpm (35.7 M parameters)",
-    "schedule": "noise schedule: linear, scaled-linear, cosine, sigmoid",
-    "num_timesteps": "number of timesteps T",
-    "zero_terminal_snr": "rescale the schedule to end in pure noise (not with epsilon)",
-    "prediction": "what the network predicts: epsilon, sample (x0) or v_prediction (v)",
-    "weighting": "loss weighting, one of ",
-    "weighting_params": "parameter of the weighting, as name=value; may be repeated (kappa=0.5 prior=min-snr)",
-    "normalize": "scale weights to mean 1 over timesteps (the default)",
-    "timestep_sampler": "uniform, stratified, logit-normal, lognormal, laplace or loss-second-moment timesteps",
-    "sampler_params": "parameter of the timestep sampler, as name=value; may be repeated",
-    "images": "how many images to train on, repeats included",
-    "batch_size": "images per step",
-    "accumulate": "split each batch into so many parts to save memory; a weighting's statistics move between them",
-    "seed": "seed of initial weights, images, timesteps and noise",
-    "lr": "learning rate of the network (AdamW)",
-    "weighting_lr": "learning rate of a learnable weighting (default: what it suggests)",
-    "weight_decay": "AdamW weight decay of the network",
-    "warmup_images": "linear warm-up of the learning rate over so many images",
-    "grad_clip": "largest norm of the gradient",
-    "ema_half_life": "half-life of the averaged weights, in images (at most 5 %% of the images seen)",
-    "flip": "mirror images at random (the default)",
-    "bins": "timestep bins of the logged losses",
-    "log_every": "steps per line of metrics.jsonl",
-    "checkpoint_every": "images per checkpoint (default: a tenth of the run)",
-    "validate_every": "images per validation (default: a tenth of the run)",
-    "validate_from": "instead: images before the first validation, the next at every factor sqrt 2",
-    "validation_images": "test images per validation",
-    "validation_timesteps": "timesteps per validation",
-    "distance_images": "images sampled at each validation for their Fréchet distance to the training images",
-    "distance_steps": "DDIM steps of those samples",
-    "features": "features of that distance: pixels, fid, or a TorchScript file from uint8 images to (N, D)",
-    "conflicts_from": "images before the first report of gradient conflicts in metrics.jsonl, then at every doubling",
-    "device": "auto, cpu, cuda, cuda:1, mps",
-    "precision": "auto (bfloat16 on CUDA), float32 or bfloat16",
-    "compile": "use torch.compile (default: on CUDA only)",
-}
-
 
 def _pairs(items: Sequence[str]) -> dict[str, Any]:
     """["kappa=0.5", "prior=p2"] -> {"kappa": 0.5, "prior": "p2"}; values are read as JSON where they are JSON."""
@@ -75,7 +32,6 @@ def _pairs(items: Sequence[str]) -> dict[str, Any]:
 
 def _add_train(commands: Any) -> None:
     from .training import TrainConfig
-    from .weightings import WEIGHTINGS
 
     parser = commands.add_parser(
         "train",
@@ -96,9 +52,7 @@ def _add_train(commands: Any) -> None:
     group = parser.add_argument_group("configuration")
     for f in dataclasses.fields(TrainConfig):
         default = f.default if f.default is not dataclasses.MISSING else None
-        flag, text = "--" + f.name.replace("_", "-"), HELP[f.name]
-        if f.name == "weighting":
-            text += f"{', '.join(WEIGHTINGS)}, or module:function of your own"
+        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
         if default is not None and not isinstance(default, bool):
             text += f" (default: {default})"
         if "bool" in str(f.type):
@@ -140,14 +94,18 @@ def _device_run(path: Path, device: str) -> tuple[Any, Any, Any, Any]:
     return config, run.pipeline().unet.to(target), config.noise_schedule().to(target), target
 
 
+def _add_draws(parser: Any) -> None:
+    parser.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+
+
 def _add_sample(commands: Any) -> None:
     parser = commands.add_parser("sample", help="draw images from a run as a PNG grid and, if asked, an .npz file")
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder written by dysigma train")
     parser.add_argument("--num-images", type=int, default=64, help="how many (default: 64)")
     parser.add_argument("--sampler", default="ddim", help="ddim, dpm-solver, heun or ddpm (default: ddim)")
     parser.add_argument("--steps", type=int, default=50, help="network evaluations per image (default: 50)")
-    parser.add_argument("--seed", type=int, default=0, help="of latents and noise (default: 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    _add_draws(parser)
     parser.add_argument("--out", type=Path, help="PNG to write (default: RUN/samples-SAMPLER-STEPS.png)")
     parser.add_argument("--npz", type=Path, help="also write the images as an uint8 array (N, H, W, C)")
     parser.set_defaults(run=_sample)
@@ -185,8 +143,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--num-images", type=int, default=256, help="test images (default: 256)")
     parser.add_argument("--timesteps", type=int, default=50, help="timesteps of the loss curve (default: 50)")
     parser.add_argument("--elbo-timesteps", type=int, default=50, help="timesteps per image of the ELBO (default: 50)")
-    parser.add_argument("--seed", type=int, default=0, help="of latents and noise (default: 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    _add_draws(parser)
     parser.add_argument("--data-root", help="where CIFAR-10 lies, if not where it was in training")
     group = parser.add_argument_group("distance of samples")
     group.add_argument("--metric", help="fid, pixels, a TorchScript file, or a name of your own for that in --features")
@@ -195,13 +152,9 @@ def _add_evaluate(commands: Any) -> None:
     group.add_argument("--nfe", type=int, default=50, help="network evaluations per sample (default: 50)")
     group.add_argument("--sampler", default="ddim", help="ddim, dpm-solver, heun or ddpm (default: ddim)")
     group.add_argument("--reference-images", type=int, help="only so many training images (default: all exact ones)")
-    group.add_argument(
-        "--reference-only", action="store_true", help="measure held-out training and test images instead"
-    )
+    group.add_argument("--reference-only", action="store_true", help="of held-out training and of test images instead")
     group.add_argument("--data", help="for --reference-only without RUN: cifar10, an .npz file, ...")
-    group.add_argument(
-        "--out", type=Path, help="JSON file (default: RUN/evaluation.json, or reference-METRIC.json here)"
-    )
+    group.add_argument("--out", type=Path, help="JSON (default: RUN/evaluation.json, or ./reference-METRIC.json)")
     parser.set_defaults(run=_evaluate)
 
 
@@ -297,11 +250,8 @@ def _distance(args: argparse.Namespace, config: Any, model: Any, schedule: Any) 
     seconds = round(time.perf_counter() - start, 3)
     about |= {"data": train.name, "sampler": args.sampler, "nfe": args.nfe, "seed": args.seed, "seconds": seconds}
     found, reference = (extract(features, images, progress=True) for images in (samples, real))
-    return {
-        about["metric"].split()[0]: _report_distance(
-            about, found, reference, f"samples ({args.sampler}, {args.nfe} evaluations)"
-        )
-    }
+    what = f"samples ({args.sampler}, {args.nfe} evaluations)"
+    return {about["metric"].split()[0]: _report_distance(about, found, reference, what)}
 
 
 def _reference_only(args: argparse.Namespace) -> None:
@@ -345,7 +295,7 @@ def _add_conflicts(commands: Any) -> None:
         "steps on --bins times --batch-per-bin images.",
     )
     parser.add_argument("path", type=Path, metavar="PATH", help="run folder, or local folder of a diffusers pipeline")
-    parser.add_argument("--data", help=f"{HELP['data']} (default: the run's own; for a pipeline, leaves)")
+    parser.add_argument("--data", help="as of dysigma train (default: the run's own; for a pipeline, leaves)")
     parser.add_argument("--data-root", help="where CIFAR-10 lies, if not where it was in training")
     parser.add_argument("--num-images", type=int, help="use only the first so many training images")
     parser.add_argument("--bins", type=int, default=10, help="how many bins of timesteps (default: 10)")
@@ -357,8 +307,7 @@ def _add_conflicts(commands: Any) -> None:
     parser.add_argument("--weighting", help="predefined weighting of the losses (default: unweighted)")
     parser.add_argument("--transfer", action="store_true", help="also fine-tune on each bin alone and test on all")
     parser.add_argument("--transfer-steps", type=int, default=50, help="steps of each fine-tuning (default: 50)")
-    parser.add_argument("--seed", type=int, default=0, help="of images, timesteps and noise (default: 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    _add_draws(parser)
     parser.add_argument("--out", type=Path, help="folder (default: PATH/conflicts; for a pipeline, ./conflicts-NAME)")
     parser.set_defaults(run=_conflicts)
 
@@ -617,15 +566,14 @@ def _notebooks(args: argparse.Namespace) -> None:
 
 def _add_benchmark(commands: Any) -> None:
     parser = commands.add_parser(
-        "benchmark",
-        help="time a training step beside diffusers + accelerate, each weighting, and a report of conflicts",
+        "benchmark", help="time training steps, ours and others', each weighting and a conflict report, in one run"
     )
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--image-size", type=int, default=16)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[32], help="one or more (default: 32)")
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds; each round runs every contender once")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
-    parser.add_argument("--out", type=Path, help="JSON record to write")
+    parser.add_argument("--out", type=Path, help="JSON record to write, with a figure beside it")
     parser.set_defaults(run=_benchmark)
 
 

@@ -156,11 +156,11 @@ def batch(
     epochs = range(start // total, (stop - 1) // total + 1)
     parts = [_permutation(total, seed, e)[max(start - e * total, 0) : stop - e * total] for e in epochs]
     device = data.images.device
-    indices = torch.cat(parts).to(device)
+    indices = draws.to_device(torch.cat(parts), device)
     images = data.images[indices]
     if flip:
         mirrored = torch.rand(batch_size, 1, 1, 1, generator=draws.generator(seed, step, "flip")) < 0.5
-        images = torch.where(mirrored.to(device), images.flip(-1), images)
+        images = torch.where(draws.to_device(mirrored, device), images.flip(-1), images)
     labels = None if data.labels is None else data.labels[indices]
     return images.float().div_(127.5).sub_(1), labels, indices
 

@@ -159,15 +159,8 @@ def compare_features(features: Tensor, reference: Tensor) -> dict[str, Any]:
     distance = frechet_distance(whole, target)
     pseudo = groups * distance - (groups - 1) * torch.tensor(values, dtype=torch.float64)
     limit, half = float(pseudo.mean()), 2.262 * float(pseudo.std()) / groups**0.5  # Student's t, 9 degrees of freedom
+    found: dict[str, Any] = {"distance": distance, "interval": [distance - half, distance + half]}
     known = whole.number >= 2 * features.shape[1]
-    return {
-        "distance": distance,
-        "interval": [distance - half, distance + half],
-        "limit": limit if known else None,
-        "limit_interval": [limit - half, limit + half] if known else None,
-        "kid": kid,
-        "kid_standard_error": kid_se,
-        "images": whole.number,
-        "reference_images": target.number,
-        "features": features.shape[1],
-    }
+    found |= {"limit": limit, "limit_interval": [limit - half, limit + half]} if known else {"limit": None}
+    found |= {"kid": kid, "kid_standard_error": kid_se}
+    return found | {"images": whole.number, "reference_images": target.number, "features": features.shape[1]}

@@ -23,6 +23,11 @@ def generator(seed: int, step: int, stream: str, device: torch.device | str = "c
     return torch.Generator(device).manual_seed(int(words[0] >> np.uint64(1)))
 
 
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """values of the CPU on a device; a CUDA device is not waited for."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
 def check_timesteps(timesteps: Tensor, num_timesteps: int, batch: int | None = None) -> None:
     """Raise ValueError unless timesteps is (B,) int64 in [0, num_timesteps), with B == batch if given.
 

@@ -15,7 +15,7 @@ from .objective import predict, sample_losses
 from .plots import tile
 from .schedule import NoiseSchedule, canonical_prediction_type
 
-SAMPLERS = ("ddim", "dpm-solver", "heun", "ddpm")
+SAMPLERS = {"ddim": "DDIM", "dpm-solver": "DPMSolverMultistep", "heun": "HeunDiscrete", "ddpm": "DDPM"}  # of diffusers
 
 
 def _model_kwargs(labels: Tensor | None) -> dict[str, Tensor]:
@@ -199,19 +199,14 @@ def sample_images(
     import diffusers
     from tqdm.auto import tqdm
 
-    classes = {
-        "ddim": diffusers.DDIMScheduler,
-        "dpm-solver": diffusers.DPMSolverMultistepScheduler,
-        "heun": diffusers.HeunDiscreteScheduler,
-        "ddpm": diffusers.DDPMScheduler,
-    }
     options: dict[str, Any] = {"timestep_spacing": "trailing"}
     if sampler == "dpm-solver":
         # The others clip the predicted x0 to [-1, 1]; this is the same by another name.
         options |= {"thresholding": True, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0}
     else:
         options |= {"clip_sample": True}
-    scheduler = schedule.to_diffusers(classes[sampler], prediction_type, **options)
+    kind = getattr(diffusers, f"{SAMPLERS[sampler]}Scheduler")
+    scheduler = schedule.to_diffusers(kind, prediction_type, **options)
     device, size = next(model.parameters()).device, min(batch_size, shape[0])
     was_training = model.training
     model.eval()

@@ -23,11 +23,11 @@ from torch import Tensor, distributed, nn
 from .bins import Bins, over_ranks
 from .data import ImageData, batch, load_data
 from .distances import Features, Moments, extract, frechet_distance, load_features, moments
-from .draws import generator
+from .draws import generator, to_device
 from .evaluation import evaluation_timesteps, sample_images, save_grid, validation_losses
 from .exact import gaussian_fields
 from .gradients import bin_gramian, bin_timesteps, conflicts
-from .models import EMA, PRESETS, make_model
+from .models import EMA, PRESETS, channels_last, make_model
 from .objective import sample_losses
 from .runs import (
     Run,
@@ -43,9 +43,15 @@ from .runs import (
     write_atomically,
     write_json,
 )
-from .samplers import TimestepSampler, make_sampler
+from .samplers import TIMESTEP_SAMPLERS, TimestepSampler, make_sampler
 from .schedule import SCHEDULES, NoiseSchedule, canonical_prediction_type, make_schedule
-from .weightings import Weighting, make_weighting
+from .weightings import WEIGHTINGS, Weighting, make_weighting
+
+
+def _option(default: Any, text: str) -> Any:
+    """A field of TrainConfig, with the words that explain it on the command line."""
+    value: dict[str, Any] = {"default_factory": dict} if default is dict else {"default": default}
+    return field(**value, metadata={"help": text})
 
 
 @dataclass(frozen=True)
@@ -55,46 +61,46 @@ class TrainConfig:
     Raises KeyError for an unknown name and ValueError for a number out of range, when constructed.
     """
 
-    data: str = "leaves"  # "leaves", "cifar10", "gaussian-fields", or a path to an .npz file or a folder of images
-    data_root: str | None = None  # where the data lies; default $DYSIGMA_DATA, then the user's cache
-    image_size: int | None = None  # None: as in the data (leaves: 16)
-    train_images: int | None = None  # use only the first so many
-    conditional: bool = False  # condition the network on the class labels
-    model: str = "tiny"
-    schedule: str = "linear"
-    num_timesteps: int = 1000
-    zero_terminal_snr: bool = False
-    prediction: str = "epsilon"
-    weighting: str = "const-eps"
-    weighting_params: dict[str, Any] = field(default_factory=dict)
-    normalize: bool = True  # weights of mean 1 over timesteps
-    timestep_sampler: str = "uniform"
-    sampler_params: dict[str, Any] = field(default_factory=dict)
-    images: int = 32_000  # how many images to train on, repeats included
-    batch_size: int = 32
-    accumulate: int = 1  # split each batch into so many parts; statistics of a weighting then move between parts
-    seed: int = 0
-    lr: float = 1e-3
-    weighting_lr: float | None = None  # None: what the weighting suggests
-    weight_decay: float = 0.0
-    warmup_images: int = 3_200
-    grad_clip: float = 1.0
-    ema_half_life: float = 500_000.0
-    flip: bool = True
-    bins: int = 10  # timestep bins of the logged losses
-    log_every: int = 50  # steps
-    checkpoint_every: int | None = None  # images; None: a tenth of the run
-    validate_every: int | None = None  # images; None: a tenth of the run
-    validate_from: int | None = None  # instead: images before the first validation, the next at every factor sqrt 2
-    validation_images: int = 64
-    validation_timesteps: int = 50
-    distance_images: int = 0  # images sampled at each validation for their distance to the training images
-    distance_steps: int = 25  # DDIM steps of those
-    features: str = "pixels"  # of the distance; or a TorchScript file
-    conflicts_from: int | None = None  # images before the first report of conflicts, then at every doubling; None: none
-    device: str = "auto"  # "auto", "cpu", "cuda", "mps", ...
-    precision: str = "auto"  # "auto" (bf16 on CUDA), "float32", "bfloat16"
-    compile: bool | None = None  # None: on CUDA only
+    data: str = _option("leaves", "leaves, gaussian-fields (both made in memory), cifar10, an .npz file, or a folder")
+    data_root: str | None = _option(None, "where CIFAR-10 lies or goes (default: $DYSIGMA_DATA, then the user's cache)")
+    image_size: int | None = _option(None, "resize images to this (default: as they are; leaves 16)")
+    train_images: int | None = _option(None, "use only the first so many training images")
+    conditional: bool = _option(False, "condition the network on the class labels")
+    model: str = _option("tiny", "network: micro, tiny (for CPUs), small, compact (for CIFAR-10 on a GPU), ddpm")
+    schedule: str = _option("linear", "noise schedule: linear, scaled-linear, cosine, sigmoid")
+    num_timesteps: int = _option(1000, "number of timesteps T")
+    zero_terminal_snr: bool = _option(False, "rescale the schedule to end in pure noise (not with epsilon)")
+    prediction: str = _option("epsilon", "what the network predicts: epsilon, sample (x0) or v_prediction (v)")
+    weighting: str = _option("const-eps", f"{', '.join(WEIGHTINGS)}, or module:function of your own")
+    weighting_params: dict[str, Any] = _option(dict, "of the weighting, as name=value (kappa=0.5)")  # noqa: RUF009
+    normalize: bool = _option(True, "scale weights to mean 1 over timesteps (the default)")
+    timestep_sampler: str = _option("uniform", "distribution of timesteps: " + ", ".join(TIMESTEP_SAMPLERS))
+    sampler_params: dict[str, Any] = _option(dict, "of the timestep sampler, as name=value")  # noqa: RUF009
+    images: int = _option(32_000, "how many images to train on, repeats included")
+    batch_size: int = _option(32, "images per step")
+    accumulate: int = _option(1, "parts of a batch, to save memory; a weighting's statistics move between them")
+    seed: int = _option(0, "of initial weights, images, timesteps and noise")
+    lr: float = _option(1e-3, "learning rate of the network (AdamW)")
+    weighting_lr: float | None = _option(None, "of a learnable weighting (default: what it suggests)")
+    weight_decay: float = _option(0.0, "AdamW weight decay of the network")
+    warmup_images: int = _option(3_200, "linear warm-up of the learning rate over so many images")
+    grad_clip: float = _option(1.0, "largest norm of the gradient")
+    ema_half_life: float = _option(500_000.0, "of the averaged weights, in images (at most 5 %% of the images seen)")
+    flip: bool = _option(True, "mirror images at random (the default)")
+    bins: int = _option(10, "timestep bins of the logged losses")
+    log_every: int = _option(50, "steps per line of metrics.jsonl")
+    checkpoint_every: int | None = _option(None, "images per checkpoint (default: a tenth of the run)")
+    validate_every: int | None = _option(None, "images per validation (default: a tenth of the run)")
+    validate_from: int | None = _option(None, "instead: images before the first, then at every factor sqrt 2")
+    validation_images: int = _option(64, "test images per validation")
+    validation_timesteps: int = _option(50, "timesteps per validation")
+    distance_images: int = _option(0, "samples at each validation for their Fréchet distance to the training images")
+    distance_steps: int = _option(25, "DDIM steps of those samples")
+    features: str = _option("pixels", "of that distance: pixels, fid, or a TorchScript file (uint8 images to (N, D))")
+    conflicts_from: int | None = _option(None, "images before the first report of conflicts, then at every doubling")
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps")
+    precision: str = _option("auto", "auto (bfloat16 on CUDA), float32 or bfloat16")
+    compile: bool | None = _option(None, "torch.compile, and channels last (default: on CUDA only)")
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -189,7 +195,7 @@ class TrainState:
     """Everything a step changes, and nothing else; state_dict() is what a checkpoint holds."""
 
     model: nn.Module
-    forward: Any  # the model, or its compiled form
+    forward: Any  # the model, or its compiled form, which has the same parameters
     ema: EMA
     schedule: NoiseSchedule
     weighting: Weighting
@@ -220,6 +226,9 @@ class TrainState:
                 _, index, name = key.split(".", 2)
                 state.setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
+        for parameter, values in self.optimizer.state.items():  # fused kernels want one memory format
+            for name in ("exp_avg", "exp_avg_sq"):
+                values[name] = torch.empty_like(parameter, requires_grad=False).copy_(values[name])
         self.step = step
 
 
@@ -355,10 +364,11 @@ def build(config: TrainConfig, data: ImageData) -> TrainState:
     groups += weighting.parameter_groups(config.weighting_lr)
     for group in groups:
         group["base_lr"] = group["lr"]
-    use_compile = device.type == "cuda" if config.compile is None else config.compile
+    fast = device.type == "cuda" if config.compile is None else config.compile
+    model = channels_last(model) if fast else model
     return TrainState(
         model=model,
-        forward=torch.compile(model) if use_compile else model,
+        forward=torch.compile(model, fullgraph=True, dynamic=False) if fast else model,
         ema=EMA(model, config.ema_half_life),
         schedule=schedule.to(device),
         weighting=weighting,
@@ -381,7 +391,20 @@ def _reference(
     return features, moments(extract(features, load_split(config, "train", device).originals))
 
 
-def _autocast(config: TrainConfig, device: torch.device) -> Any:
+@contextmanager
+def fast_kernels(device: torch.device) -> Iterator[None]:
+    """On CUDA: TF32 for what stays in float32, and cuDNN tries its kernels; as before afterwards."""
+    before, cuda = torch.get_float32_matmul_precision(), device.type == "cuda"
+    with torch.backends.cudnn.flags(enabled=True, benchmark=cuda, allow_tf32=True):
+        try:
+            torch.set_float32_matmul_precision("high" if cuda else before)
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+def autocast(config: TrainConfig, device: torch.device) -> Any:
+    """The context in which networks run: bfloat16, or what they are in."""
     low = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
     return torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
 
@@ -390,13 +413,14 @@ def _step_gramian(state: TrainState, data: ImageData, config: TrainConfig) -> Te
     """Debiased Gramian of the bin losses at this step, on images and noise of its own: at least 4 samples a bin."""
     bins, step, device = state.weighting.bins, state.step, data.images.device
     per_bin = max(4, config.batch_size // bins.num_bins)
-    timesteps = bin_timesteps(bins, per_bin, generator(config.seed, step, "gramian timesteps")).flatten().to(device)
+    drawn = bin_timesteps(bins, per_bin, generator(config.seed, step, "gramian timesteps"))
+    timesteps = to_device(drawn.flatten(), device)
     # Another seed gives another order of the images than training has at this step.
     x0, labels, _ = batch(data, config.seed + 2**32, step, len(timesteps), flip=config.flip)
     noise = torch.randn(x0.shape, generator=generator(config.seed, step, "gramian noise", device), device=device)
     options: dict[str, Any] = {"prediction_type": config.prediction, "splits": 4}
     options["model_kwargs"] = _kwargs(config, labels)
-    with _autocast(config, device), _undefined_is_divergence(config, step):
+    with autocast(config, device), _undefined_is_divergence(config, step):
         gramian = bin_gramian(state.model, state.schedule, x0, noise, timesteps, bins, **options)
     if _ranks()[1] > 1:  # each has computed it whole; rounding may differ, the weights that follow must not
         distributed.broadcast(gramian, 0)
@@ -412,7 +436,7 @@ def train_step(state: TrainState, data: ImageData, config: TrainConfig) -> StepR
     seed, step, device = config.seed, state.step, data.images.device
     x0, labels, _ = batch(data, seed, step, config.batch_size, flip=config.flip)
     u = torch.rand(config.batch_size, generator=generator(seed, step, "timesteps"))
-    timesteps, importance = state.sampler(u.to(device))
+    timesteps, importance = state.sampler(to_device(u, device))
     noise = torch.randn(x0.shape, generator=generator(seed, step, "noise", device), device=device)
     kwargs = _kwargs(config, labels)
     weights = state.weighting.weights()[timesteps]
@@ -428,7 +452,7 @@ def train_step(state: TrainState, data: ImageData, config: TrainConfig) -> StepR
     for part in share:
         draws = x0[part], noise[part], timesteps[part]
         part_kwargs = {key: value[part] for key, value in kwargs.items()}
-        with _autocast(config, device):
+        with autocast(config, device):
             part_losses = sample_losses(state.forward, state.schedule, *draws, config.prediction, **part_kwargs)
         correction = importance[part] if state.sampler.corrected else None
         loss = state.weighting(part_losses, timesteps[part], correction) / config.accumulate
@@ -568,7 +592,7 @@ class _Recorder:
         aside |= {"cosine", "magnitude_similarity", "update_cosine", "update_cosine_se", "cosine_preconditioned"}
         options: dict[str, Any] = {"prediction_type": config.prediction, "batch_per_bin": config.batch_size}
         options |= {"model_kwargs": _kwargs(config, data.labels), "seed": config.seed, "progress": False}
-        with _autocast(config, data.images.device), _undefined_is_divergence(config, self.state.step):
+        with autocast(config, data.images.device), _undefined_is_divergence(config, self.state.step):
             report = conflicts(self.ema_model, data.images, self.state.schedule, config.bins, **options)
         values = {name: value for name, value in report.to_dict().items() if name not in aside}
         return {"conflicts": json.loads(json.dumps(values), parse_float=lambda text: float(f"{float(text):.4g}"))}
@@ -664,7 +688,7 @@ def train(
 
     out = Path(out)
     make_parts(config)  # so that a misspelled name is told before any data are read
-    with _process_group(config) as device:
+    with _process_group(config) as device, fast_kernels(device):
         _share(config, device)
         first = _ranks()[0] == 0
         if first:
@@ -684,6 +708,12 @@ def train(
             # Claimed only now, so that a misspelled name or missing data leaves no half-made run behind.
             with lock(out) if first else nullcontext():
                 _train(data, recorder, resume, progress, finish)
+        except torch.OutOfMemoryError:
+            raise RunError(
+                f"batches of {config.batch_size} images in {config.accumulate} parts do not fit in the memory of "
+                f"{device}: --accumulate {2 * config.accumulate} takes the same steps with less, in another --out; or "
+                "use a smaller --batch-size or --model"
+            ) from None
         except (OSError, SafetensorError) as error:
             cause = getattr(error, "strerror", None) or error
             raise RunError(

@@ -1,29 +1,18 @@
-"""The benchmark compares like with like: the same numbers by every route, each in its turn, and memory of its own."""
+"""The benchmark times contenders in turns, counts FLOP as it says, and lists what cannot run with its reason."""
 
 import json
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+import types
 
 import pytest
 import torch
+from torch import nn
 
 from dysigma import benchmark
-from dysigma.bins import Bins
-from dysigma.draws import generator
-from dysigma.gradients import bin_timesteps
-from dysigma.models import make_model
-from dysigma.objective import sample_losses
-from dysigma.schedule import make_schedule
+from dysigma.models import PRESETS, make_model
+from dysigma.training import TrainConfig, load_split
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def one_process(monkeypatch):
-    """Memory is then measured here, where it means little, but at once."""
-    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", ThreadPoolExecutor)
 
 
 def test_contenders_take_turns():
@@ -34,82 +23,93 @@ def test_contenders_take_turns():
     assert [len(values) for values in seconds.values()] == [3, 3]
 
 
-@pytest.mark.parametrize(
-    "route", ["bin_gramian", "TorchJD autogram, per sample", "TorchJD jac, bin by bin", "retained graph"]
-)
-def test_every_route_leads_to_the_gramian_of_the_bin_means(route):
-    if route.startswith("TorchJD"):
-        pytest.importorskip("torchjd")
-    torch.manual_seed(0)
-    model, draw = make_model("micro", 8), generator(0, 0, "benchmark")
-    timesteps = bin_timesteps(Bins.uniform(1000, 10), 2, draw)
-    x0, noise = torch.randn(2, 10, 2, 3, 8, 8, generator=draw)
-    rows = []
-    for part in zip(x0, noise, timesteps, strict=True):
-        model.zero_grad()
-        sample_losses(model, make_schedule("cosine"), *part).mean().backward()
-        rows.append(torch.cat([p.grad.flatten() for p in model.parameters()]).double())
-    expected = torch.stack([torch.stack([a @ b for a in rows]) for b in rows])
-    gramian = benchmark._routes("micro", 8, 2, CPU)[route]().double()
-    torch.testing.assert_close(gramian, expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
+def test_flops_are_two_for_each_multiply_add_of_convolutions_and_products(monkeypatch):
+    """A network of one convolution and one linear layer, by hand; and the DDPM network, attention included."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(3, 5, 3, padding=1), nn.Linear(5, 7)
+
+        def forward(self, x, timesteps):
+            return self.linear(self.conv(x).mean((2, 3)))
+
+    monkeypatch.setattr(benchmark, "make_model", lambda preset, size: Network())
+    assert benchmark.flops_per_image("", 8) == 3 * 2 * (8 * 8 * 5 * 3 * 3 * 3 + 5 * 7)
+    monkeypatch.undo()
+    attention = 5 * 2 * 2 * 256 * 256 * 256  # layers at 16 x 16, products, 2 FLOP, tokens, tokens, channels
+    assert benchmark.flops_per_image("ddpm", 32) == pytest.approx(36.32e9 + 3 * attention, rel=0.001)
 
 
-def test_a_route_that_fails_or_errs_is_listed_with_its_reason_and_not_timed(one_process, monkeypatch, capsys):
-    right = torch.eye(3, dtype=torch.float64)
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Modules that denoising-diffusion-pytorch imports for its data loading, averaging and evaluation."""
 
-    def broken():
-        raise RuntimeError("no rule for this layer\nlong trace")
+    class Anything(types.ModuleType):
+        def __getattr__(self, name):
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return type(name, (), {"__init__": lambda self, *args, **kwargs: None})
 
-    routes = {"bin_gramian": right.clone, "close": lambda: right + 1e-4}
-    routes |= {"wrong": lambda: right * 1.1, "nan": lambda: right * float("nan"), "broken": broken}
-    routes |= {"training steps": lambda: None, "conflicts": lambda: None}
-    monkeypatch.setattr(benchmark, "_routes", lambda *batch: routes)
-    found = benchmark.conflict_costs("micro", 8, 2, 2, CPU)["routes"]
-    assert list(found) == list(routes)
-    assert found["close"]["error"] == pytest.approx(1e-4)
-    assert found["wrong"] == {"fails": "ValueError: its Gramian differs by 10.0% of the largest entry"}
-    assert found["broken"] == {"fails": "RuntimeError: no rule for this layer"}
-    assert "nan%" in found["nan"]["fails"]
-    assert "no rule for this layer" in capsys.readouterr().out
+    needs = ["torchvision", "torchvision.transforms", "torchvision.utils", "torchvision.datasets", "ema_pytorch"]
+    for module in [*needs, "pytorch_fid", "pytorch_fid.inception", "pytorch_fid.fid_score"]:
+        monkeypatch.setitem(sys.modules, module, Anything(module))
+    pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
 
 
-def test_without_torchjd_its_rows_say_so_and_the_others_stand(one_process, monkeypatch):
-    for module in ("torchjd", "torchjd.autogram", "torchjd.autojac"):
-        monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(benchmark, "MICRO_BATCHES", 6)
-    found = benchmark.conflict_costs("micro", 8, 1, 1, CPU)["routes"]
-    assert {name for name, row in found.items() if "torchjd" in row.get("fails", "")} == {
-        name for name in found if "TorchJD" in name
-    }
-    assert sum("fails" in row for row in found.values()) == 3
+@pytest.mark.parametrize("name", ["_recipe_step", "_lucidrains_step"])
+def test_others_train_the_same_network_on_the_same_images(name, monkeypatch, request):
+    pytest.importorskip("accelerate")
+    if name == "_lucidrains_step":
+        request.getfixturevalue("stand_ins")
+    made = []
+    monkeypatch.setattr(benchmark, "make_model", lambda *a: made.append(make_model(*a)) or made[-1])
+    config = TrainConfig(model="micro", image_size=8, batch_size=16, train_images=64, images=10**6)
+    step = getattr(benchmark, name)(config, load_split(config, "train", CPU))
+    before = [p.clone() for p in made[0].parameters()]
+    losses = [step() for _ in range(6)]  # more than an epoch
+    assert all(0.5 < loss < 5 for loss in losses), losses  # of unit noise, hardly trained
+    assert any((a != b).any() for a, b in zip(before, made[0].parameters(), strict=True))
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell a process its peak")
-def test_the_peak_is_of_the_call_alone():
-    """64 MiB held for a moment, in a process whose parent is larger by far."""
-    held = torch.ones(2**26)
-    code = (
-        "import torch; from dysigma import benchmark as b; cpu = torch.device('cpu')\n"
-        "b._routes = lambda preset, size, count, device: {'x': lambda: torch.ones(count).fill_(2)}\n"
-        "print(b._peak_memory('x', 'micro', 8, 2**24, cpu))"
-    )
-    peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    assert held[0] == 1 and 2**26 <= peak < 2**26 + 2**23
-
-
-def test_the_record_holds_ratios_of_one_run(one_process, monkeypatch, tmp_path, capsys):
+def test_the_record_holds_what_ran_and_why_the_rest_did_not(monkeypatch, tmp_path, capsys):
     pytest.importorskip("accelerate")
     monkeypatch.setattr(benchmark, "MICRO_BATCHES", 6)
-    result = benchmark.benchmark("micro", 8, 11, rounds=1, device="cpu", out=tmp_path / "b.json")
-    assert json.loads((tmp_path / "b.json").read_text()) == result
-    costs = result["conflicts"]
-    assert (costs["bins"], costs["batch_per_bin"]) == (10, 2)  # 11 samples, rounded up to as many in each bin
-    assert costs["routes"]["training steps"]["ratio"] == [1, 1, 1]
-    assert costs["routes"]["conflicts"]["ratio"][1] > 0
-    assert result["step_ratio"] > 0 and "min-snr" in result["weighting_overhead"]
-    assert "conflicts" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "denoising_diffusion_pytorch.denoising_diffusion_pytorch", None)
+    out = tmp_path / "b.json"
+    result = benchmark.benchmark("micro", 8, [4, 11], rounds=1, device="cpu", out=out)
+    assert json.loads(out.read_text()) == result and out.with_suffix(".png").exists()
+    assert [cost["batch_size"] for cost in result["steps"]] == [4, 11]
+    for cost in result["steps"]:
+        rows = cost["steps"]
+        assert "denoising_diffusion_pytorch" in rows.pop("denoising-diffusion-pytorch")["fails"]
+        assert list(rows) == ["dysigma", "diffusers recipe", "diffusers recipe, bf16"]
+        assert rows["dysigma"]["ratio"] == 1 and rows["dysigma"]["bytes"] is None
+        for row in rows.values():
+            assert row["images_per_second"] == pytest.approx(cost["batch_size"] / row["seconds"])
+            assert row["share"] == pytest.approx(row["flops"] / result["matmul_flops"])
+        assert set(cost["parts"]) >= {"forward", "forward and backward", "optimizer", "EMA"}
+    assert "min-snr" in result["weighting_overhead"]
+    assert (result["conflicts"]["batch_per_bin"], result["conflicts"]["ratio"] > 0) == (1, True)
+    said = capsys.readouterr().out
+    assert "fails: ModuleNotFoundError" in said and "2 FLOP per multiply-add" in said
 
 
-def test_no_rounds_are_refused():
-    with pytest.raises(ValueError, match="rounds must be 1 or more; got 0"):
-        benchmark.benchmark(rounds=0, device="cpu")
+def test_presets_can_all_be_counted():
+    sizes = [benchmark.flops_per_image(name, 32) for name in PRESETS]
+    assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize("given", [{"rounds": 0}, {"batch_sizes": []}, {"batch_sizes": [4, 0]}])
+def test_no_rounds_and_no_images_are_refused(given):
+    with pytest.raises(ValueError, match="rounds and batch_sizes must be 1 or more; got"):
+        benchmark.benchmark(device="cpu", **given)
+
+
+def test_a_batch_that_is_too_large_for_us_is_named(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(benchmark, "build", full)
+    with pytest.raises(ValueError, match="our step fails with batch size 4: CUDA out of memory"):
+        benchmark.benchmark("micro", 8, [4], device="cpu")

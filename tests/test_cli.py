@@ -18,8 +18,7 @@ from diffusers import (
 )
 
 import dysigma
-from dysigma.cli import HELP, main
-from dysigma.training import TrainConfig
+from dysigma.cli import main
 
 QUICK = [
     f"--{name}={value}"
@@ -28,10 +27,6 @@ QUICK = [
         "validation-timesteps": 5, "device": "cpu",
     }.items()
 ] + ["--quiet"]  # fmt: skip
-
-
-def test_every_configuration_field_has_a_help_text():
-    assert set(HELP) == {f.name for f in dataclasses.fields(TrainConfig)}
 
 
 def test_train_sample_evaluate_on_ones_own_images(tmp_path, capsys):
