@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 import diffusers
@@ -11,7 +12,11 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+from diffusers.training_utils import (
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+    compute_snr,
+)
 
 import dysigma
 from dysigma.gradients import conflicts
@@ -24,11 +29,11 @@ def unet():
     return diffusers.UNet2DModel(**BLOCKS, **kinds), {}
 
 
-def conditional_unet():
+def conditional_unet(channels=3):
     model = diffusers.UNet2DConditionModel(
         **BLOCKS,
-        in_channels=3,
-        out_channels=3,
+        in_channels=channels,
+        out_channels=channels,
         cross_attention_dim=8,
         attention_head_dim=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -388,6 +393,107 @@ def test_two_processes_of_accelerate_do_what_one_does_with_the_whole_batch(tmp_p
         whole = loop_by_hand(name, precision, 8)
         loose = precision == "bf16"
         torch.testing.assert_close(first, whole, rtol=2e-2 if loose else 1e-3, atol=2e-3 if loose else 1e-4)
+
+
+# ---------------------------------------------------------------- the text-to-image LoRA script of diffusers
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+DIFF = re.search(r"```diff\n(.*?)```", README, re.S)[1]
+
+
+class LowRank(torch.nn.Module):
+    """By hand what peft does, where it is not installed."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.up = base, torch.nn.Parameter(torch.zeros(base.out_features, 2))
+        self.down = torch.nn.Parameter(torch.randn(2, base.in_features))
+
+    def forward(self, x):
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+def text_to_image_lora(sign, folder, name="dy-sigma", options="", stop=None):
+    """Four steps in the structure of the script, with the lines of the README's diff of one sign: its LoRA layers."""
+    torch.manual_seed(0)
+    lines = [line for line in DIFF.splitlines() if line[0] in f" {sign}"]
+    at = next(i for i, line in enumerate(lines) if line.startswith(" # in the training loop"))
+    before, loop = ("\n".join(line[1:] for line in part) for part in (lines[:at], lines[at:]))
+    before = before.replace('"dy-sigma"', f'"{name}"').replace("prediction_type).to", f"prediction_type{options}).to")
+
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = diffusers.AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, **kinds).requires_grad_(False)
+    text_encoder = torch.nn.Embedding(20, 8).requires_grad_(False)
+    unet = conditional_unet(channels=4)[0].requires_grad_(False)
+    if importlib.util.find_spec("peft"):
+        from peft import LoraConfig
+
+        unet.add_adapter(LoraConfig(r=2, init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v"]))
+    else:
+        for module in [m for m in unet.modules() if type(m).__name__ == "Attention"]:
+            for part in ("to_k", "to_q", "to_v"):
+                setattr(module, part, LowRank(getattr(module, part)))
+    lora_layers = [p for p in unet.parameters() if p.requires_grad]
+
+    accelerator = Accelerator(gradient_accumulation_steps=ACCUMULATED, cpu=True)
+    noise_scheduler = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    images, words = torch.rand(16, 3, 16, 16) * 2 - 1, torch.randint(20, (16, 3))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, words), batch_size=4)
+    names = {"dysigma": dysigma, "F": F, "torch": torch, "accelerator": accelerator, "noise_scheduler": noise_scheduler}
+    names |= {"compute_snr": compute_snr, "lora_layers": lora_layers, "args": argparse.Namespace(learning_rate=0.1)}
+    names["optimizer_cls"] = torch.optim.AdamW
+    exec(before, names)
+    unet, optimizer, loader = accelerator.prepare(unet, names["optimizer"], loader)
+    if stop == "resume":
+        accelerator.load_state(folder)
+    for step, (pixel_values, input_ids) in enumerate(loader):
+        latents = vae.encode(pixel_values).latent_dist.mode() * vae.config.scaling_factor
+        draw = torch.Generator().manual_seed(step)
+        noise, timesteps = torch.randn(latents.shape, generator=draw), torch.randint(1000, (4,), generator=draw)
+        if step < 2 and stop == "resume":
+            continue
+        with accelerator.accumulate(unet):
+            noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+            names |= {"target": noise, "timesteps": timesteps}
+            names["model_pred"] = unet(noisy_latents, timesteps, text_encoder(input_ids)).sample
+            exec(loop, names)
+            accelerator.gather(names["loss"].repeat(4)).mean()  # as the script logs it
+            accelerator.backward(names["loss"])
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(lora_layers, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        if step == 1 and stop == "save":
+            accelerator.save_state(folder)
+    weights = names["weighting"].weights() if sign == "+" else torch.zeros(0)
+    return torch.cat([*(p.detach().flatten() for p in lora_layers), weights])
+
+
+@pytest.mark.usefixtures("_fresh_accelerate")
+def test_the_lora_script_with_the_lines_of_the_readme(tmp_path, monkeypatch):
+    plain = text_to_image_lora("-", tmp_path)
+    assert plain.abs().max() > 0.1
+    close = {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close(text_to_image_lora("+", tmp_path, "const-eps")[:-1000], plain, **close)
+    ours = text_to_image_lora("+", tmp_path, "min-snr", ", normalize=False")[:-1000]
+    monkeypatch.setattr(f"{__name__}.DIFF", f"{DIFF.split(' # in the')[0]} # in the training loop\n{SNR_GAMMA}")
+    torch.testing.assert_close(ours, text_to_image_lora("-", tmp_path), **close)
+    assert not torch.allclose(ours, plain, atol=1e-2)
+
+
+# What the script does with --snr_gamma 5: the mean of min(SNR, 5) / SNR times the error of epsilon.
+SNR_GAMMA = """\
+-snr = compute_snr(noise_scheduler, timesteps)
+-each = F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+-loss = (each * snr.clamp(max=5) / snr).mean()
+"""
+
+
+@pytest.mark.usefixtures("_fresh_accelerate")
+def test_the_lora_script_resumes_with_the_learned_weights(tmp_path):
+    whole = text_to_image_lora("+", tmp_path, stop="save")
+    assert whole[-1000:].std() > 0
+    torch.testing.assert_close(text_to_image_lora("+", tmp_path, stop="resume"), whole, rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------- conflicts of conditional models

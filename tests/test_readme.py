@@ -23,8 +23,8 @@ COMMANDS = [line for line in SHELL if line.startswith("dysigma ")] + INLINE + JO
 
 
 def test_every_block_is_python_or_shell_and_every_python_block_runs_as_printed():
-    assert {language for language, _ in BLOCKS} == {"python", ""}
-    blocks = [block for language, block in BLOCKS if language]
+    assert {language for language, _ in BLOCKS} == {"python", "diff", ""}
+    blocks = [block for language, block in BLOCKS if language == "python"]
     namespace: dict = {}
     assert len(blocks) >= 2
     for block in blocks:
