@@ -565,6 +565,14 @@ def test_the_text_guided_study_trains_on_captions_and_guides(study):
     assert not all(map(torch.equal, before, model.parameters()))
 
 
+def test_the_job_for_a_gpu_is_a_command_of_the_study(study, monkeypatch):
+    jobs = (Path(__file__).parent.parent / "data/gpu-backlog.md").read_text()
+    (options,) = re.findall(r"`python data/races/text_guided.py ([^`]*)`", jobs)
+    monkeypatch.setattr("sys.argv", ["text_guided.py", *options.split()])
+    args = study.parse()
+    assert args.data == "cifar10" and args.width % 4 == 0 and args.batch_size <= args.train_new
+
+
 def test_colours_tell_the_palettes_apart(study):
     data = dysigma.leaves(400, size=8)
     means = torch.stack([study.histograms(data.images[data.labels == k]).mean(0) for k in range(10)]).sqrt()

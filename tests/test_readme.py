@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 import dysigma
 from dysigma.cli import _parser
@@ -55,6 +56,14 @@ def test_commands_are_those_of_the_command_line(command, capsys):
     if args.command == "train" and not args.resume:
         names = {name: value for name, value in vars(args).items() if name in TrainConfig.__annotations__}
         TrainConfig.from_dict({name: value for name, value in names.items() if value is not None})
+
+
+def test_the_levels_of_a_flow_and_of_edm_are_as_printed():
+    of_flow, of_edm = re.findall(r"`([^`]*\.log\(\))`", README)
+    flow, s = dysigma.NoiseSchedule.flow(50), torch.arange(1, 50) / 50
+    torch.testing.assert_close(eval(of_flow, {"s": s}).double(), flow.log_snr[:-1], rtol=1e-4, atol=1e-4)
+    sigma = torch.tensor([0.01, 1.0, 80.0])
+    torch.testing.assert_close(eval(of_edm, {"sigma": sigma}), (1 / sigma**2).log())
 
 
 def test_every_weighting_is_named():

@@ -172,6 +172,7 @@ def main() -> None:
     settings.pop("out"), settings.pop("device"), settings.pop("data_root")
     options = {"root": args.data_root, "size": args.size}
     train, test = (dysigma.load_data(args.data, split=split, **options).to(args.device) for split in ("train", "test"))
+    train.name = test.name = args.data  # which templates are meant, whatever file the images come from
     known = tuple(k for k in range(10) if k not in HELD_OUT)
     old, new = of_classes(train, known, len(train)), of_classes(train, HELD_OUT, args.train_new)
     test_old, args.test_new = of_classes(test, known, args.test), of_classes(test, HELD_OUT, args.test)
