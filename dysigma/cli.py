@@ -111,20 +111,28 @@ def _add_sample(commands: Any) -> None:
     parser.set_defaults(run=_sample)
 
 
-def _sample(args: argparse.Namespace) -> None:
-    import numpy
+def _draw(args: argparse.Namespace, count: int, steps: int, config: Any, model: Any, schedule: Any) -> Any:
+    """Samples of a run, of its classes in turn."""
     import torch
 
-    from .evaluation import sample_images, save_grid
+    from .evaluation import sample_images
 
-    config, model, schedule, device = _device_run(args.run_folder, args.device)
-    shape = (args.num_images, model.config["in_channels"], model.config["sample_size"], model.config["sample_size"])
-    classes = model.config["num_class_embeds"]
-    labels = torch.arange(args.num_images, device=device) % classes if classes else None
-    images = sample_images(
-        model, schedule, shape, prediction_type=config.prediction, sampler=args.sampler, num_steps=args.steps,
-        seed=args.seed, labels=labels, progress=True,
+    size, classes = model.config["sample_size"], model.config["num_class_embeds"]
+    labels = torch.arange(count) % classes if classes else None
+    return sample_images(
+        model, schedule, (count, model.config["in_channels"], size, size), prediction_type=config.prediction,
+        sampler=args.sampler, num_steps=steps, seed=args.seed, labels=labels,
+        compile=count >= 1024 and model.device.type == "cuda", progress=True,
     )  # fmt: skip
+
+
+def _sample(args: argparse.Namespace) -> None:
+    import numpy
+
+    from .evaluation import save_grid
+
+    config, model, schedule, _ = _device_run(args.run_folder, args.device)
+    images = _draw(args, args.num_images, args.steps, config, model, schedule)
     out = args.out or args.run_folder / f"samples-{args.sampler}-{args.steps}.png"
     save_grid(images, out, scale=2)
     if args.npz:
@@ -232,21 +240,13 @@ def _distance(args: argparse.Namespace, config: Any, model: Any, schedule: Any) 
     """{name of the metric: record} of samples from a run."""
     import time
 
-    import torch
-
     from .distances import extract
-    from .evaluation import sample_images
     from .training import load_split
 
-    device, count, classes = model.device, args.samples[0], model.config["num_class_embeds"]
-    features, about = _metric(args, device)
-    train = load_split(replace(config, train_images=None), "train", device)
+    features, about = _metric(args, model.device)
+    train = load_split(replace(config, train_images=None), "train", model.device)
     real, start = train.originals[: args.reference_images], time.perf_counter()
-    samples = sample_images(
-        model, schedule, (count, *real.shape[1:]), prediction_type=config.prediction, sampler=args.sampler,
-        num_steps=args.nfe, seed=args.seed, labels=torch.arange(count) % classes if classes else None,
-        compile=device.type == "cuda", progress=True,
-    )  # fmt: skip
+    samples = _draw(args, args.samples[0], args.nfe, config, model, schedule)
     seconds = round(time.perf_counter() - start, 3)
     about |= {"data": train.name, "sampler": args.sampler, "nfe": args.nfe, "seed": args.seed, "seconds": seconds}
     found, reference = (extract(features, images, progress=True) for images in (samples, real))
