@@ -104,10 +104,7 @@ def _arms(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
 
 def _interval(name: str, differences: NDArray, undo: Any = float) -> dict[str, float]:
     """Mean of paired differences (S,) and the ends of its 95 % interval, NaN for one seed."""
-    from scipy.stats import t
-
-    count, mean = len(differences), differences.mean()
-    half = t.ppf(0.975, count - 1) * differences.std(ddof=1) / count**0.5 if count > 1 else math.nan
+    mean, half = map(float, plots.interval(differences))
     return {name: undo(mean), f"{name}_low": undo(mean - half), f"{name}_high": undo(mean + half)}
 
 

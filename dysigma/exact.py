@@ -171,17 +171,19 @@ class GaussianMixture:
 
 
 class OptimalDenoiser(nn.Module):
-    """The posterior mean of a mixture as a network: forward(x_t (B, ...), timesteps) in the given prediction type."""
+    """The posterior mean of data as a network: forward(x_t (B, ...), timesteps) in the given prediction type."""
 
-    def __init__(self, mixture: GaussianMixture, schedule: NoiseSchedule, prediction_type: str = "epsilon") -> None:
+    def __init__(
+        self, data: GaussianMixture | GaussianField, schedule: NoiseSchedule, prediction_type: str = "epsilon"
+    ) -> None:
         super().__init__()
-        self.mixture, self.schedule = mixture, schedule
+        self.data, self.schedule = data, schedule
         self.prediction_type = canonical_prediction_type(prediction_type)
 
     def forward(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
         x = x_t.flatten(1).double()
         square = self.schedule.alphas_cumprod[timesteps, None]
-        x0 = self.mixture.posterior_mean(x, square.sqrt(), (1 - square).sqrt())
+        x0 = self.data.posterior_mean(x, square.sqrt(), (1 - square).sqrt())
         noise = (x - square.sqrt() * x0) / (1 - square).sqrt()
         return self.schedule.target(x0, noise, timesteps, self.prediction_type).to(x_t.dtype).view_as(x_t)
 
@@ -194,6 +196,20 @@ def field_variances(size: int = 8, std: float = 0.25) -> Tensor:
     f = torch.fft.fftfreq(size, dtype=torch.float64)
     power = 1 / (f[:, None] ** 2 + f**2 + (0.5 / size) ** 2)
     return power * (std**2 / power.mean()) + (2 / 255) ** 2 / 12
+
+
+class GaussianField(nn.Module):
+    """The distribution of ``gaussian_fields``, for `OptimalDenoiser`: a Wiener filter in Fourier space."""
+
+    def __init__(self, size: int = 8) -> None:
+        super().__init__()
+        self.variances = nn.Parameter(field_variances(size), requires_grad=False)
+
+    def posterior_mean(self, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """E[x0 | x_t] (B, D): each mode times its gain; alpha and sigma (B, 1)."""
+        alpha, sigma = alpha[..., None], sigma[..., None]
+        gain = alpha * self.variances / (alpha**2 * self.variances + sigma**2)
+        return torch.fft.ifft2(torch.fft.fft2(x_t.view(-1, *self.variances.shape)) * gain).real.flatten(1)
 
 
 def gaussian_fields(num_images: int, size: int = 8, seed: int = 0, split: str = "train") -> ImageData:

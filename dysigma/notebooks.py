@@ -11,6 +11,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def normalise(notebook: Any, root: Path) -> None:
 def _execute(source: Path, figures: Path, fast: bool, timeout: int, solutions: bool) -> str:
     import nbformat
     from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError, CellTimeoutError
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
     notebook = convert(source, solutions=solutions)
     resources = {"metadata": {"path": str(source.parent)}}
@@ -91,8 +92,14 @@ def _execute(source: Path, figures: Path, fast: bool, timeout: int, solutions: b
     try:
         # One thread by default: the networks are tiny, and two threads on a busy machine spend their time waiting.
         told = {"DYSIGMA_FAST": str(int(fast)), "DYSIGMA_FIGURES": str(figures)}
-        client.execute(env={"OMP_NUM_THREADS": "1", **os.environ, **told})
-    except (CellExecutionError, CellTimeoutError) as error:
+        with ThreadPoolExecutor(1) as aside:  # in the main thread nbclient takes Ctrl-C for itself, and stumbles
+            try:
+                aside.submit(client.execute, env={"OMP_NUM_THREADS": "1", **os.environ, **told}).result()
+            except KeyboardInterrupt:
+                if process := getattr(getattr(client.km, "provisioner", None), "process", None):
+                    process.kill()
+                raise KeyboardInterrupt(f"interrupted in {source.name}; those before it are written") from None
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         cell = sum(1 for cell in notebook.cells if cell.get("execution_count"))
         reason = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip().splitlines()[-1]
         raise NotebookError(f"{source.name}, code cell {cell}: {reason}") from error
@@ -106,12 +113,12 @@ def _execute(source: Path, figures: Path, fast: bool, timeout: int, solutions: b
 def _forget_figures(source: Path, figures: Path) -> None:
     # What the notebook once drew and no longer names.
     manifest = read_json(figures / "manifest.json") if (figures / "manifest.json").exists() else {}
-    for name in [name for name, entry in manifest.items() if entry["notebook"] == source.stem]:
-        if name not in source.read_text(encoding="utf-8"):
-            del manifest[name]
-            write_json(figures / "manifest.json", manifest)
-            for kind in ("svg", "png"):
-                (figures / f"{name}.{kind}").unlink(missing_ok=True)
+    text = source.read_text(encoding="utf-8")
+    for name in [n for n, entry in manifest.items() if entry["notebook"] == source.stem and n not in text]:
+        del manifest[name]
+        write_json(figures / "manifest.json", manifest)
+        for kind in ("svg", "png"):
+            (figures / f"{name}.{kind}").unlink(missing_ok=True)
 
 
 def build(

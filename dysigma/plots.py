@@ -107,19 +107,17 @@ def show(fig: Figure, name: str, *, title: str, caption: str, alt: str, notebook
     path = save_figure(fig, name, title=title, caption=caption, alt=alt, notebook=notebook)
     data = {"image/png": base64.b64encode(path.read_bytes()).decode(), "text/plain": alt}
     display(data, raw=True, metadata={"image/png": {"alt": alt}})
-    display(Markdown(f"**{title}.** {caption}"))
+    display(Markdown(f"**{title.removesuffix('.')}{'' if title[-1] in '?!' else '.'}** {caption}"))
     plt.close(fig)  # else the inline backend shows it a second time
 
 
-def _interval(values: ArrayLike, log: bool) -> tuple[NDArray, NDArray, NDArray]:
-    """Lower end, mean and upper end of the 95 % t-interval over the first axis of (S, N); (N,) has no width."""
+def interval(values: ArrayLike) -> tuple[NDArray, NDArray]:
+    """Mean over the first axis of (S, ...), the seeds, and half the width of its 95 % t-interval, NaN for one seed."""
     from scipy.stats import t
 
-    array = np.atleast_2d(np.asarray(values, dtype=float))
-    array, undo = (np.log(array), np.exp) if log else (array, np.copy)
-    mean, seeds = array.mean(0), len(array)
-    half = t.ppf(0.975, seeds - 1) * array.std(0, ddof=1) / seeds**0.5 if seeds > 1 else 0 * mean
-    return undo(mean - half), undo(mean), undo(mean + half)
+    array = np.asarray(values, dtype=float)
+    spread = array.std(0, ddof=1) if len(array) > 1 else np.nan * array[0]
+    return array.mean(0), t.ppf(0.975, len(array) - 1) * spread / len(array) ** 0.5
 
 
 def trajectories(ax: Axes, x: ArrayLike, series: Mapping[str, ArrayLike], *, log: bool = False) -> Axes:
@@ -129,12 +127,14 @@ def trajectories(ax: Axes, x: ArrayLike, series: Mapping[str, ArrayLike], *, log
     for i, (label, values) in enumerate(series.items()):
         if np.shape(values)[-1:] != x.shape:
             raise ValueError(f"series {label!r} has shape {np.shape(values)}; expected (N,) or (S, N), N = {len(x)}")
-        low, middle, high = _interval(values, log)
+        array = np.asarray(values, dtype=float)
+        array, undo = (np.log(array), np.exp) if log else (array, np.copy)
+        middle, half = interval(array) if array.ndim == 2 else (array, np.zeros(1))
         # Markers start at different points so that curves on top of each other still show both.
         marks: dict[str, Any] = {"marker": MARKERS[i % 10], "markevery": (i * every // 5 % every, every)}
-        ax.plot(x, middle, label=label, color=f"C{i % 10}", linestyle=DASHES[i % 5], markersize=4.5, **marks)
-        if np.ndim(values) == 2:
-            ax.fill_between(x, low, high, color=f"C{i % 10}", alpha=0.18, linewidth=0)
+        ax.plot(x, undo(middle), label=label, color=f"C{i % 10}", linestyle=DASHES[i % 5], markersize=4.5, **marks)
+        if array.ndim == 2:
+            ax.fill_between(x, undo(middle - half), undo(middle + half), color=f"C{i % 10}", alpha=0.18, linewidth=0)
     ax.set_yscale("log" if log else "linear")
     ax.legend()
     return ax
@@ -196,17 +196,4 @@ def image_grid(ax: Axes, images: ArrayLike, *, columns: int, row_labels: Sequenc
     ax.set(xticks=[], frame_on=False)
     ax.set_yticks([(i + 0.5) * height for i in range(len(row_labels))], labels=row_labels)
     ax.grid(False)
-    return ax
-
-
-def front(ax: Axes, points: ArrayLike, non_dominated: ArrayLike, *, labels: Sequence[str]) -> Axes:
-    """Points (n, 2), both minimised, a marker per label; the ``non_dominated`` (n,) are filled and joined."""
-    array, keep = np.asarray(points, dtype=float), np.asarray(non_dominated, dtype=bool)
-    ax.step(*array[keep][np.argsort(array[keep, 0])].T, where="post", color="0.6", linewidth=1.2, zorder=1)
-    for i, label in enumerate(dict.fromkeys(labels)):
-        group = np.array([name == label for name in labels])
-        x, y = array[group].T
-        faces = [f"C{i % 10}" if kept else "none" for kept in keep[group]]
-        ax.scatter(x, y, c=faces, edgecolors=f"C{i % 10}", marker=MARKERS[i % 10], zorder=2, label=label)
-    ax.legend()
     return ax

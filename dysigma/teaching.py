@@ -38,8 +38,7 @@ def check_environment(extra: str = "notebooks") -> bool:
     """Compare what is installed with what the package declares, print a verdict, and return whether all is well."""
     from packaging.requirements import Requirement
 
-    problems = []
-    listed = map(Requirement, requires("dysigma") or [])
+    problems, listed = [], map(Requirement, requires("dysigma") or [])
     needs = [need for need in listed if need.marker is None or need.marker.evaluate({"extra": extra})]
     for need in needs:
         try:
@@ -86,11 +85,10 @@ def check(name: str, answer: Any) -> None:
     """Print whether ``answer`` is right and, if not, what is wrong with it; an untouched ``...`` is skipped."""
     if name not in _exercises:
         raise KeyError(f"unknown exercise {name!r}; have {sorted(_exercises)}")
-    if answer is ... or answer is None:
-        print(f"Exercise {name}: not attempted yet. Replace the ... and run the cell again.")
-    else:
-        problem = _diagnose(answer, *_exercises[name])
-        print(f"Exercise {name}: " + (f"not yet. {problem}" if problem else "correct."))
+    reply = "not attempted yet. Replace the ... and run the cell again."
+    if answer is not ... and answer is not None:
+        reply = f"not yet. {problem}" if (problem := _diagnose(answer, *_exercises[name])) else "correct."
+    print(f"Exercise {name}: {reply}")
 
 
 def _diagnose(answer: Any, expected: Any, mistakes: dict[str, Any], rtol: float) -> str:
@@ -103,9 +101,9 @@ def _diagnose(answer: Any, expected: Any, mistakes: dict[str, Any], rtol: float)
         return f"It is {odd[0]} at {len(odd)} of {got.numel()} places: is something divided by 0?"
     if torch.allclose(got, want, rtol=rtol, atol=1e-12):
         return ""
-    for text, wrong in mistakes.items():
-        if torch.allclose(got, torch.as_tensor(wrong).double().expand(want.shape), rtol=rtol, atol=1e-12):
-            return text
+    wrong = {text: torch.as_tensor(value).double().expand(want.shape) for text, value in mistakes.items()}
+    if known := [text for text, value in wrong.items() if torch.allclose(got, value, rtol=rtol, atol=1e-12)]:
+        return known[0]
     scale = got.sum() / want.sum()
     if got.numel() > 1 and torch.allclose(got, scale * want, rtol=rtol, atol=1e-12):
         return f"The shape is right, but it is {scale:.4g} times the right answer everywhere."

@@ -152,9 +152,9 @@ for seed in range(5):
     stds.append(x.std().item())
 
 for name, values, exact in (("mean", means, schedule.alpha[300]), ("std", stds, schedule.sigma[300])):
-    half = 2.776 * np.std(values, ddof=1) / math.sqrt(5)  # 95 % t interval, 4 degrees of freedom
-    print(f"{name} after {checkpoint} steps: {np.mean(values):.4f} ± {half:.4f} simulated, {exact:.4f} by the formula")
-    assert abs(np.mean(values) - exact) < 5 / math.sqrt(5 * copies), f"the simulated {name} must agree with the formula"
+    mean, half = plots.interval(values)  # over the seeds, 95 %
+    print(f"{name} after {checkpoint} steps: {mean:.4f} ± {half:.4f} simulated, {exact:.4f} by the formula")
+    assert abs(mean - exact) < 5 / math.sqrt(5 * copies), f"the simulated {name} must agree with the formula"
 
 # %% [markdown]
 # Now the prediction. Most people place SNR = 1 near the middle. The linear schedule gets there after a quarter of the way,
@@ -217,7 +217,7 @@ plots.show(
 )
 
 # %% [markdown]
-# The same as numbers. Keep the second and third column in mind: notebook 03 multiplies losses by functions of the SNR, and how
+# The same as numbers. Keep the second and third column in mind: notebook [03](03_snr_weightings.ipynb) multiplies losses by functions of the SNR, and how
 # much such a weighting can change depends on how many timesteps lie where it changes anything.
 
 # %%
@@ -308,7 +308,7 @@ plots.show(
 # At the clean end the two-point data give the noise away completely: you know $x_0$ exactly, so you can subtract it. Gaussian data give
 # nothing away. Images lie in between, and their floor differs from timestep to timestep. A loss of 0.02 may be
 # hopelessly far from the floor at one timestep and below reach at another, which is why "weight by loss" and "weight by what can
-# still be learned" are different ideas. Notebook 05 comes back to this.
+# still be learned" are different ideas. Notebook [05](05_dy_sigma_derived.ipynb) comes back to this.
 
 # %% [markdown]
 # ## 6 · A failure on purpose: noise that is exactly zero
@@ -357,9 +357,9 @@ for label, zero in (("as published", False), ("zero terminal SNR", True)):
         x_last = s.add_noise(images, torch.randn(images.shape, generator=generator(seed, 1, "noise")), last)
         brightness = torch.stack([images.mean((1, 2, 3)), x_last.mean((1, 2, 3))])
         correlations.append(float(torch.corrcoef(brightness)[0, 1]))
-    half = 2.776 * np.std(correlations, ddof=1) / math.sqrt(5)
-    print(f"{label:18s} correlation of brightness before and after: {np.mean(correlations):+.2f} ± {half:.2f}")
-    assert (abs(np.mean(correlations)) < 0.1) == zero, "only the rescaled schedule may end without a trace of the image"
+    mean, half = plots.interval(correlations)
+    print(f"{label:18s} correlation of brightness before and after: {mean:+.2f} ± {half:.2f}")
+    assert (abs(mean) < 0.1) == zero, "only the rescaled schedule may end without a trace of the image"
 
 # %% [markdown]
 # A model trained on the first schedule learns to read the brightness off its starting noise, and then always draws images of medium
@@ -444,7 +444,8 @@ print(f"formula {share:.1%}, table of 1000 steps {(schedules['cosine'].log_snr >
 #
 # ## Limitations
 #
-# - Only variance-preserving schedules with discrete timesteps. Flow matching and EDM use other axes; in log-SNR they are the same story.
+# - Only variance-preserving schedules with discrete timesteps. Flow matching and EDM use other axes; in log-SNR they are the same story,
+#   and notebook [10](10_reuse.ipynb) converts them.
 # - The floors are those of one-dimensional toys. For images the floor is unknown, which is part of the difficulty of this field.
 # - The size of the brightness leak depends on the image size and the data; the numbers above are for 16 × 16 dead leaves.
 #

@@ -216,7 +216,7 @@ shuffled = make_weighting("min-snr", schedule).weights()[torch.randperm(1000, ge
 cases = {name: make_weighting(name, schedule).weights() for name in ("const-eps", "min-snr", "p2", "debiased")}
 for name, w in {**cases, "min-snr shuffled": shuffled}.items():
     values = [measured_ess(w, seed) for seed in range(5)]
-    mean, half = np.mean(values), 2.776 * np.std(values, ddof=1) / math.sqrt(5)
+    mean, half = plots.interval(values)
     print(f"{name:17s} measured {mean:.3f} ± {half:.3f}, formula {effective_sample_size(w):.3f}")
     assert abs(mean / effective_sample_size(w) - 1) < 0.06, f"{name}: variance must follow the effective sample size"
 
@@ -276,7 +276,7 @@ reveal(QUESTION_EDM, round(float(ratio["two points (control)"].mean(0)[at_snr_20
 # %% [markdown]
 # The last value is infinite: the floor is 0 there. With structure in the data the floor drops much faster as the noise recedes, and uncertainty weighting would pile weight on the clean end far beyond EDM's.
 # That gap is what a *learned* weight can add to a *predefined* one, and it is the idea behind combining the two: EDM2 does it, and so does Dy-Sigma as far as its
-# abstract tells (what we build in notebook 05 is an independent reconstruction from that abstract).
+# abstract tells (what we build in notebook [05](05_dy_sigma_derived.ipynb) is an independent reconstruction from that abstract).
 #
 # ## 6 · Failures on purpose: the bugs in the wild
 #

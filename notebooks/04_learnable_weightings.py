@@ -23,8 +23,8 @@
 # - compute the weights of unconstrained gradient descent (UGD) from a Gramian, and check them against a closed form;
 # - measure the fluctuation of weights in a training run, with a control that has none.
 #
-# **You need** gradient descent and Adam, the conversion between losses of $\epsilon$ and $x_0$, and log-SNR from
-# [01](01_forward_process_and_snr.ipynb).
+# **You need** gradient descent and Adam, log-SNR ([01](01_forward_process_and_snr.ipynb)), and the conversion between losses of
+# $\epsilon$ and $x_0$ ([03](03_snr_weightings.ipynb)).
 #
 # **Time** reading 30 min · running about 60 s (short run 15 s) on two CPU cores · memory under 1 GB.
 #
@@ -460,7 +460,7 @@ assert (arrived > 0).all(), "at the fixed point, every seed must lose on the cle
 # adds is weight at the clean end, and it helps (last line of the table). What a strategy does depends first of all on
 # the target of the network.
 #
-# Whether a shift of losses from one end to the other is good for *samples* is another question (notebook 09). What we can say
+# Whether a shift of losses from one end to the other is good for *samples* is another question (notebook [09](09_the_convergence_race.ipynb)). What we can say
 # is that uncertainty weighting has no term that stops it. Notebook 05 adds one.
 #
 # **Try it yourself.** Set `weighting_lr` to 0.3 and predict both columns of section 7 first. Give `"uncertainty"` a clamp

@@ -191,7 +191,7 @@ same(settle("tempered", floor, kappa=1.0), prior * floor**-0.5, "tempered, κ = 
 # 1. *Unique.* The second derivative $ze^{-s}+\kappa$ is positive everywhere.
 # 2. *Bounded.* $W\ge0$, so $s^\star\ge-\frac1\kappa$: relative to its prior, **no weight is raised by more than $e^{1/\kappa}$**, even if its loss is 0.
 #    That is a trust region, and it stops the takeover of 04. (Before the division by the mean.)
-# 3. *Limits.* $\kappa\to\infty$: $s^\star\to0$, the prior. $\kappa\to0$: $s^\star\to\ln z$, inside.
+# 3. *Limits.* $\kappa\to\infty$: $s^\star\to0$, the prior: our **negative control**, where learning must change nothing. $\kappa\to0$: $s^\star\to\ln z$, inside.
 # 4. *It remembers.* For finite $\kappa$ the final weights depend on the prior.
 
 
@@ -239,7 +239,7 @@ same(settle("anchored", floor / 100), prior * torch.exp(-anchored(z, 1.0)), "anc
 # %% [markdown]
 # ## 6 · Three ideas of our own
 #
-# **Excess.** $1/L$ takes a loss for a task. But the part $L^\star_t$ of a loss is there to stay (notebook 01); what can be *learned* is $L_t-L_t^\star$.
+# **Excess.** $1/L$ takes a loss for a task. But the part $L^\star_t$ of a loss is there to stay (notebook [01](01_forward_process_and_snr.ipynb)); what can be *learned* is $L_t-L_t^\star$.
 # So: anchored, with $z_t\propto w_t(L_t-L_t^\star)$. Where the floor is unknown, we estimate it online. If a loss falls like
 # $L_t(n)=L^\star_t+c_t/n$ after $n$ images, a running mean over the past in which image $m$ counts as $m^{p-1}$ reads
 #
@@ -472,7 +472,7 @@ plots.show(
 #   both judges. κ is a dial between them, not a free lunch.
 # - *Our own ideas.* With an ε-network, `excess` beats Min-SNR with both judges on both data sets, as no other arm does; with an
 #   $x_0$-network it pays in likelihood. `tilt` loses to its prior by the first judge. `conflict` and UGD follow noisy Gramians and have the
-#   widest intervals.
+#   widest intervals (recorded with a running mean that the large Gramians of the start ruled; the package now scales each).
 # - `outside` and `tempered` with an $x_0$-network do the reverse: best likelihood of all, worse than their prior by the first judge.
 # - *Stability*: the last column is the fluctuation of weights over the second half of training (notebook 04). Anchored weights fluctuate
 #   less than half as much as those of uncertainty weighting or UGD in these four settings. This part of the abstract's promise holds for our
@@ -547,7 +547,7 @@ check("5.2", z_needed)
 # ## Limitations
 #
 # - A reconstruction. If the paper's formula becomes known, compare it with section 3 first.
-# - Tiny networks, short runs, two small data sets, one learning rate for all arms; losses, not samples. Notebook 09 asks about speed and samples.
+# - Tiny networks, short runs, two small data sets, one learning rate for all arms; losses, not samples. Notebook [09](09_the_convergence_race.ipynb) asks about speed and samples.
 # - Fourteen arms, three baselines, four settings: some intervals miss the truth by chance, and we did not correct for it. The
 #   seeds of these races were for choosing a default; a confirmation needs fresh ones.
 # - $s$ is fitted to noisy losses in bins; the fixed points hold for constant ones.

@@ -346,9 +346,11 @@ print(
 
 # %% [markdown]
 # **Try it yourself.** In section 5 replace `"const-x0"` by `"min-snr"`, `"uncertainty"` or `"dy-sigma"`; give `config` `prediction="sample"` and
-# see which of the two Consts is then the bad one (notebook 03 says why).
+# see which of the two Consts is then the bad one (notebook [03](03_snr_weightings.ipynb) says why).
 #
 # ## Exercises
+#
+# Replace each `...` and run the cell; the check says what is wrong. Solutions are collapsed below.
 #
 # **6.1** (●○○, 4 min) The average of the weights forgets half of the past in `half_life` images. After a step of `batch_size` images the average
 # moves towards the weights by a fraction `a`: $\bar\theta\leftarrow(1-a)\bar\theta+a\theta$. Write `a`.
@@ -417,16 +419,16 @@ check("6.2", losses_x0)
 # ## Limitations
 #
 # - A `micro` network and a minute of training. `const-x0` on an epsilon network is a known bad pair, chosen because the effect is visible at this size.
-# - Differences between *good* weightings are much smaller: notebook 05 measures some with five paired seeds.
+# - Differences between *good* weightings are much smaller: notebook [05](05_dy_sigma_derived.ipynb) measures some with five paired seeds.
 # - The recorded run is one seed at one learning rate, on a CPU.
 #
 # ## References
 #
-# - Ho, Jain, Abbeel, *Denoising Diffusion Probabilistic Models*, 2020, [arXiv 2006.11239](https://arxiv.org/abs/2006.11239): the training step, and the simple loss (const-eps).
-# - Hang et al., *Efficient Diffusion Training via Min-SNR Weighting Strategy*, 2023, [arXiv 2303.09556](https://arxiv.org/abs/2303.09556): calls weight 1 on x0 Const, and trains it with x0 networks.
-# - Kingma, Salimans, Poole, Ho, *Variational Diffusion Models*, 2021, [arXiv 2107.00630](https://arxiv.org/abs/2107.00630): the likelihood bound in section 6.
-# - Karras et al., *Elucidating the Design Space of Diffusion-Based Generative Models*, 2022, [arXiv 2206.00364](https://arxiv.org/abs/2206.00364): averages of weights counted in images.
-# - Lee, Mumford, Huang, *Occlusion Models for Natural Images*, 2001, [doi 10.1023/A:1011109015675](https://doi.org/10.1023/A:1011109015675): the statistics of dead leaves.
+# - Ho, Jain, Abbeel, *Denoising Diffusion Probabilistic Models*, 2020, [arXiv:2006.11239](https://arxiv.org/abs/2006.11239): the training step, and the simple loss (const-eps).
+# - Hang et al., *Efficient Diffusion Training via Min-SNR Weighting Strategy*, 2023, [arXiv:2303.09556](https://arxiv.org/abs/2303.09556): calls weight 1 on x0 Const, and trains it with x0 networks.
+# - Kingma, Salimans, Poole, Ho, *Variational Diffusion Models*, 2021, [arXiv:2107.00630](https://arxiv.org/abs/2107.00630): the likelihood bound in section 6.
+# - Karras et al., *Elucidating the Design Space of Diffusion-Based Generative Models*, 2022, [arXiv:2206.00364](https://arxiv.org/abs/2206.00364): averages of weights counted in images.
+# - Lee, Mumford, Huang, *Occlusion Models for Natural Images*, 2001, [doi:10.1023/A:1011109015675](https://doi.org/10.1023/A:1011109015675): the statistics of dead leaves.
 #
 # **Next:** [07, gradient conflicts](07_gradient_conflicts.ipynb). Back to the [map](00_start_here.ipynb).
 

@@ -41,7 +41,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas
 import torch
-from scipy.stats import t as student
 
 from dysigma import plots
 from dysigma.bins import Bins
@@ -51,7 +50,7 @@ from dysigma.draws import generator
 from dysigma.exact import LinearDenoiser
 from dysigma.gradients import bin_gramian, bin_timesteps, conflicts, cosine_matrix
 from dysigma.objective import sample_losses
-from dysigma.race import load_race
+from dysigma.race import Race, load_race, race
 from dysigma.schedule import NoiseSchedule
 from dysigma.teaching import banner, check, exercise, fast, predict, reveal, watermark
 from dysigma.training import TrainConfig, build, iterate
@@ -152,7 +151,7 @@ show(
 # (Approximately: the mean of a ratio is not the ratio of the means.) If bins *share* images and noise, as scripts do to save time,
 # $\mathrm{tr}\,\mathrm{Cov}(e_i,e_j)$ joins the numerator: agreement that comes from the samples.
 #
-# We test this where gradients, Gramian and noise are known in closed form: a linear denoiser on Gaussian data (notebook 03), ten timesteps, 128 weights, on its way to
+# We test this where gradients, Gramian and noise are known in closed form: a linear denoiser on Gaussian data (notebook [03](03_snr_weightings.ipynb)), ten timesteps, 128 weights, on its way to
 # the optimum. With 16 samples each, timesteps 0 and 3 have a true cosine of −0.70 and gradient-to-noise ratios of 3.4 and 0.84. What will the naive cosine read on
 # average?
 
@@ -256,9 +255,7 @@ apart = torch.tensor([j - i for i in range(10) for j in range(i + 1, 10)])
 for name, theta in {"at the start": 0 * toy.minimiser(equal), "at its minimum": toy.minimiser(equal)}.items():
     cosines = pairs(cosine_matrix(toy.gramian(theta)))
     near, far = cosines[apart == 1].mean(), cosines[apart > 5].mean()
-    print(
-        f"linear denoiser {name:15s} mean cosine {cosines.mean():+.2f}, neighbours {near:+.2f}, six or more apart {far:+.2f}"
-    )
+    print(f"{name:15s} mean cosine {cosines.mean():+.2f}, neighbours {near:+.2f}, six or more apart {far:+.2f}")
 assert (toy.gramian(toy.minimiser(equal)).amin(1) < 0).all(), "at a minimum each bin must conflict with some other"
 
 # %% [markdown]
@@ -303,8 +300,7 @@ def tabulate(names, columns):
     table = {}
     for name in names:
         values = np.array([[float(value(report)) for value in columns.values()] for report in found[name]])
-        half = student.ppf(0.975, len(values) - 1) * values.std(0, ddof=1) / len(values) ** 0.5
-        table[name] = [f"{m:.2f} ± {h:.2f}" for m, h in zip(values.mean(0), half, strict=True)]
+        table[name] = [f"{m:.2f} ± {h:.2f}" for m, h in zip(*plots.interval(values), strict=True)]
     print(pandas.DataFrame(table, columns).T.to_string(), "\n")
 
 
@@ -426,28 +422,32 @@ QUESTION_SOONER = "Images to a tenth of the stationarity at the start, min-snr o
 predict(QUESTION_SOONER, 1.5)
 
 # %%
-RACES, BASELINES = {"Gaussian fields": "conflicts-fields"}, ("const-x0", "const-eps", "min-snr")
-fig, axes = plt.subplots(len(RACES), 2, figsize=(9.5, 3.9 * len(RACES)), sharey=True, squeeze=False)
-for line, (label, folder) in zip(axes, RACES.items(), strict=True):
-    for ax, (target, rows) in zip(line, load_race(Path("../data/runs") / folder).groupby("grid"), strict=True):
-        curves, reached, final = {}, {}, {}
-        for row in rows.itertuples():
-            images, path = np.array([[report["images"], report["stationarity"]] for report in row.conflicts]).T
-            path = np.maximum(path / path[0], 0.005)
-            curves.setdefault(row.arm, []).append(path[1:])
-            reached.setdefault(row.arm, {})[row.seed] = images_to_threshold(images, path, 0.1, slack=0.2)
-            final.setdefault(row.arm, []).append(np.log(row.validation_losses[-1]).mean())
-        plots.trajectories(ax, images[1:], {arm: np.array(paths) for arm, paths in curves.items()}, log=True)
-        ax.set(xscale="log", xlabel="images seen", title=f"{label}, {target} network", ylim=(0.004, 3))
-        print(f"{label}, {target} network: images; times sooner than {', '.join(BASELINES)}; last loss over min-snr")
-        for arm, own in reached.items():
-            ratios = [speedup(reached[name], own, images[-1]) for name in BASELINES]
-            cells = [f"{r.bound}{r.ratio:6.2f} [{r.low:.2f}, {r.high:.2f}]" for r in ratios]
-            cells += [f"{np.exp(np.mean(final[arm]) - np.mean(final['min-snr'])):.2f}"]
-            print(f"{arm:12s}{np.exp(np.mean(np.log([*own.values()]))):7.0f} ", *(f"{cell:>22s}" for cell in cells))
-        if target == "epsilon":
-            reveal(QUESTION_SOONER, speedup(reached["min-snr"], reached["dy-sigma"]).ratio)
-axes[0, 0].set_ylabel("stationarity over its start")
+RECOMPUTE = False  # True: race again, into a new folder; hours
+records, BASELINES = Path("../data/runs/conflicts-fields" + "-again" * RECOMPUTE), ("const-x0", "const-eps", "min-snr")
+if RECOMPUTE:
+    race(Race.read(Path("../data/races/conflicts-fields.toml")), records, jobs=2)
+fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.9), sharey=True)
+for ax, (target, rows) in zip(axes, load_race(records).groupby("grid"), strict=True):
+    curves, reached, final = {}, {}, {}
+    for row in rows.itertuples():
+        images, path = np.array([[report["images"], report["stationarity"]] for report in row.conflicts]).T
+        path = np.maximum(path / path[0], 0.005)
+        curves.setdefault(row.arm, []).append(path[1:])
+        reached.setdefault(row.arm, {})[row.seed] = images_to_threshold(images, path, 0.1, slack=0.2)
+        final.setdefault(row.arm, []).append(np.log(row.validation_losses[-1]).mean())
+    plots.trajectories(ax, images[1:], {arm: np.array(paths) for arm, paths in curves.items()}, log=True)
+    ax.set(xscale="log", xlabel="images seen", title=f"Gaussian fields, {target} network", ylim=(0.004, 3))
+    print(
+        f"Gaussian fields, {target} network: images; times sooner than {', '.join(BASELINES)}; last loss over min-snr"
+    )
+    for arm, own in reached.items():
+        ratios = [speedup(reached[name], own, images[-1]) for name in BASELINES]
+        cells = [f"{r.bound}{r.ratio:6.2f} [{r.low:.2f}, {r.high:.2f}]".rjust(22) for r in ratios]
+        last = f"{np.exp(np.mean(final[arm]) - np.mean(final['min-snr'])):.2f}".rjust(22)
+        print(f"{arm:12s}{np.exp(np.mean(np.log([*own.values()]))):7.0f} ", *cells, last)
+    if target == "epsilon":
+        reveal(QUESTION_SOONER, speedup(reached["min-snr"], reached["dy-sigma"]).ratio)
+axes[0].set_ylabel("stationarity over its start")
 show(
     fig,
     "07_stationarity",
@@ -457,12 +457,12 @@ show(
 )
 
 # %% [markdown]
-# **Sooner?** Dy-Sigma and its prior come down together: its learned part starts at 0 and has hardly moved when $s$ has fallen by nine tenths, after about
+# **Sooner?** Dy-Sigma and its prior come down together: its learned part starts at 0 and has hardly moved when $\ell$ has fallen by nine tenths, after about
 # 50 steps. Against "Const" everything depends on which. With an ε-network Dy-Sigma takes fewer images than const-x0, but the interval includes 1;
 # with an $x_0$-network it is an order of magnitude sooner than const-eps, and so is every other arm. So a suitable weighting is sooner; that *learning* it helps, we do not see.
 #
 # **Does it matter?** See the last column. With an ε-network const-x0 becomes as stationary as the rest and keeps the largest loss; Dy-Sigma and uncertainty end well below Min-SNR without being more
-# stationary. $\lambda$ may rest on one bin whose gradient has vanished: *one* solved task makes a point Pareto stationary. Stationary means that no step improves everything, not
+# stationary. $\omega$ may rest on one bin whose gradient has vanished: *one* solved task makes a point Pareto stationary. Stationary means that no step improves everything, not
 # that anything is good.
 #
 # **Try it yourself.** Set `lr=2e-4` where `config` is made: does the gap between raw and averaged weights close?

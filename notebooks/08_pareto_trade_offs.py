@@ -25,7 +25,7 @@
 # - use hypervolume without being fooled by its reference point.
 #
 # **You need** weightings on one scale ([03](03_snr_weightings.ipynb)), the strategies of [05](05_dy_sigma_derived.ipynb),
-# gradient conflicts (notebook 07).
+# gradient conflicts ([07](07_gradient_conflicts.ipynb)).
 #
 # **Time** reading 35 min · running about 15 s (short run 15 s) on two CPU cores · memory under 1 GB.
 #
@@ -39,12 +39,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from scipy.stats import t as student
 
 from dysigma import pareto, plots
 from dysigma.distances import extract, frechet_distance, load_features, moments
 from dysigma.evaluation import evaluation_timesteps, sample_images, validation_losses
-from dysigma.exact import LinearDenoiser, field_floor, field_variances, gaussian_fields
+from dysigma.exact import GaussianField, LinearDenoiser, OptimalDenoiser, field_floor, field_variances, gaussian_fields
 from dysigma.race import Race, load_race, race
 from dysigma.schedule import NoiseSchedule
 from dysigma.teaching import banner, check, exercise, fast, predict, reveal, watermark
@@ -262,21 +261,13 @@ for mix in mixes[100:301:25]:
 
 
 # %%
-class Wiener(torch.nn.Module):  # E[noise | x_t]: keep of each Fourier mode the share that is noise
-    def forward(self, x_t, timesteps):
-        bar = schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        share = (1 - bar) / (bar * self.variances + 1 - bar)
-        return torch.fft.ifft2(torch.fft.fft2(x_t.double()) * share / (1 - bar).sqrt()).real.float()
-
-
 RECOMPUTE = False  # True: race again, into a new folder
 spec = Race.read(Path("../data/races/front-fields.toml"))
 folder = Path("../data/runs") / ("front-fields-again" if RECOMPUTE else "front-fields")
 table = load_race(race(spec, folder, jobs=2).parent if RECOMPUTE else folder)
 at = evaluation_timesteps(1000, spec.base["validation_timesteps"])
 held_out = gaussian_fields(10_000, size=8, split="test").images[: spec.base["validation_images"]]
-wiener = Wiener()
-wiener.variances = torch.nn.Parameter(field_variances(), requires_grad=False)
+wiener = OptimalDenoiser(GaussianField(), schedule)
 best = validation_losses(wiener, held_out, schedule, "epsilon", timesteps=at)
 
 swept = {arm: float(arm.split()[1]) for arm in spec.arms if arm.startswith("split") and "lr" not in arm}
@@ -293,12 +284,6 @@ predict(QUESTION_BEYOND, 5)
 
 
 # %%
-def interval(values):
-    """Mean over seeds and half the width of its 95 % interval."""
-    values = np.asarray(values)
-    return values.mean(0), student.ppf(0.975, len(values) - 1) * values.std(0, ddof=1) / len(values) ** 0.5
-
-
 def distances(arm, rivals):
     """For each seed, beyond the front of the same seed's rivals; nothing is its own rival."""
     return [beyond(points[arm][i], [points[rival][i] for rival in rivals if rival != arm]) for i in seeds]
@@ -309,12 +294,12 @@ table["low"], table["high"] = (final[:, part].mean(1).log().numpy() for part in 
 assert table[["low", "high"]].notna().all(axis=None), "no network may beat the Wiener filter"
 points = {arm: rows.sort_values("seed")[["low", "high"]].to_numpy() for arm, rows in table.groupby("arm")}
 fronts = [np.array([points[arm][i] for arm in swept]) for i in seeds]
-plain, hard = ({arm: interval(distances(arm, rivals)) for arm in points} for rivals in (swept, [*swept, *tuned]))
+plain, hard = ({arm: plots.interval(distances(arm, rivals)) for arm in points} for rivals in (swept, [*swept, *tuned]))
 past = [arm for arm in strategies if plain[arm][0] > plain[arm][1]]
 behind = [arm for arm in strategies if plain[arm][0] < -plain[arm][1]]
 reveal(QUESTION_BEYOND, len(past))
 print(f"behind, with a 95 % interval: {len(behind)} of {len(strategies)}, {', '.join(behind)}")
-more = interval(points["split 64"] - points["split 1"])
+more = plots.interval(points["split 64"] - points["split 1"])
 one, many = (final[[name == arm for name in table.arm]].mean(0) for arm in ("split 1", "split 64"))
 print("split 64 over split 1:", ", ".join(f"t = {t}: {r:.2f}" for t, r in zip(at[::3], (many / one)[::3], strict=True)))
 assert not past and max(hard[arm][0] for arm in strategies) < 0, "the text says that no strategy is beyond a front"
@@ -330,7 +315,7 @@ fig, (ax, bx) = plt.subplots(1, 2, figsize=(10.5, 7.4), width_ratios=(5, 4))
 x, attained = pareto.attainment(fronts)
 ax.plot(x, attained.T, drawstyle="steps-post", color="0.6", linewidth=1)
 for row, (arm, look) in enumerate(looks.items()):
-    middle, half = interval(points[arm])
+    middle, half = plots.interval(points[arm])
     ax.errorbar(*middle, half[1], half[0], elinewidth=0.6, **look)
     bx.errorbar(plain[arm][0], -row, xerr=plain[arm][1], **look)
     bx.plot(hard[arm][0], -row, "|", color="0", markersize=9)
@@ -361,8 +346,8 @@ plots.show(
 #   Specialists at their optimum, as in section 1, cannot lose.
 # - *Optimal for what?* Min-SNR is behind by 0.40 ± 0.04 in plain noise loss, which the cleanest timesteps dominate; it turns
 #   those down on purpose.
-# - `gramian` (UPGrad) ends exactly where `split 1` does: its running mean of Gramians stays ruled by the first ones, whose
-#   gradients all agree.
+# - `gramian` (UPGrad) ends exactly where `split 1` does: its running mean of Gramians was ruled by the first ones, whose
+#   gradients all agree. (The package now scales each.)
 #
 # ## 5 · Is it beyond, or is it noise?
 #
@@ -389,12 +374,16 @@ for label, values in control.items():
 # %%
 reference = np.concatenate(list(points.values())).max(0) + math.log(1.1)
 whole = [pareto.hypervolume(front, reference) for front in fronts]
-print("the sweep: {:.2f} ± {:.2f}; knee: {}\n".format(*interval(whole), list(swept)[pareto.knee(np.mean(fronts, 0))]))
+print(
+    "the sweep: {:.2f} ± {:.2f}; knee: {}\n".format(
+        *plots.interval(whole), list(swept)[pareto.knee(np.mean(fronts, 0))]
+    )
+)
 print(f"{'':24s}E low   E high{'beyond':>12s}{'alone':>18s}{'adds':>18s}")
 for arm in sorted(points, key=plain.get)[::-1]:
-    alone = interval([pareto.hypervolume(points[arm][i : i + 1], reference) for i in seeds])
+    alone = plots.interval([pareto.hypervolume(points[arm][i : i + 1], reference) for i in seeds])
     joined = [pareto.hypervolume(np.vstack([fronts[i], points[arm][i]]), reference) for i in seeds]
-    values = *np.exp(points[arm].mean(0)), *plain[arm], *alone, *interval(np.subtract(joined, whole))
+    values = *np.exp(points[arm].mean(0)), *plain[arm], *alone, *plots.interval(np.subtract(joined, whole))
     print(f"{arm:22s}" + "{:8.4f}{:9.5f}{:+10.3f} ± {:.3f}{:10.2f} ± {:.2f}{:+10.3f} ± {:.3f}".format(*values))
 
 # %% [markdown]
@@ -425,7 +414,7 @@ QUESTION_QUALITY = "Distance of samples at R = 1 over that of the perfect denois
 predict(QUESTION_QUALITY, 4.0)
 
 # %%
-quality = {arm: interval(np.log(rows.distances.str[-1].astype(float))) for arm, rows in table.groupby("arm")}
+quality = {arm: plots.interval(np.log(rows.distances.str[-1].astype(float))) for arm, rows in table.groupby("arm")}
 pixels, shape = load_features("pixels"), (spec.base["distance_images"], 1, 8, 8)
 real = moments(extract(pixels, gaussian_fields(spec.base["train_images"]).images))
 limits = {"held-out images": gaussian_fields(shape[0], split="test").images}

@@ -40,13 +40,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas
 import torch
-from scipy.stats import t as student
 
 from dysigma import plots
 from dysigma.convergence import holm, images_to_threshold, load_races, log_area, race_curves, race_table, thresholds_at
 from dysigma.distances import extract, frechet_distance, load_features, moments
 from dysigma.evaluation import sample_images
-from dysigma.exact import field_variances, gaussian_fields
+from dysigma.exact import GaussianField, OptimalDenoiser, gaussian_fields
 from dysigma.race import Race, race
 from dysigma.runs import read_config
 from dysigma.schedule import NoiseSchedule
@@ -213,18 +212,11 @@ with tempfile.TemporaryDirectory() as scratch:
         print(f"{key[1]}: distance {got[0]:.3f} after {stretch} images, recorded {known[0]:.3f}")
         np.testing.assert_allclose(got, known, rtol=0.05, err_msg="the record must be reproducible")
 
-
-class Wiener(torch.nn.Linear):  # E[noise | x_t], exactly; Linear, because the sampler asks where its parameters lie
-    def forward(self, x_t, timesteps):
-        bar = linear.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        share = (1 - bar) / (bar * field_variances(x_t.shape[-1]) + 1 - bar)
-        return torch.fft.ifft2(torch.fft.fft2(x_t.double()) * share / (1 - bar).sqrt()).real.float()
-
-
 pixels, linear = load_features("pixels"), NoiseSchedule.linear(1000)
 training = moments(extract(pixels, gaussian_fields(spec.base["train_images"], size=8).images))
+ideal_denoiser = OptimalDenoiser(GaussianField(), linear)
 shape, steps = (spec.base["distance_images"], 1, 8, 8), spec.base["distance_steps"]
-drawn = [sample_images(Wiener(1, 1), linear, shape, num_steps=number) for number in (100, steps)]
+drawn = [sample_images(ideal_denoiser, linear, shape, num_steps=number) for number in (100, steps)]
 ideal, best = (frechet_distance(moments(extract(pixels, images)), training) for images in drawn)
 print(f"best denoiser: distance {ideal:.2f} with 100 sampling steps, {best:.2f} with {steps}, as in the race")
 assert best > 2 * ideal, "twelve steps must cost more than everything else"
@@ -400,8 +392,7 @@ print("\nR of dy-sigma against min-snr:\n\n" + prior.said.unstack().to_string())
 
 # %%
 def ratio(logs):  # geometric mean over seeds, and the factor to either end of its 95 % interval
-    half_width = student.ppf(0.975, len(logs) - 1) * np.std(logs, ddof=1) / len(logs) ** 0.5
-    return f"{np.exp(np.mean(logs)):.2f} ×/÷ {np.exp(half_width):.2f}"
+    return "{:.2f} ×/÷ {:.2f}".format(*map(np.exp, plots.interval(logs)))
 
 
 bands = {"cleanest tenth": slice(0, 4), "middle tenth": slice(18, 22), "noisiest tenth": slice(36, 40)}
@@ -461,6 +452,8 @@ print(pandas.crosstab([mine.predicts, mine.arm], outcome).to_string())
 #   sooner, and sooner than Min-SNR.
 # - **You want learned weights anyway**: anchored Dy-Sigma is the steadiest of those raced. Avoid UGD at this scale.
 # - **You read "times faster than Const"**: ask which, and whether a fixed weighting gains the same.
+#
+# **Try it yourself.** Set `a` to 0.05 and to 0.5 in section 2: for which curves is a speed-up worth reporting?
 #
 # ## Exercises
 #
@@ -541,7 +534,7 @@ check("9.2", chosen_threshold)
 # - Kingma, Salimans, Poole, Ho, *Variational Diffusion Models*, 2021, [arXiv:2107.00630](https://arxiv.org/abs/2107.00630): bits per
 #   dimension as an integral of losses over log-SNR.
 #
-# **Back:** [05, Dy-Sigma derived](05_dy_sigma_derived.ipynb), or the [map](00_start_here.ipynb).
+# **Next:** [10, reuse](10_reuse.ipynb). Back to the [map](00_start_here.ipynb).
 
 # %%
 watermark()

@@ -462,6 +462,8 @@ plots.show(
 # Of 14 points, 10 is a pass; a 0 in the first row caps the sum at 7, because nothing after it can be trusted.
 
 # %% [markdown]
+# **Try it yourself.** In section 1 another name: `"min-snr"`, `"uncertainty"`, or your own of section 5.
+#
 # ## Exercises
 #
 # Replace each `...` and run the cell; the check says what is wrong. Solutions are collapsed below.
@@ -540,12 +542,12 @@ check_weighting(cosmap)
 # ## References
 #
 # - Liu, Ye, Liu, Qin, *Dy-Sigma: A Generalized Accelerated Convergence Strategy for Diffusion Models*, IJCNN 2024: the abstract sets the scene of section 7.
-# - Hang et al., *Efficient Diffusion Training via Min-SNR Weighting Strategy*, 2023, [arXiv 2303.09556](https://arxiv.org/abs/2303.09556): the weighting of sections 2 to 4, on $x_0$.
-# - Liu, Gong, Liu, *Flow Straight and Fast*, 2023, [arXiv 2209.03003](https://arxiv.org/abs/2209.03003): the rectified flow, whose velocity is the target.
-# - Esser et al., *Scaling Rectified Flow Transformers for High-Resolution Image Synthesis*, 2024, [arXiv 2403.03206](https://arxiv.org/abs/2403.03206): levels drawn from a logit-normal, and the shift.
-# - Karras, Aittala, Aila, Laine, *Elucidating the Design Space of Diffusion-Based Generative Models*, 2022, [arXiv 2206.00364](https://arxiv.org/abs/2206.00364): continuous levels and their density.
-# - Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, 2021, [arXiv 2106.09685](https://arxiv.org/abs/2106.09685): the adapters of section 6.
-# - Ho, Salimans, *Classifier-Free Diffusion Guidance*, 2022, [arXiv 2207.12598](https://arxiv.org/abs/2207.12598): why a tenth of the captions is dropped.
+# - Hang et al., *Efficient Diffusion Training via Min-SNR Weighting Strategy*, 2023, [arXiv:2303.09556](https://arxiv.org/abs/2303.09556): the weighting of sections 2 to 4, on $x_0$.
+# - Liu, Gong, Liu, *Flow Straight and Fast*, 2023, [arXiv:2209.03003](https://arxiv.org/abs/2209.03003): the rectified flow, whose velocity is the target.
+# - Esser et al., *Scaling Rectified Flow Transformers for High-Resolution Image Synthesis*, 2024, [arXiv:2403.03206](https://arxiv.org/abs/2403.03206): levels drawn from a logit-normal, and the shift.
+# - Karras, Aittala, Aila, Laine, *Elucidating the Design Space of Diffusion-Based Generative Models*, 2022, [arXiv:2206.00364](https://arxiv.org/abs/2206.00364): continuous levels and their density.
+# - Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, 2021, [arXiv:2106.09685](https://arxiv.org/abs/2106.09685): the adapters of section 6.
+# - Ho, Salimans, *Classifier-Free Diffusion Guidance*, 2022, [arXiv:2207.12598](https://arxiv.org/abs/2207.12598): why a tenth of the captions is dropped.
 #
 # Back to the [map](00_start_here.ipynb).
 

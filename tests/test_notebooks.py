@@ -10,6 +10,10 @@ import hashlib
 import itertools
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -125,8 +129,8 @@ def test_one_idea_per_page(source):
     code = [line for c in notebook.cells if c.cell_type == "code" for line in c.source.splitlines() if line.strip()]
     assert len(notebook.cells) <= 40
     assert len(code) <= 250
-    words = re.sub(r"\$[^$]*\$|^\|.*\|$|<[^>]*>", "", prose(notebook), flags=re.M).split()
-    assert len(words) <= 2000
+    text = re.sub(r"\$\$.*?\$\$|\$[^$]*\$", "", prose(notebook), flags=re.S)
+    assert len(re.sub(r"^\|.*\|$|</?\w[^>]*>", "", text, flags=re.M).split()) <= 2000
 
 
 @every_notebook
@@ -165,6 +169,8 @@ def test_exercises_are_skipped_untouched_and_solved_by_their_solutions(source):
     for cell in solutions:
         assert cell.metadata.jupyter.source_hidden and "hide-input" in cell.metadata.tags
     text = prose(convert(source))
+    for name in declared:
+        assert re.search(rf"^\*\*{name}\*\* \([●○]{{3}}, \d+ min\) ", text, re.M), f"{name}: difficulty and minutes"
     assert text.count("<summary>Hint</summary>") >= len(declared)
     assert text.count("<details>") == text.count("</details>")
 
@@ -183,6 +189,39 @@ def test_links_resolve(source):
         assert words.lower() not in ("here", "link", "this"), "the words of a link say where it goes"
         if not target.startswith(("http", "#")):
             assert (FOLDER / target.split("#")[0]).exists(), target
+
+
+@every_notebook
+def test_a_page_leads_on(source):
+    text, number = prose(convert(source)), int(source.stem[:2])
+    after = text.split("## References")[1]
+    assert f"**Next:** [{number + 1:02d}, " in after if number < 10 else "(00_start_here.ipynb)" in after
+    assert "**Try it yourself.** " in text
+    for named in set(re.findall(r"[Nn]otebooks? (\d\d)\b", text)) - {source.stem[:2]}:
+        assert f"({named}_" in text, f"notebook {named} is named and nowhere linked"
+
+
+@every_notebook
+def test_what_is_recorded_can_be_computed_again(source):
+    code = "\n".join(cell.source for cell in convert(source).cells if cell.cell_type == "code")
+    if "data/runs" in code:
+        again = re.search(r"^RECOMPUTE = False  # True: ", code, re.M) or re.search(
+            r"^dysigma train |`data/races/\w+\.py`", prose(convert(source)), re.M
+        )
+        assert again, "a flag, or a command in the text, must make the records again"
+
+
+def test_no_function_lives_in_two_places():
+    found: dict[str, list[str]] = {}
+    package = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "dysigma").glob("*.py")]
+    for tree in [*package, *(code_of(convert(source).cells) for source in SOURCES)]:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                text = "\n".join(ast.unparse(statement) for statement in body)
+                if len(body) > 1 and len(text) > 60:
+                    found.setdefault(text, []).append(node.name)
+    assert len(found) > 300 and not [names for names in found.values() if len(names) > 1]
 
 
 @every_notebook
@@ -300,6 +339,23 @@ def test_a_failing_cell_is_named_the_others_still_run_and_nothing_is_written(pro
     assert good.with_suffix(".ipynb").exists()
 
 
+def test_a_kernel_that_dies_is_a_failure_like_others(project):
+    with pytest.raises(NotebookError, match=r"07_dies\.py, code cell .*died"):
+        build([project("07_dies", "# %%\nimport os\nos._exit(1)")])
+
+
+def test_an_interrupt_stops_the_kernel_and_says_where(project, tmp_path):
+    source = project("07_slow", "# %%\nimport pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(600)")
+    command = [sys.executable, "-m", "dysigma", "notebooks", "--folder", source.parent]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    while not (source.parent / "begun").exists():
+        assert running.poll() is None
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    said = running.communicate(timeout=60)[1].strip()
+    assert (running.returncode, said) == (130, "dysigma: interrupted in 07_slow.py; those before it are written")
+
+
 def test_a_page_that_is_too_large_is_refused(project):
     source = project("07_large", f"# %%\nprint('x\\n' * {MAX_BYTES})")
     with pytest.raises(NotebookError, match="at most 300000"):
@@ -332,11 +388,12 @@ def test_find_knows_numbers_names_and_files(tmp_path):
 
 
 @pytest.mark.slow
-def test_fast_mode_runs(tmp_path):
-    sources = find(FOLDER, ["00"]) if (FOLDER / "00_start_here.py").exists() else SOURCES[:1]
+@pytest.mark.parametrize(("name", "solutions"), [("00", True), ("03", False)])
+def test_fast_mode_runs(tmp_path, name, solutions):
     before = {path: path.read_bytes() for path in [*FIGURES.iterdir(), *FOLDER.glob("*.ipynb")]}
-    build(sources, fast=True, out=tmp_path)
+    (source,) = find(FOLDER, [name])
+    build([source], fast=True, out=tmp_path, solutions=solutions)
     assert before == {path: path.read_bytes() for path in [*FIGURES.iterdir(), *FOLDER.glob("*.ipynb")]}
-    for source in sources:
-        said = "".join(printed(cell) for cell in nbformat.read(tmp_path / f"{source.stem}.ipynb", as_version=4).cells)
-        assert "short run" in said and "correct." in said and "not yet." not in said
+    said = "".join(printed(cell) for cell in nbformat.read(tmp_path / f"{source.stem}.ipynb", as_version=4).cells)
+    assert "short run" in said and "not attempted yet" in said and "not yet." not in said
+    assert ("correct." in said) == solutions, "the pages for a class are executed too, and hold no answer"

@@ -114,6 +114,12 @@ def test_the_band_is_the_t_interval_of_the_mean(ax):
     assert ax.lines[0].get_ydata() == pytest.approx([2, 6])
 
 
+def test_interval_by_hand():
+    mean, half = plots.interval([[1.0, 4.0], [3.0, 4.0], [2.0, 4.0]])
+    assert mean == pytest.approx([2, 4]) and half == pytest.approx([4.3027 / 3**0.5, 0], abs=1e-4)
+    assert np.isnan(plots.interval([7.0])[1]), "one seed has no interval"
+
+
 def test_log_series_are_averaged_geometrically(ax):
     plots.loss_by_timestep(ax, [10, 20], {"a": torch.tensor([[1.0, 0.1], [4.0, 0.4]])})
     assert ax.lines[0].get_ydata() == pytest.approx([2, 0.2])
@@ -147,11 +153,3 @@ def test_image_grid_puts_each_image_where_it_belongs(ax):
     assert [label.get_text() for label in ax.get_yticklabels()] == ["x", "y"]
     with pytest.raises(ValueError, match=r"\(3, 5, 2, 2\)"):
         plots.image_grid(ax, np.zeros((3, 5, 2, 2)), columns=2)
-
-
-def test_front_joins_the_non_dominated_points_in_order(ax):
-    points, keep = [[3, 1], [1, 3], [2, 2.5], [3, 3]], [True, True, True, False]
-    plots.front(ax, points, keep, labels=["a", "a", "b", "b"])
-    assert ax.lines[0].get_xdata(orig=True).tolist() == [1, 2, 3]
-    assert [len(group.get_offsets()) for group in ax.collections] == [2, 2]
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dysigma.cli import main
-from dysigma.exact import field_floor, field_variances, gaussian_fields
+from dysigma.exact import GaussianField, OptimalDenoiser, field_floor, field_variances, gaussian_fields
 from dysigma.race import Race, load_race, race
 from dysigma.runs import RunError
 from dysigma.schedule import NoiseSchedule
@@ -121,6 +121,8 @@ def test_the_floor_of_gaussian_fields_is_what_the_wiener_filter_loses():
     variance = field_variances()
     gain = (1 - bar).sqrt() / (bar * variance + 1 - bar)
     best = torch.fft.ifft2(torch.fft.fft2(x_t, norm="ortho") * gain, norm="ortho").real
+    filtered = OptimalDenoiser(GaussianField(), schedule)(x_t, torch.full((2000,), t))
+    torch.testing.assert_close(filtered, best)
     measured = float((best - noise).square().mean())
     assert abs(measured / float(field_floor(schedule)[t]) - 1) < 0.02
     snr = schedule.log_snr.exp()
