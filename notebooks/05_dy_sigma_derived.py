@@ -48,7 +48,7 @@ from scipy.stats import t as student
 
 from dysigma import plots
 from dysigma.evaluation import evaluation_timesteps, validation_losses
-from dysigma.exact import field_floor, field_variances, gaussian_fields
+from dysigma.exact import GaussianField, OptimalDenoiser, field_floor, gaussian_fields
 from dysigma.race import Race, load_race, race
 from dysigma.schedule import NoiseSchedule
 from dysigma.teaching import banner, check, exercise, fast, predict, reveal, watermark
@@ -304,15 +304,6 @@ print(
 
 
 # %%
-class Wiener(torch.nn.Module):
-    """E[noise | x_t] for Gaussian fields: keep of each Fourier mode the share that is noise."""
-
-    def forward(self, x_t, timesteps):
-        bar = schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        share = (1 - bar) / (bar * field_variances(x_t.shape[-1]) + 1 - bar)
-        return torch.fft.ifft2(torch.fft.fft2(x_t.double()) * share / (1 - bar).sqrt()).real.float()
-
-
 spec = Race.read(Path("../data/races/weightings-fields.toml"))
 images, seeds, live = fast(6400, 3200), spec.seeds[: fast(3, 1)], {"const-eps": [], "min-snr": [], "dy-sigma": []}
 with tempfile.TemporaryDirectory() as scratch:
@@ -324,7 +315,7 @@ with tempfile.TemporaryDirectory() as scratch:
 
 at = evaluation_timesteps(1000, spec.base["validation_timesteps"])
 held_out = gaussian_fields(10_000, size=8, split="test").images[: spec.base["validation_images"]]
-best = validation_losses(Wiener(), held_out, schedule, "epsilon", timesteps=at)
+best = validation_losses(OptimalDenoiser(GaussianField(), schedule), held_out, schedule, "epsilon", timesteps=at)
 assert ((best / field_floor(schedule)[at]).log().abs() < 0.1).all(), "the filter must reach the exact floor"
 excess = {arm: torch.tensor(np.array(losses)) - best for arm, losses in live.items()}
 assert min(float(e.min()) for e in excess.values()) > 0, "no network may beat the Wiener filter"
