@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -13,61 +12,13 @@ from .draws import generator
 from .schedule import NoiseSchedule, canonical_prediction_type
 
 
-class ConvexObjectives(ABC):
-    """K convex losses of one parameter vector. Convexity makes the minimisers of weighted sums the whole Pareto set."""
-
-    @abstractmethod
-    def losses(self, theta: Tensor) -> Tensor:
-        """The K losses at theta, (K,)."""
-
-    @abstractmethod
-    def gradients(self, theta: Tensor) -> Tensor:
-        """The Jacobian at theta, (K, theta.numel())."""
-
-    @abstractmethod
-    def minimiser(self, weights: Tensor) -> Tensor:
-        """The theta that minimises sum_k weights_k L_k, for weights (K,) >= 0, not all 0."""
-
-    def gramian(self, theta: Tensor) -> Tensor:
-        """Inner products of the gradients at theta, (K, K)."""
-        gradients = self.gradients(theta)
-        return gradients @ gradients.T
-
-    def front(self, objectives: Tensor, mixes: Tensor) -> Tensor:
-        """Points (n, m) of the Pareto front of m averages of the K losses.
-
-        objectives: (m, K), each row the weights of one average; mixes: (n, m), each row a weighting of the averages.
-        """
-        return torch.stack([objectives @ self.losses(self.minimiser(mix @ objectives)) for mix in mixes])
-
-    def utopia(self, objectives: Tensor) -> Tensor:
-        """(m,): the least value of each average, each with a theta of its own; no shared theta reaches all of them."""
-        return torch.stack([row @ self.losses(self.minimiser(row)) for row in objectives])
-
-
-class Quadratics(ConvexObjectives):
-    """L_k = (theta - c_k)' A_k (theta - c_k) / 2, for hessians A (K, n, n) positive definite and centres c (K, n)."""
-
-    def __init__(self, hessians: Tensor, centres: Tensor) -> None:
-        self.hessians, self.centres = hessians.double(), centres.double()
-
-    def losses(self, theta: Tensor) -> Tensor:
-        return (self.gradients(theta) * (theta - self.centres)).sum(1) / 2
-
-    def gradients(self, theta: Tensor) -> Tensor:
-        return torch.einsum("kij,kj->ki", self.hessians, theta - self.centres)
-
-    def minimiser(self, weights: Tensor) -> Tensor:
-        total = torch.einsum("k,kij->ij", weights, self.hessians)
-        return torch.linalg.solve(total, torch.einsum("k,kij,kj->i", weights, self.hessians, self.centres))
-
-
-class LinearDenoiser(ConvexObjectives, nn.Module):
+class LinearDenoiser(nn.Module):
     """Noise predicted as w(t) x_t, coordinate by coordinate, on independent Gaussian data: one objective per timestep.
 
     w(t) = sum_r features_r(t) theta_r, `degree` orthogonal polynomials of log-SNR: 1 shares one w = theta between all
     timesteps, degree = T gives each its own and the conflict is gone. variances: (d,) of the data; theta: (degree, d).
     Losses are means over coordinates, as in ``objective.sample_losses``: the module itself can be trained and measured.
+    They are convex in theta, so the minimisers of weighted sums are the whole Pareto set.
     """
 
     features: Tensor
@@ -93,18 +44,37 @@ class LinearDenoiser(ConvexObjectives, nn.Module):
         return (self.features[timesteps] @ self.theta * x_t.flatten(1)).view_as(x_t)
 
     def losses(self, theta: Tensor) -> Tensor:
+        """The T losses at theta, (T,)."""
         w = self.features @ theta
         return (1 - 2 * w * self.sigma + w**2 * self.variance).mean(1)
 
     def gradients(self, theta: Tensor) -> Tensor:
+        """The Jacobian at theta, (T, theta.numel())."""
         slope = 2 * (self.features @ theta * self.variance - self.sigma) / theta.shape[1]
         return torch.einsum("tr,td->trd", self.features, slope).flatten(1)
 
     def minimiser(self, weights: Tensor) -> Tensor:
+        """The theta that minimises sum_t weights_t L_t, for weights (T,) >= 0, not all 0."""
         normal = torch.einsum("t,td,tr,ts->drs", weights, self.variance, self.features, self.features)
         # pinv: with fewer weighted timesteps than features any of many theta will do; take the smallest.
         right = torch.einsum("t,tr->r", weights * self.sigma[:, 0], self.features)
         return (torch.linalg.pinv(normal, hermitian=True) @ right).T
+
+    def gramian(self, theta: Tensor) -> Tensor:
+        """Inner products of the gradients at theta, (T, T)."""
+        gradients = self.gradients(theta)
+        return gradients @ gradients.T
+
+    def front(self, objectives: Tensor, mixes: Tensor) -> Tensor:
+        """Points (n, m) of the Pareto front of m averages of the T losses.
+
+        objectives: (m, T), each row the weights of one average; mixes: (n, m), each row a weighting of the averages.
+        """
+        return torch.stack([objectives @ self.losses(self.minimiser(mix @ objectives)) for mix in mixes])
+
+    def utopia(self, objectives: Tensor) -> Tensor:
+        """(m,): the least value of each average, each with a theta of its own; no shared theta reaches all of them."""
+        return torch.stack([row @ self.losses(self.minimiser(row)) for row in objectives])
 
     def irreducible(self) -> Tensor:
         """(T,): the loss of the best w for each timestep on its own, which no denoiser beats on Gaussian data."""

@@ -10,7 +10,7 @@ import torch
 
 from dysigma import pareto
 from dysigma.draws import generator
-from dysigma.exact import GaussianMixture, LinearDenoiser, OptimalDenoiser, Quadratics
+from dysigma.exact import GaussianMixture, LinearDenoiser, OptimalDenoiser
 from dysigma.objective import sample_losses
 from dysigma.schedule import NoiseSchedule
 
@@ -111,25 +111,6 @@ def test_a_zero_terminal_snr_schedule_is_refused():
         LinearDenoiser(schedule, VARIANCES)
     with pytest.raises(ValueError, match=r"degree in 1\.\.T"):
         LinearDenoiser(short_schedule(), VARIANCES, 11)
-
-
-def test_quadratics():
-    """One dimension by hand: (x - 0)^2 / 2 and 3 (x - 2)^2 / 2 with equal weights meet at 3 * 2 / 4."""
-    pair = Quadratics(torch.tensor([[[1.0]], [[3.0]]]), torch.tensor([[0.0], [2.0]]))
-    theta = pair.minimiser(torch.tensor([0.5, 0.5], dtype=torch.float64))
-    assert theta.tolist() == [1.5]
-    assert pair.losses(theta).tolist() == [1.125, 0.375]
-    assert pareto.min_norm_weights(pair.gramian(theta)).tolist() == pytest.approx([0.5, 0.5])
-    roots = torch.randn(3, 4, 4, dtype=torch.float64, generator=generator(1, 0, "test"))
-    many = Quadratics(roots @ roots.mT + torch.eye(4), roots[:, 0])
-    torch.testing.assert_close(
-        many.gradients(roots[0, 1]), torch.autograd.functional.jacobian(many.losses, roots[0, 1])
-    )
-    weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
-    assert (weights @ many.gradients(many.minimiser(weights))).abs().max() < 1e-12
-    # At the minimiser of a weighted sum the min-norm weights are those of the sum.
-    found = pareto.min_norm_weights(many.gramian(many.minimiser(weights)))
-    torch.testing.assert_close(found, weights, rtol=1e-5, atol=1e-6)
 
 
 MIXTURE = GaussianMixture(torch.tensor([0.3, 0.7]), torch.tensor([[-1.0], [2.0]]), torch.tensor([0.5, 0.2]))
