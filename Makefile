@@ -19,7 +19,7 @@ LOG := $(VENV)/pip.log
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lowest lab notebooks docs browser bench faults
+.PHONY: help setup run test lowest lab notebooks docs browser bench faults mutants coverage
 
 help:  ## list the targets
 	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -57,6 +57,14 @@ browser: $(VENV)/.browser  ## run notebooks 00 and 01 in JupyterLab in a headles
 faults: $(STAMP)  ## kill training runs at 50 moments and compare their ends with uninterrupted ones (long)
 	$(BIN)/python tests/faults.py --kills 50 --out runs/faults.json
 
+mutants: $(STAMP)  ## change one operator or number at a time and see whether tests notice (an hour)
+	$(BIN)/python tests/mutants.py --each 30 --out runs/mutants.json
+
+coverage: $(VENV)/.coverage  ## lines and branches that the tests run; below 90 % is an error
+	$(BIN)/coverage run -m pytest -q $(PYTEST_FLAGS)
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
+
 bench: $(STAMP)  ## time training steps and weightings against hand-written ones
 	$(BIN)/dysigma benchmark
 
@@ -70,6 +78,6 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PIP) --no-deps denoising-diffusion-pytorch >> $(LOG) 2>&1 || { tail -n 15 $(LOG); exit 1; }
 	@touch $@
 
-$(VENV)/.docs $(VENV)/.browser: $(VENV)/.%: $(STAMP)
+$(VENV)/.docs $(VENV)/.browser $(VENV)/.coverage: $(VENV)/.%: $(STAMP)
 	@$(PIP) -e ".[$*]" >> $(LOG) 2>&1 || { tail -n 15 $(LOG); exit 1; }
 	@touch $@

@@ -6,8 +6,10 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -69,9 +71,7 @@ def _train(args: argparse.Namespace) -> None:
     from .runs import read_config
     from .training import TrainConfig, train
 
-    given = {
-        f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if getattr(args, f.name) is not None
-    }
+    given = {k: v for k, v in vars(args).items() if k in TrainConfig.__dataclass_fields__ and v is not None}
     for name in ("weighting_params", "sampler_params"):
         if name in given:
             given[name] = _pairs(given[name])
@@ -92,6 +92,19 @@ def _device_run(path: Path, device: str) -> tuple[Any, Any, Any, Any]:
     run, target = load_run(path), resolve_device(device)
     config = TrainConfig.from_dict(run.config)
     return config, run.pipeline().unet.to(target), config.noise_schedule().to(target), target
+
+
+def _add_runs(commands: Any) -> None:
+    parser = commands.add_parser("runs", help="list the runs and races in a folder: state, progress, last line")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), help="default: runs")
+    parser.set_defaults(run=_runs)
+
+
+def _runs(args: argparse.Namespace) -> None:
+    from .runs import find_runs
+
+    for path, state, progress, last in find_runs(args.folder):
+        print(f"{state:12} {progress:32} {path}: {last}")
 
 
 def _add_draws(parser: Any) -> None:
@@ -187,7 +200,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     images = test.images[: args.num_images]
     labels = None if not config.conditional or test.labels is None else test.labels[: args.num_images]
     timesteps = evaluation_timesteps(schedule.num_timesteps, args.timesteps)
-    options: dict[str, Any] = {"labels": labels, "seed": args.seed}
+    options: dict[str, Any] = {"labels": labels, "seed": args.seed, "progress": True}
     losses = validation_losses(model, images, schedule, config.prediction, timesteps=timesteps, **options)
     options["timesteps_per_image"] = args.elbo_timesteps
     bound = elbo(model, images, schedule, config.prediction, **options)
@@ -324,6 +337,8 @@ def _pipeline_parts(path: Path) -> tuple[Any, Any, str]:
     index = read_json(path / "model_index.json")
     parts = [part for part, origin in index.items() if isinstance(origin, list) and origin[0]]
     refused = "only networks on pixels that need timesteps, and classes at most, are measured"
+    if other := [part for part in parts if index[part][0] != "diffusers" and "encoder" not in part]:
+        raise ValueError(f"{path} has a {other[0]} of {index[other[0]][0]}; no code but that of diffusers is run")
     if other := [part for part in parts if "vae" in part or "encoder" in part]:
         raise ValueError(f"{path} has a {other[0]}, for latents or prompts; {refused}")
     name = "unet" if "unet" in parts else "transformer"
@@ -541,8 +556,7 @@ def _race(args: argparse.Namespace) -> None:
 
     if args.jobs < 1:
         raise ValueError(f"--jobs must be positive; got {args.jobs}")
-    overrides = {"device": args.device, "data_root": args.data_root}
-    given = {name: value for name, value in overrides.items() if value is not None}
+    given = {name: value for name, value in vars(args).items() if name in ("device", "data_root") and value is not None}
     print(race(Race.read(args.spec), args.out, jobs=args.jobs, overrides=given))
 
 
@@ -591,9 +605,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dysigma {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (
-        _add_train, _add_sample, _add_evaluate, _add_conflicts, _add_compare, _add_race, _add_notebooks, _add_benchmark
-    ):  # fmt: skip
+    every = (_add_train, _add_runs, _add_sample, _add_evaluate, _add_conflicts, _add_compare, _add_race)
+    for add in (*every, _add_notebooks, _add_benchmark):
         add(commands)
     return parser
 
@@ -604,6 +617,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .notebooks import NotebookError
     from .training import TrainingDiverged
 
+    with suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         args.run(args)
     except (TrainingDiverged, NotebookError) as error:
@@ -615,6 +630,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dysigma: {error.args[0] if isinstance(error, KeyError) else error}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"\ndysigma: {str(stop) or 'interrupted before the first step; nothing was written'}", file=sys.stderr)
+        print(f"\ndysigma: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
     return 0

@@ -29,14 +29,12 @@ def evaluation_timesteps(num_timesteps: int, count: int) -> Tensor:
     return ((torch.arange(count, dtype=torch.float64) + 0.5) * num_timesteps / count).long()
 
 
-def _pairs(
-    images: Tensor, labels: Tensor | None, seed: int, repeats: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """`repeats` times (x0, noise, labels): the same images each time, fresh noise, functions of seed alone."""
+def _pairs(images: Tensor, seed: int, repeats: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """`repeats` times (x0, noise): the same images each time, fresh noise, functions of seed alone."""
     x0 = images.float().div(127.5).sub(1)
     for repeat in range(repeats):
         draw = generator(seed, repeat, "evaluation", images.device)
-        yield x0, torch.randn(x0.shape, generator=draw, device=x0.device), labels
+        yield x0, torch.randn(x0.shape, generator=draw, device=x0.device)
 
 
 @torch.no_grad()
@@ -50,18 +48,21 @@ def validation_losses(
     labels: Tensor | None = None,
     seed: int = 0,
     batch_size: int = 256,
+    progress: bool = False,
 ) -> Tensor:
     """Mean loss at each of the given timesteps over fixed images and fixed noise: (len(timesteps),) float64, CPU.
 
     images: (N, C, H, W) uint8 on the model's device. The loss is in the model's own target space; the image and noise
     draws are the same for every model that is given the same images and seed, so differences are paired.
     """
-    x0, noise, labels = next(_pairs(images, labels, seed, 1))
+    from tqdm.auto import tqdm
+
+    x0, noise = next(_pairs(images, seed, 1))
     was_training = model.training
     model.eval()
     totals = torch.zeros(len(timesteps), dtype=torch.float64, device=images.device)
     count = len(images) * len(timesteps)
-    for start in range(0, count, batch_size):
+    for start in tqdm(range(0, count, batch_size), desc="losses", unit="batch", disable=not progress):
         flat = torch.arange(start, min(start + batch_size, count), device=images.device)
         image, position = flat % len(images), flat // len(images)
         chosen = timesteps.to(images.device)[position]
@@ -93,6 +94,7 @@ def elbo(
     timesteps_per_image: int = 100,
     seed: int = 0,
     batch_size: int = 256,
+    progress: bool = False,
 ) -> Elbo:
     """The discrete-time variational bound of uint8 images under T latents, in bits per dimension.
 
@@ -102,6 +104,8 @@ def elbo(
     probability, so the estimate is unbiased. images: (N, C, H, W) uint8, N >= 2.
     Raises ValueError for epsilon at zero terminal SNR, where x0_hat does not exist.
     """
+    from tqdm.auto import tqdm
+
     if canonical_prediction_type(prediction_type) == "epsilon" and schedule.log_snr[-1] == -math.inf:
         raise ValueError(
             "an epsilon model implies no x0 at zero SNR, so it has no ELBO on this schedule; use v_prediction"
@@ -120,27 +124,23 @@ def elbo(
     diffusion = torch.zeros(len(images), dtype=torch.float64, device=device)  # nats per image
     was_training = model.training
     model.eval()
-    for stratum, (x0, noise, labels_) in enumerate(_pairs(images, labels, seed, timesteps_per_image)):
+    pairs = tqdm(_pairs(images, seed, timesteps_per_image), "ELBO", timesteps_per_image, disable=not progress)
+    for stratum, (x0, noise) in enumerate(pairs):
         draw = generator(seed, stratum, "elbo timesteps")
         u = (stratum + torch.rand(len(images), generator=draw, dtype=torch.float64)) / timesteps_per_image
         t = 1 + torch.searchsorted(cumulative, u.to(device)).clamp(max=len(proposal) - 1)
         factor = half_gap[t - 1] / proposal[t - 1] / timesteps_per_image
         for part in torch.arange(len(images), device=device).split(batch_size):
             x_t = schedule.add_noise(x0[part], noise[part], t[part])
-            output = predict(model, x_t, t[part], **_model_kwargs(None if labels_ is None else labels_[part]))
+            output = predict(model, x_t, t[part], **_model_kwargs(None if labels is None else labels[part]))
             error = schedule.to_x0(output.float(), x_t, t[part], prediction_type) - x0[part]
             diffusion[part] += factor[part] * error.double().square().flatten(1).sum(1)
     model.train(was_training)
     prior, reconstruction = _prior_nats(images, schedule), _reconstruction_nats(images, schedule, seed)
     scale = images[0].numel() * math.log(2)
     bits = (diffusion + prior + reconstruction) / scale
-    return Elbo(
-        float(bits.mean()),
-        float(bits.std() / len(bits) ** 0.5),
-        float(diffusion.mean() / scale),
-        float(prior.mean() / scale),
-        float(reconstruction.mean() / scale),
-    )
+    terms = (float(term.mean() / scale) for term in (diffusion, prior, reconstruction))
+    return Elbo(float(bits.mean()), float(bits.std() / len(bits) ** 0.5), *terms)
 
 
 def _prior_nats(images: Tensor, schedule: NoiseSchedule) -> Tensor:

@@ -9,23 +9,16 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .runs import (
-    RunError,
-    append_metrics,
-    provenance,
-    read_config,
-    read_json,
-    read_metrics,
-    write_atomically,
-    write_json,
-)
+from . import runs
+from .runs import RunError
 from .training import TrainConfig, TrainingDiverged, make_parts, train
 
 if TYPE_CHECKING:
@@ -49,7 +42,7 @@ class Race:
     @classmethod
     def read(cls, path: Path) -> Race:
         """From a TOML file with the tables base, arms and grid and the keys name and seeds."""
-        return cls.from_dict(read_config(path), str(path))
+        return cls.from_dict(runs.read_config(path), str(path))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: str = "race") -> Race:
@@ -57,14 +50,12 @@ class Race:
         kinds = {"name": str, "seeds": list, "base": dict, "arms": dict, "grid": dict}
         if set(values) != set(kinds) or not all(isinstance(values[key], kind) for key, kind in kinds.items()):
             raise ValueError(f"{origin} must have exactly name (text), seeds (a list), and tables base, arms and grid")
-        tables = [*values["arms"].values(), *values["grid"].values()]
-        if not values["seeds"] or not tables or not all(isinstance(table, dict) for table in tables):
-            raise ValueError(
-                f"{origin}: seeds, arms and grid must not be empty, and every arm and grid entry is a table"
-            )
-        if len(set(values["seeds"])) < len(values["seeds"]):
-            raise ValueError(f"{origin}: every seed once; got {values['seeds']}")
-        race = cls(values["name"], tuple(values["seeds"]), values["base"], values["arms"], values["grid"])
+        seeds, tables = values["seeds"], [*values["arms"].values(), *values["grid"].values()]
+        if not seeds or not tables or not all(isinstance(table, dict) for table in tables):
+            raise ValueError(f"{origin}: seeds, arms and grid must not be empty; every arm and grid entry is a table")
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"{origin}: every seed once; got {seeds}")
+        race = cls(values["name"], tuple(seeds), values["base"], values["arms"], values["grid"])
         # Everything is built once here, so that a misspelled name is found before hours are spent.
         for _, config in race.entries():
             make_parts(config)
@@ -84,6 +75,9 @@ class Race:
 
 def _end_with(parent: int) -> None:
     """End this process when its parent ends: an orphan would go on writing into folders that the next race uses."""
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())  # a semaphore of the system would outlive a worker that is cut short
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -102,7 +96,9 @@ def _run_entry(key: tuple[str, str, int], config: TrainConfig, folder: Path) -> 
         run = train(config, folder, resume=(folder / "config.json").exists(), progress=False, finish=False)
     except TrainingDiverged as error:
         return record | {"diverged": str(error).replace(str(folder), "the run folder")}
-    rows = read_metrics(run.path / "metrics.jsonl")
+    except KeyboardInterrupt:
+        os._exit(1)  # it is saved, and the executor would begin the next entry
+    rows = runs.read_metrics(run.path / "metrics.jsonl")
     validations = [row for row in rows if "validation_losses" in row]
     logged = [row for row in rows if "bin_weights" in row]
     values = {
@@ -118,6 +114,26 @@ def _run_entry(key: tuple[str, str, int], config: TrainConfig, folder: Path) -> 
     return record | {name: value for name, value in values.items() if value != []}
 
 
+def _remaining(spec: Race, out: Path, overrides: dict[str, Any]) -> tuple[int, dict[tuple[str, str, int], Any]]:
+    """Claim the folder for this race: (entries done, key -> (configuration, folder) of those to do)."""
+    if (out / "race.json").exists() and runs.read_json(out / "race.json") != json.loads(json.dumps(spec.to_dict())):
+        raise RunError(f"{out} holds a race with another specification; choose another --out")
+    runs.write_json(out / "race.json", spec.to_dict())
+    records, origin = out / "records.jsonl", out / "provenance.json"
+    origins = runs.read_json(origin) if origin.exists() else []
+    runs.write_json(origin, origins + [p for p in [runs.provenance()] if p not in origins])
+    rows = runs.read_metrics(records)
+    # Written anew, because a line cut short by a crash would swallow the next one.
+    runs.write_atomically(records, "".join(json.dumps(row) + "\n" for row in rows))
+    done = {(row["grid"], row["arm"], row["seed"]) for row in rows}
+    todo = {
+        key: (replace(config, **overrides), out / "entries" / f"{number:04d}")
+        for number, (key, config) in enumerate(spec.entries())
+        if key not in done
+    }
+    return len(done), todo
+
+
 def race(
     spec: Race, out: Path, *, jobs: int = 1, overrides: dict[str, Any] | None = None, progress: bool = True
 ) -> Path:
@@ -125,39 +141,32 @@ def race(
 
     The folder also gets race.json (the specification) and provenance.json. Called again, it goes on where it stopped.
     jobs: processes at once, one thread each; overrides: fields that depend on the machine (device, data_root). Raises
-    RunError if the folder holds another race.
+    RunError if the folder holds another race or another process runs it. KeyboardInterrupt saves first.
     """
     from tqdm.auto import tqdm
 
-    if (out / "race.json").exists() and read_json(out / "race.json") != json.loads(json.dumps(spec.to_dict())):
-        raise RunError(f"{out} holds a race with another specification; choose another --out")
-    write_json(out / "race.json", spec.to_dict())
-    records, origin = out / "records.jsonl", out / "provenance.json"
-    origins = read_json(origin) if origin.exists() else []
-    write_json(origin, origins + [p for p in [provenance()] if p not in origins])
-    rows = read_metrics(records)
-    # Written anew, because a line cut short by a crash would swallow the next one.
-    write_atomically(records, "".join(json.dumps(row) + "\n" for row in rows))
-    done = {(row["grid"], row["arm"], row["seed"]) for row in rows}
-    todo = {}
-    for number, (key, config) in enumerate(spec.entries()):
-        if key not in done:
-            todo[key] = replace(config, **(overrides or {})), out / "entries" / f"{number:04d}"
-    bar = tqdm(total=len(done) + len(todo), initial=len(done), unit="run", desc=spec.name, disable=not progress)
-    # Forking a process that has used torch's threads can hang, hence "spawn".
-    options: dict[str, Any] = {"mp_context": get_context("spawn"), "initializer": _end_with, "initargs": (os.getpid(),)}
-    pool = ProcessPoolExecutor(jobs, **options)
-    try:
-        futures = {pool.submit(_run_entry, key, *entry): entry[1] for key, entry in todo.items()}
-        for future in as_completed(futures):
-            append_metrics(records, future.result())
-            shutil.rmtree(futures[future])
-            bar.update()
-    finally:
-        # Not "with pool", which would wait for every entry after one has failed.
-        pool.shutdown(cancel_futures=True)
-        bar.close()
-    return records
+    with runs.lock(out):
+        done, todo = _remaining(spec, out, overrides or {})
+        bar = tqdm(total=done + len(todo), initial=done, unit="run", desc=spec.name, disable=not progress)
+        # Forking a process that has used torch's threads can hang, hence "spawn".
+        pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_end_with, initargs=(os.getpid(),))
+        try:
+            futures = {pool.submit(_run_entry, key, *entry): entry[1] for key, entry in todo.items()}
+            for future in as_completed(futures):
+                runs.append_metrics(out / "records.jsonl", future.result())
+                shutil.rmtree(futures[future])
+                bar.update()
+        except KeyboardInterrupt:
+            for process in active_children():
+                process.terminate()
+            raise KeyboardInterrupt(f"stopped, all saved in {out}; go on with the same command") from None
+        except BrokenProcessPool:
+            raise RunError(f"a training of {out} was ended from outside; go on with the same command") from None
+        finally:
+            # Not "with pool", which would wait for every entry after one has failed.
+            pool.shutdown(cancel_futures=True)
+            bar.close()
+    return out / "records.jsonl"
 
 
 def load_race(folder: Path) -> pandas.DataFrame:
@@ -167,7 +176,6 @@ def load_race(folder: Path) -> pandas.DataFrame:
     """
     import pandas
 
-    rows = read_metrics(folder / "records.jsonl")
-    if not rows:
+    if not (rows := runs.read_metrics(folder / "records.jsonl")):
         raise RunError(f"{folder} has no records.jsonl with records; dysigma race SPEC --out {folder} writes it")
     return pandas.DataFrame(rows)

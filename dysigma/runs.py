@@ -55,9 +55,11 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def _read(path: Path, kind: str) -> Any:
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, or of a TOML file if it is called .toml; RunError if it cannot be read."""
+    kind, module = ("TOML", tomllib) if path.suffix == ".toml" else ("JSON", json)
     try:
-        return (tomllib if kind == "TOML" else json).loads(path.read_text())
+        return module.loads(path.read_text())
     except FileNotFoundError:
         raise RunError(f"{path} does not exist") from None
     except OSError as error:
@@ -66,14 +68,9 @@ def _read(path: Path, kind: str) -> Any:
         raise RunError(f"{path} is not valid {kind}: {error}") from None
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; RunError if it cannot be read or is no JSON."""
-    return _read(path, "JSON")
-
-
 def read_config(path: Path) -> dict[str, Any]:
     """The table in a .toml file, or the object in a JSON file; RunError if it cannot be read."""
-    table = _read(path, "TOML" if path.suffix == ".toml" else "JSON")
+    table = read_json(path)
     if not isinstance(table, dict):
         raise RunError(f"{path} must hold named values; got {type(table).__name__}")
     return table
@@ -83,13 +80,12 @@ def provenance() -> dict[str, Any]:
     """Versions, device and commit of this process: what a number needs to be traced back."""
     import diffusers
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
         "dysigma_commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
-        "device": device,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "cpu_threads": torch.get_num_threads(),
     }
 
@@ -104,6 +100,19 @@ def _commit() -> str | None:
         return None
 
 
+def _is_free(file: Any) -> bool:
+    """Lock an open file for this process until it is closed; False if another process holds it."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (OSError, ImportError) as error:
+        warnings.warn(f"no locks on this system ({error}): let one process alone use {file.name}", stacklevel=4)
+    return True
+
+
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Hold a run folder for this process alone; RunError if another process holds it.
@@ -113,17 +122,11 @@ def lock(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
     with open(path, "a+") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _is_free(file):
             raise RunError(
                 f"{folder} is in use by {path.read_text().strip()}; wait for it, stop it, or choose another --out. The "
                 "lock ends with that process, however it ends: a file .lock left over locks nothing"
-            ) from None
-        except (OSError, ImportError) as error:
-            warnings.warn(f"no locks on this system ({error}): let one process alone use {folder}", stacklevel=2)
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         file.flush()
@@ -258,9 +261,7 @@ class Run:
 
         folder = self.path / "pipeline"
         if not (folder / "model_index.json").exists():
-            raise RunError(
-                f"{self.path} has no pipeline yet (status: {self.summary.get('status')}); let it finish first"
-            )
+            raise RunError(f"{self.path} has no pipeline yet (status: {self.summary.get('status')}): let it finish")
         try:
             # Part by part and never from a pickle: nothing is imported because a file names it.
             options = {"use_safetensors": True, "low_cpu_mem_usage": False}  # to use little wants accelerate
@@ -277,3 +278,37 @@ def load_run(path: str | Path) -> Run:
         raise RunError(f"{path} is not a run folder (it has no config.json); dysigma train --out {path} makes one")
     summary = path / "summary.json"
     return Run(path, read_config(path / "config.json"), read_config(summary) if summary.exists() else {})
+
+
+def find_runs(folder: Path) -> Iterator[tuple[Path, str, str, str]]:
+    """(folder, state, progress, last line) of each run and race in and below a folder; anything else is passed over.
+
+    State: running, interrupted, finished, failed or damaged, with the damage as last line. Reads text alone: a damaged
+    checkpoint shows when the run is resumed. RunError if there is no such folder.
+    """
+    if not folder.is_dir():
+        raise RunError(f"there is no folder {folder}")
+    for path, folders, files in ((Path(at), folders, files) for at, folders, files in os.walk(folder)):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        try:
+            if "race.json" in files:
+                race, rows = read_config(path / "race.json"), read_metrics(path / "records.jsonl")
+                total = len(race["seeds"]) * len(race["arms"]) * len(race["grid"])
+                status, progress = "done" if len(rows) == total else "", f"{len(rows)} of {total} trainings"
+                last = " ".join(str(rows[-1][key]) for key in ("grid", "arm", "seed")) if rows else ""
+            elif "config.json" in files and {"weighting", "images"} <= read_config(path / "config.json").keys():
+                run, rows = load_run(path), read_metrics(path / "metrics.jsonl") or [{"images": 0}]
+                status, images = str(run.summary.get("status")), rows[-1]["images"]
+                progress = f"{images:,} of {run.config['images']:,} images"
+                losses = [f"{row['loss']:.4g}" for row in rows[-1:] if "loss" in row]
+                last = ", loss ".join([run.config["weighting"], *losses])
+            else:
+                continue
+            state = {"done": "finished", "failed": "failed"}.get(status, "interrupted")
+            with suppress(OSError), open(path / ".lock") as file:
+                state = state if _is_free(file) else "running"
+        except (ValueError, LookupError, TypeError, AttributeError) as error:  # what a file holds may be anything
+            if not {"race.json", "summary.json", "metrics.jsonl"} & {*files}:
+                continue
+            state, progress, last = "damaged", "", str(error)
+        yield path, state, progress, last

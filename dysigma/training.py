@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import json
 import math
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -20,29 +19,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed, nn
 
+from . import runs
 from .bins import Bins, over_ranks
 from .data import ImageData, batch, load_data
-from .distances import Features, Moments, extract, frechet_distance, load_features, moments
+from .distances import extract, frechet_distance, load_features, moments
 from .draws import generator, to_device
 from .evaluation import evaluation_timesteps, sample_images, save_grid, validation_losses
 from .exact import gaussian_fields
 from .gradients import bin_gramian, bin_timesteps, conflicts
 from .models import EMA, PRESETS, channels_last, make_model
 from .objective import sample_losses
-from .runs import (
-    Run,
-    RunError,
-    append_metrics,
-    differences,
-    load_checkpoint,
-    load_run,
-    lock,
-    provenance,
-    read_metrics,
-    save_checkpoint,
-    write_atomically,
-    write_json,
-)
+from .runs import Run, RunError
 from .samplers import TIMESTEP_SAMPLERS, TimestepSampler, make_sampler
 from .schedule import SCHEDULES, NoiseSchedule, canonical_prediction_type, make_schedule
 from .weightings import WEIGHTINGS, Weighting, make_weighting
@@ -63,7 +50,9 @@ class TrainConfig:
 
     data: str = _option("leaves", "leaves, gaussian-fields (both made in memory), cifar10, an .npz file, or a folder")
     data_root: str | None = _option(None, "where CIFAR-10 lies or goes (default: $DYSIGMA_DATA, then the user's cache)")
-    image_size: int | None = _option(None, "resize images to this (default: as they are; leaves 16)")
+    image_size: int | None = _option(
+        None, "resize the central squares of images to this (default: as they are; leaves 16)"
+    )
     train_images: int | None = _option(None, "use only the first so many training images")
     conditional: bool = _option(False, "condition the network on the class labels")
     model: str = _option("tiny", "network: micro, tiny (for CPUs), small, compact (for CIFAR-10 on a GPU), ddpm")
@@ -116,10 +105,8 @@ class TrainConfig:
                 f"batch_size {self.batch_size}, accumulate {self.accumulate}"
             )
         for name in ("bins", "validation_timesteps"):
-            if getattr(self, name) > self.num_timesteps:
-                raise ValueError(
-                    f"{name} must not exceed num_timesteps {self.num_timesteps}; got {getattr(self, name)}"
-                )
+            if (value := getattr(self, name)) > self.num_timesteps:
+                raise ValueError(f"{name} must not exceed num_timesteps {self.num_timesteps}; got {value}")
 
     def _check(self, name: str, kind: str, value: Any) -> None:
         if value is None and kind.endswith(" | None"):
@@ -162,8 +149,7 @@ class TrainConfig:
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         """The inverse of to_dict; fields left out keep their defaults, unknown ones raise a KeyError."""
         known = [f.name for f in dataclasses.fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
+        if unknown := sorted(set(values) - set(known)):
             raise KeyError(f"unknown configuration keys {unknown}; have {known}")
         return cls(**values)
 
@@ -236,18 +222,12 @@ def resolve_device(name: str) -> torch.device:
     """The torch device of a name; "auto" takes CUDA, then MPS, then the CPU. ValueError if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"device {name!r} asked for, but torch {torch.__version__} sees no CUDA device; use auto or cpu"
-        )
     try:
         probe = torch.zeros(1, device=name)
         probe.item()
         return probe.device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); use auto or cpu"
-        ) from None
+        raise ValueError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); use auto or cpu") from None
 
 
 def _ranks() -> tuple[int, int]:
@@ -280,9 +260,7 @@ def _process_group(config: TrainConfig) -> Iterator[torch.device]:
         if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
             raise
         cause = str(error).split(". ")[0]
-        raise RunError(
-            f"lost another rank, whose own words tell why ({cause}); go on from the last checkpoint with --resume"
-        ) from None
+        raise RunError(f"lost another rank, whose own words tell why ({cause}); go on with --resume") from None
     finally:
         distributed.destroy_process_group()
 
@@ -340,11 +318,6 @@ def make_parts(config: TrainConfig) -> tuple[NoiseSchedule, Weighting, TimestepS
     """Schedule, weighting and timestep sampler of a configuration, on the CPU."""
     schedule, params = config.noise_schedule(), config.weighting_params
     weighting = make_weighting(config.weighting, schedule, config.prediction, config.normalize, **params)
-    weights = weighting.weights()
-    if not weights.isfinite().all() or not weights.any():
-        raise ValueError(
-            f"{config.weighting} {params} gives weights that are all 0 or not finite: normalize, or use less"
-        )
     return schedule, weighting, make_sampler(config.timestep_sampler, schedule, **config.sampler_params)
 
 
@@ -379,16 +352,6 @@ def build(config: TrainConfig, data: ImageData) -> TrainState:
 
 def _kwargs(config: TrainConfig, labels: Tensor | None) -> dict[str, Any]:
     return {"class_labels": labels} if config.conditional else {}
-
-
-@functools.lru_cache(maxsize=1)
-def _reference(
-    device: torch.device, source: str, data: str, root: str | None, size: int | None, count: int | None
-) -> tuple[Features, Moments]:
-    """The features of the distance, and their moments on the training images; the entries of a race share them."""
-    config = TrainConfig(data=data, data_root=root, image_size=size, train_images=count)
-    features = load_features(source, device)
-    return features, moments(extract(features, load_split(config, "train", device).originals))
 
 
 @contextmanager
@@ -487,8 +450,9 @@ def _explain_failure(record: StepRecord, state: TrainState, config: TrainConfig,
     what = "loss" if bad.any() else "weighted loss" if not record.loss.isfinite() else "gradient"
     numbers = {"losses": record.losses, "weights": state.weighting.weights(), "grad_norm": record.grad_norm[None]}
     report = {"step": record.step, "what": what, "weighting": config.weighting, "timesteps": record.timesteps.tolist()}
-    if _ranks()[0] == 0:  # as text, because JSON has no NaN
-        write_json(out / "failure.json", report | {name: [str(v) for v in t.tolist()] for name, t in numbers.items()})
+    report |= {name: [str(v) for v in t.tolist()] for name, t in numbers.items()}  # as text: JSON has no NaN
+    if _ranks()[0] == 0:
+        runs.write_json(out / "failure.json", report)
     return TrainingDiverged(
         f"{what} is not finite at step {record.step}, first in timestep bin {index} "
         f"({int(bins.edges[index])}..{int(bins.edges[index + 1]) - 1}), weighting {config.weighting!r}; nothing was "
@@ -509,10 +473,9 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
         if received[-1] > received[0] + 1:
             raise KeyboardInterrupt
 
-    try:
+    previous = {}
+    with suppress(ValueError):  # not in the main thread: the caller's own handling stays
         previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: the caller's own handling stays
-        previous = {}
     try:
         yield lambda: bool(received)
     finally:
@@ -523,8 +486,8 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
 class _Recorder:
     """Turns step records into the run folder: metrics, validation, checkpoints, summary. Only the first rank writes."""
 
-    def __init__(self, config: TrainConfig, state: TrainState, test: ImageData, out: Path) -> None:
-        self.config, self.state, self.out = config, state, out
+    def __init__(self, config: TrainConfig, data: ImageData, test: ImageData, out: Path) -> None:
+        self.config, self.state, self.out = config, build(config, data), out
         self.pending: list[StepRecord] = []
         self.seconds, self.since = 0.0, time.perf_counter()
         # Copies, because slices would keep the whole test split in memory.
@@ -533,8 +496,12 @@ class _Recorder:
         self.labels = None if labels is None else labels[: config.validation_images].clone()
         self.timesteps = evaluation_timesteps(config.num_timesteps, config.validation_timesteps)
         self.first, ranks = _ranks()[0] == 0, _ranks()[1]
-        self.provenance = provenance() | ({"ranks": ranks} if ranks > 1 else {})
-        self.ema_model: Any = copy.deepcopy(state.model)
+        self.provenance = runs.provenance() | ({"ranks": ranks} if ranks > 1 else {})
+        self.ema_model: Any = copy.deepcopy(self.state.model)
+        self.reference: Any = None
+        if self.first and config.distance_images:
+            features = load_features(config.features, self.images.device)
+            self.reference = features, moments(extract(features, data.originals))
 
     def log(self, data: ImageData, *, validate: bool, report: bool) -> None:
         """Write one metrics line for the steps since the last one, with a validation and a report of conflicts."""
@@ -548,16 +515,15 @@ class _Recorder:
         row: dict[str, Any] = {"step": self.state.step, "images": images, "seconds": round(self.seconds, 3)}
         if self.pending:
             names = ("loss", "grad_norm", "losses", "timesteps")
-            columns = (torch.cat([getattr(r, name).view(-1) for r in self.pending]).cpu() for name in names)
-            loss, norm, losses, timesteps = columns
-            weights, bins = (
-                self.state.weighting.weights().cpu(),
-                Bins.uniform(self.config.num_timesteps, self.config.bins),
+            loss, norm, losses, timesteps = (
+                torch.cat([getattr(r, n).view(-1) for r in self.pending]).cpu() for n in names
             )
+            weights = self.state.weighting.weights().cpu()
+            bins = Bins.uniform(self.config.num_timesteps, self.config.bins)
             row |= {"loss": float(loss.mean()), "grad_norm": float(norm.mean()), "mean_loss": float(losses.mean())}
             row |= {"bin_losses": bins.mean(losses, timesteps)[0]}
             row |= {"bin_weights": bins.mean(weights, torch.arange(len(weights)))[0]}
-        append_metrics(self.out / "metrics.jsonl", row | extra)
+        runs.append_metrics(self.out / "metrics.jsonl", row | extra)
         self.pending.clear()
 
     def validate(self) -> dict[str, Any]:
@@ -574,14 +540,12 @@ class _Recorder:
 
     def distance(self) -> dict[str, Any]:
         """Distance of samples of the EMA weights as validated, from one set of latents, to the training images."""
-        config, images = self.config, self.images
-        if not config.distance_images:
+        if self.reference is None:
             return {}
-        settings = (config.features, config.data, config.data_root, config.image_size, config.train_images)
-        features, reference = _reference(images.device, *settings)
+        config, (features, reference) = self.config, self.reference
         options: dict[str, Any] = {"num_steps": config.distance_steps, "labels": self._labels(config.distance_images)}
         options["prediction_type"] = config.prediction
-        shape = (config.distance_images, *images.shape[1:])
+        shape = (config.distance_images, *self.images.shape[1:])
         samples = sample_images(self.ema_model, self.state.schedule, shape, **options)
         return {"distance": frechet_distance(moments(extract(features, samples)), reference)}
 
@@ -609,14 +573,14 @@ class _Recorder:
         for name, column in zip(StepRecord._fields, zip(*self.pending, strict=True), strict=False):
             tensors[f"pending.{name}"] = torch.stack([torch.as_tensor(value) for value in column])
         rest |= {"seconds": self.seconds, "config": self.config.to_dict()}
-        save_checkpoint(self.out / "checkpoint", self.state.step, tensors, rest)
+        runs.save_checkpoint(self.out / "checkpoint", self.state.step, tensors, rest)
         self.summarise(status)
 
     def restore(self) -> None:
         """Continue from the checkpoint in the folder, if there is one; the first rank reads it for all."""
         folder = self.out / "checkpoint"
-        found = load_checkpoint(folder, self.config.to_dict()) if self.first and any(folder.glob("*.json")) else None
-        found = _from_first(found, self.images.device)
+        there = self.first and any(folder.glob("*.json"))
+        found = _from_first(runs.load_checkpoint(folder, self.config.to_dict()) if there else None, self.images.device)
         if found:
             step, tensors, rest = found
             columns = [tensors.get(f"pending.{name}", torch.empty(0)) for name in StepRecord._fields]
@@ -628,17 +592,16 @@ class _Recorder:
             except (RuntimeError, ValueError, KeyError) as error:
                 cause = str(error).splitlines()[0]
                 raise RunError(f"{folder} does not fit this run ({cause}): delete it to start again") from None
-        if self.first and (started := load_run(self.out).summary.get("provenance")):
+        if self.first and (started := runs.load_run(self.out).summary.get("provenance")):
             self.provenance |= {} if started == self.provenance else {"resumed_from": started}
 
     def summarise(self, status: str, **more: Any) -> None:
         """Write summary.json."""
         if not self.first:
             return
-        images = self.state.step * self.config.batch_size
-        base = {"status": status, "step": self.state.step, "images": images, "seconds": round(self.seconds, 3)}
-        base |= {"validation_images": len(self.images)}
-        write_json(self.out / "summary.json", base | more | {"provenance": self.provenance})
+        base = {"status": status, "step": self.state.step, "seconds": round(self.seconds, 3)}
+        base |= {"images": self.state.step * self.config.batch_size, "validation_images": len(self.images)}
+        runs.write_json(self.out / "summary.json", base | more | {"provenance": self.provenance})
 
     def finish(self) -> None:
         """Write the diffusers pipeline with the EMA weights, a grid of samples, and the summary."""
@@ -665,10 +628,8 @@ def _check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
     if not (out / "config.json").exists():
         raise RunError(f"{out} holds no run to resume; leave out --resume to start one there")
     # A field that the run is older than had its default then.
-    if differing := differences(TrainConfig.from_dict(load_run(out).config).to_dict(), config.to_dict()):
-        raise RunError(
-            f"{out} is a run of another configuration ({differing}); resume it as it was, or choose another --out"
-        )
+    if differing := runs.differences(TrainConfig.from_dict(runs.load_run(out).config).to_dict(), config.to_dict()):
+        raise RunError(f"{out} is of another configuration ({differing}); resume it as it was, or choose another --out")
 
 
 def train(
@@ -703,10 +664,10 @@ def train(
                 f"{data.name}: test labels reach {test.num_classes} classes and the training images chosen have only "
                 f"{data.num_classes}; use more train_images"
             )
-        recorder = _Recorder(config, build(config, data), test, out)
+        recorder = _Recorder(config, data, test, out)
         try:
             # Claimed only now, so that a misspelled name or missing data leaves no half-made run behind.
-            with lock(out) if first else nullcontext():
+            with runs.lock(out) if first else nullcontext():
                 _train(data, recorder, resume, progress, finish)
         except torch.OutOfMemoryError:
             raise RunError(
@@ -715,12 +676,11 @@ def train(
                 "use a smaller --batch-size or --model"
             ) from None
         except (OSError, SafetensorError) as error:
-            cause = getattr(error, "strerror", None) or error
             raise RunError(
-                f"cannot write to {out} ({cause}); what was saved before is whole: make room and go on with --resume, "
-                "or choose another --out"
+                f"cannot write to {out} ({getattr(error, 'strerror', None) or error}); what was saved before is whole: "
+                "make room and go on with --resume, or choose another --out"
             ) from None
-        return _from_first(load_run(out) if first else None, device)
+        return _from_first(runs.load_run(out) if first else None, device)
 
 
 def _train(data: ImageData, recorder: _Recorder, resume: bool, progress: bool, finish: bool) -> None:
@@ -729,9 +689,9 @@ def _train(data: ImageData, recorder: _Recorder, resume: bool, progress: bool, f
         recorder.restore()
     if recorder.first:
         _check_folder(config, out, resume)  # again, now that nobody else can write to it
-        write_json(out / "config.json", config.to_dict())
-        rows = read_metrics(out / "metrics.jsonl", until_step=state.step) if state.step else []
-        write_atomically(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        runs.write_json(out / "config.json", config.to_dict())
+        rows = runs.read_metrics(out / "metrics.jsonl", until_step=state.step) if state.step else []
+        runs.write_atomically(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     recorder.summarise("running")
     with _stop_signals() as stopped:
         try:
@@ -753,8 +713,7 @@ def _run(data: ImageData, recorder: _Recorder, stopped: Callable[[], bool], prog
     check_every = 1 if data.images.device.type == "cpu" else config.log_every
     seen = state.step * config.batch_size
     shown = progress and recorder.first
-    bar = tqdm(total=config.images, initial=seen, unit="img", unit_scale=True, disable=not shown)
-    bar.set_description(config.weighting, refresh=False)
+    bar = tqdm(desc=config.weighting, total=config.images, initial=seen, unit="img", unit_scale=True, disable=not shown)
     if state.step == 0:
         recorder.log(data, validate=True, report=config.conflicts_from is not None)
     with bar:
@@ -763,10 +722,8 @@ def _run(data: ImageData, recorder: _Recorder, stopped: Callable[[], bool], prog
             bar.update(config.batch_size)
             done = state.step == config.num_steps
             save = done or state.step % config.interval("checkpoint_every") == 0
-            if config.validate_from is None:
-                validate = done or state.step % config.interval("validate_every") == 0
-            else:
-                validate = done or config.is_due("validate_from", state.step, 2**0.5)
+            every, start = config.interval("validate_every"), config.validate_from
+            validate = done or (config.is_due("validate_from", state.step, 2**0.5) if start else not state.step % every)
             report = config.conflicts_from is not None and (done or config.is_due("conflicts_from", state.step, 2.0))
             log = save or validate or report or state.step % config.log_every == 0
             check = log or state.step % check_every == 0

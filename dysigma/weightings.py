@@ -82,8 +82,10 @@ def _check_options(name: str, options: Mapping[str, Any], function: Callable[...
 
 
 def _check_number(name: str, value: Any, low: float = 0.0, kinds: Any = int | float) -> Any:
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low < value < math.inf:
-        raise ValueError(f"{name} must be a finite {'int' if kinds is int else 'number'} > {low:g}; got {value!r}")
+    # Weights are float32: what lies beyond would overflow there, in the middle of a run.
+    if isinstance(value, bool) or not isinstance(value, kinds) or not max(low, -1e30) < value < 1e30:
+        kind = "int" if kinds is int else "number"
+        raise ValueError(f"{name} must be a {kind} > {max(low, -1e30):g} and < 1e30; got {value!r}")
     return value
 
 
@@ -727,7 +729,7 @@ def make_weighting(
     partial of one, or a function of log_snr that gives the log-weight on the x0 error, like those of PREDEFINED.
     normalize=True: weights of mean 1 over timesteps; False: the formula's own scale. params: those of the weighting, by
     name. Raises KeyError for an unknown name, ImportError for a module that does not load, ValueError for an unknown or
-    bad parameter, for epsilon where SNR = 0, and for a target that the schedule does not have.
+    bad parameter, epsilon where SNR = 0, a target that the schedule does not have, and weights all 0 or not finite.
     """
     found = _named(name, WEIGHTINGS, "weighting")
     if not hasattr(schedule, "log_snr"):
@@ -736,7 +738,10 @@ def make_weighting(
     _check_options(str(name), params, PREDEFINED.get(str(name), found))
     made = getattr(found, "func", found)  # of a partial
     factory = found if isinstance(made, type) and issubclass(made, Weighting) else partial(_Fixed, name)
-    return factory(Setting(schedule, prediction_type, normalize), **params).to(schedule.log_snr.device)
+    weighting = factory(Setting(schedule, prediction_type, normalize), **params).to(schedule.log_snr.device)
+    if not 0 < float(weighting.weights().double().norm()) < math.inf:
+        raise ValueError(f"{name} {params} gives weights that are all 0 or not finite: normalize, or use less")
+    return weighting
 
 
 def effective_sample_size(weights: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
+from safetensors.torch import load_file
 
 import dysigma
 from dysigma.cli import main
@@ -92,7 +93,7 @@ def test_options_come_from_a_file_and_flags_win(tmp_path):
         (["--prediction", "velocity"], "v_prediction"),
         (["--model", "huge"], "compact"),
         (["--schedule", "quadratic"], "cosine"),
-        (["--device", "cuda"], "no CUDA"),
+        (["--device", "cuda"], "cannot be used"),
         (["--data", "/nonexistent/folder"], "nonexistent"),
         (["--batch-size", "0"], "positive"),
         (["--batch-size", "64"], "must not exceed"),
@@ -325,20 +326,26 @@ def test_conflicts_refuses_other_pipelines_with_the_reason(tmp_path, capsys):
         "latent": f"has a vqvae, for latents or prompts; {refused}",
         "headless": "must have a unet or transformer, and a scheduler; it has ['scheduler']",
         "damaged": "does not open as a diffusers pipeline: ",
+        "pickled": "does not open as a diffusers pipeline: Error no file named diffusion_pytorch_model.safetensors",
+        "stranger": "has a unet of os; no code but that of diffusers is run",
         "flow": "is trained by flow matching; its network is called with noise levels, which are not measured here",
         "edm": "EDMEulerScheduler has no alphas_cumprod",
         "alone/unet": "is neither a run folder nor a diffusers pipeline (it has no model_index.json)",
         "none": "is neither a run folder nor a diffusers pipeline",
     }
     a_pipeline(tmp_path / "prompted", network=prompted)
-    for name in ("latent", "headless", "damaged", "alone"):
+    for name in ("latent", "headless", "damaged", "alone", "pickled", "stranger"):
         a_pipeline(tmp_path / name)
     a_pipeline(tmp_path / "flow", FlowMatchEulerDiscreteScheduler())
     a_pipeline(tmp_path / "edm", EDMEulerScheduler())
-    for name, change in (("latent", {"vqvae": ["diffusers", "VQModel"]}), ("headless", {"unet": [None, None]})):
+    changes = {"latent": {"vqvae": ["diffusers", "VQModel"]}, "headless": {"unet": [None, None]}}
+    for name, change in (changes | {"stranger": {"unet": ["os", "system"]}}).items():
         index = tmp_path / name / "model_index.json"
         index.write_text(json.dumps(json.loads(index.read_text()) | change))
     (tmp_path / "damaged" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"nothing")
+    weights = tmp_path / "pickled" / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
     for name, reason in reasons.items():
         assert main(["conflicts", str(tmp_path / name), *SMALL]) == 2, name
         error = capsys.readouterr().err.splitlines()[-1]

@@ -54,6 +54,16 @@ def test_min_norm_is_optimal(kind, k):
         assert shortest @ shortest - (rows @ shortest).min() <= 1e-6 * gramian.diagonal().min()
 
 
+def test_min_norm_goes_only_as_far_as_all_weights_stay_positive():
+    # Found by search: here two weights would turn negative in one step, and another step than to the first of them ends
+    # with other gradients.
+    rng = np.random.default_rng(40894)
+    gradients = rng.normal(size=(8, 6)) + rng.normal(size=6)
+    gramian = gradients @ gradients.T
+    w = pareto.min_norm_weights(gramian)
+    assert (gramian @ w >= w @ gramian @ w * (1 - 1e-9)).all()
+
+
 def test_min_norm_agrees_with_scipy():
     from scipy.optimize import minimize
 
@@ -196,6 +206,7 @@ def test_knee():
     assert pareto.knee(arc) == 4
     assert pareto.knee(arc * [1000, 1] + [5, -3]) == 4
     assert pareto.knee(np.vstack([arc, [[0.9, 0.9]]])) == 4
+    assert pareto.knee(np.column_stack([arc, np.full(9, 7)])) == 4, "an objective without a span says nothing"
 
 
 def test_attainment_agrees_with_moocore():

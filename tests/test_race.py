@@ -1,6 +1,7 @@
 """Races: common draws, nothing lost, nothing compared that should not be."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import torch
 from dysigma.cli import main
 from dysigma.exact import GaussianField, OptimalDenoiser, field_floor, field_variances, gaussian_fields
 from dysigma.race import Race, load_race, race
-from dysigma.runs import RunError
+from dysigma.runs import RunError, load_run
 from dysigma.schedule import NoiseSchedule
 
 SPEC = {
@@ -60,21 +61,48 @@ def test_an_entry_that_fails_ends_the_race_and_the_others_wait_for_the_next_call
     assert len(load_race(tmp_path)) == 8
 
 
-def test_workers_end_with_the_process_that_started_them(tmp_path):
+def test_a_stopped_race_saves_and_the_workers_of_a_killed_one_end_with_it(tmp_path):
     (tmp_path / "spec.json").write_text(json.dumps(SPEC | {"base": SPEC["base"] | {"images": 10**7}}))
     command = [sys.executable, "-m", "dysigma", "race", str(tmp_path / "spec.json"), "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     metrics = tmp_path / "out" / "entries" / "0000" / "metrics.jsonl"
-    for _ in range(1200):
-        if metrics.exists() and metrics.stat().st_size:
-            break
-        time.sleep(0.1)
+
+    def begin():
+        size = metrics.exists() and metrics.stat().st_size
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        for _ in range(1200):
+            if metrics.exists() and metrics.stat().st_size > size:
+                return process
+            time.sleep(0.1)
+        raise AssertionError(process.communicate(process.kill()))
+
+    process = begin()
+    with pytest.raises(RunError, match=f"out is in use by process {process.pid} on "):
+        race(Race.from_dict(SPEC), tmp_path / "out", progress=False)
+    process.terminate()
+    said = process.communicate(timeout=120)[1].splitlines()[-1]
+    assert (
+        process.returncode == 130
+        and said == f"dysigma: stopped, all saved in {tmp_path}/out; go on with the same command"
+    )
+    assert load_run(metrics.parent).summary["status"] == "interrupted"
+
+    process = begin()
     process.kill()
-    process.wait()
+    process.communicate()
     time.sleep(3)
     size = metrics.stat().st_size
     time.sleep(2)
     assert size and metrics.stat().st_size == size
+
+
+def die(*_):
+    os._exit(9)
+
+
+def test_a_training_killed_from_outside_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("dysigma.race._run_entry", die)
+    with pytest.raises(RunError, match=r"a training of .* was ended from outside; go on with the same command"):
+        race(Race.from_dict(SPEC), tmp_path, progress=False)
 
 
 def test_a_folder_of_another_race_is_refused(tmp_path):

@@ -1,11 +1,17 @@
 """The README's Python runs as printed, its commands are those of the command line, its table is the package's."""
 
+import json
 import re
 import shlex
+import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+from test_bad_input import CALLS
+from test_bad_input import COMMANDS as COMMANDS_THAT_FAIL
+from test_ranks import STEPS
 
 import dysigma
 from dysigma.cli import _parser
@@ -24,7 +30,7 @@ COMMANDS = [line for line in SHELL if line.startswith("dysigma ")] + INLINE + JO
 
 
 def test_every_block_is_python_or_shell_and_every_python_block_runs_as_printed():
-    assert {language for language, _ in BLOCKS} == {"python", "diff", ""}
+    assert {language for language, _ in BLOCKS} == {"python", "diff", "bash", ""}
     blocks = [block for language, block in BLOCKS if language == "python"]
     namespace: dict = {}
     assert len(blocks) >= 2
@@ -74,3 +80,37 @@ def test_every_weighting_is_named():
 def test_links_and_pictures_exist():
     for target in re.findall(r"\]\((?!http)([^)#]+)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_scripts_for_a_cluster_parse_as_shell_and_as_commands():
+    for block in (block for language, block in BLOCKS if language == "bash"):
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+        assert _parser().parse_args(re.search(r"-m dysigma (train .*) \$\(", block)[1].split()).command == "train"
+
+
+def test_the_figures_of_the_table_of_reliability_are_those_of_records_and_tests():
+    faults, mutants = (
+        json.loads((ROOT / f"data/runs/{name}/{name}.json").read_text()) for name in ("faults", "mutants")
+    )
+    properties, bad = ((ROOT / f"tests/test_{name}.py").read_text() for name in ("properties", "bad_input"))
+    drawn = [sum(map(int, re.findall(r"^@settings\(max_examples=(\d+)\)", text, re.M))) for text in (properties, bad)]
+    few = int(re.search(r"^few = settings\(max_examples=(\d+)\)", properties, re.M)[1])
+    folders = int(re.search(r'"seed", range\((\d+)\)', bad)[1]) * int(
+        re.search(r"for number in range\((\d+)\)", bad)[1]
+    )
+    possible = sum(module["possible"] for module in mutants["modules"].values())
+    figures = [
+        f"| {faults['kills']} kills, {len(faults['cases'])} weightings | {faults['differing_tensors']} of "
+        f"{faults['tensors']:,} tensors and {faults['differing_rows']} of {faults['rows']:,} log lines differ in "
+        f"any bit from {faults['runs']} runs",
+        f"| {len(COMMANDS_THAT_FAIL) + len(CALLS)} calls |",
+        f"| {drawn[1] + folders:,} cases |",
+        f"| {drawn[0] + few * len(re.findall('^@few$', properties, re.M))} random inputs |",
+        f"| {STEPS} steps |",
+        f"| {mutants['mutants']} of {possible:,} mutants | {mutants['caught']} caught; {mutants['survived']} behave "
+        "as the original",
+    ]
+    assert [figure for figure in figures if figure not in README] == []
+    assert all(mutants["survivors"].values()), "a survivor without a reason"
+    report = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["coverage"]["report"]
+    assert f"at least {report['fail_under']} %" in README

@@ -13,6 +13,7 @@ from safetensors.torch import save
 from dysigma.runs import (
     RunError,
     append_metrics,
+    find_runs,
     load_checkpoint,
     load_run,
     lock,
@@ -174,3 +175,44 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         load_run(tmp_path)
     with pytest.raises(RunError, match="not a run folder"):
         load_run(Path("/nonexistent"))
+
+
+def test_every_run_and_race_is_listed_with_what_it_has_come_to(tmp_path):
+    config = {"weighting": "min-snr", "images": 2000}
+    rows = '{"step": 0, "images": 0}\n{"step": 9, "images": 1800, "loss": 0.25, "grad_norm": 2}\n'
+    spec = {"seeds": [0, 1], "arms": {"a": {}}, "grid": {"g": {}}}
+    entry = '{"grid": "g", "arm": "a", "seed": 0}\n'
+    files = {
+        "cut/summary.json": '{"status": "running"}', "cut/config.json": config, "cut/metrics.jsonl": rows + '{"st',
+        "done/summary.json": '{"status": "done"}', "done/config.json": config, "done/metrics.jsonl": rows,
+        "diverged/summary.json": '{"status": "failed"}', "diverged/config.json": config,
+        "deep/er/held/config.json": config, "deep/er/held/.lock": "", "deep/er/held/metrics.jsonl": rows,
+        "race/race.json": spec, "race/records.jsonl": entry, "race/entries/0001/config.json": config,
+        "raced/race.json": spec, "raced/records.jsonl": 2 * entry,
+        "bad/config.json": "{", "bad/summary.json": "{}", "line/config.json": config, "line/metrics.jsonl": "x\ny\n",
+        "odd/race.json": {"seeds": 3}, "odd-summary/config.json": config, "odd-summary/summary.json": "[]",
+        "none/config.json": {"_class_name": "UNet2DModel"}, "text/config.json": "hello", ".hidden/config.json": config,
+        "list/config.json": [1], "folder/config.json/x": "", "empty/y": "",
+    }  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    before = sorted(tmp_path.rglob("*"))
+    with lock(tmp_path / "deep" / "er" / "held"):
+        found = {str(path.relative_to(tmp_path)): tuple(row) for path, *row in find_runs(tmp_path)}
+    last = "min-snr, loss 0.25"
+    damaged = {name: found.pop(name) for name in ("bad", "line", "odd", "odd-summary")}
+    assert found == {
+        "cut": ("interrupted", "1,800 of 2,000 images", last),
+        "deep/er/held": ("running", "1,800 of 2,000 images", last),
+        "diverged": ("failed", "0 of 2,000 images", "min-snr"),
+        "done": ("finished", "1,800 of 2,000 images", last),
+        "race": ("interrupted", "1 of 2 trainings", "g a 0"),
+        "race/entries/0001": ("interrupted", "0 of 2,000 images", "min-snr"),
+        "raced": ("finished", "2 of 2 trainings", "g a 0"),
+    }
+    assert {state for state, *_ in damaged.values()} == {"damaged"}
+    assert "config.json is not valid JSON" in damaged["bad"][2] and "line 1 of" in damaged["line"][2]
+    assert sorted(tmp_path.rglob("*")) == before, "looking changes nothing"
+    with pytest.raises(RunError, match="there is no folder"):
+        next(find_runs(tmp_path / "nowhere"))

@@ -32,6 +32,12 @@ def test_tables_equal_those_of_diffusers(name):
     )
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_ends_above_zero_unless_asked_and_is_no_part_of_a_checkpoint(name):
+    schedule = SCHEDULES[name](50)
+    assert schedule.alphas_cumprod[-1] > 0 and not schedule.state_dict()
+
+
 def test_log_snr_matches_a_hand_computation():
     schedule = NoiseSchedule(torch.tensor([0.8, 0.5, 0.1]))
     torch.testing.assert_close(

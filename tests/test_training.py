@@ -291,7 +291,7 @@ OVERFLOWS = "gives weights that are all 0 or not finite"
         ({"num_timesteps": 1, "bins": 1, "validation_timesteps": 1}, "T >= 2"),
         ({"normalize": False, "weighting": "min-snr", "weighting_params": {"gamma": 1e-300}}, OVERFLOWS),
         ({"normalize": False, "weighting": "edm", "weighting_params": {"sigma_data": 1e-30}}, OVERFLOWS),
-        ({"weighting": "variance-aware", "weighting_params": {"strength": 1e300}}, OVERFLOWS),
+        ({"weighting": "variance-aware", "weighting_params": {"strength": 1e300}}, "strength must be a number"),
     ],
 )
 def test_settings_without_a_meaning_are_refused_and_leave_no_folder(tmp_path, files, changes, message):
