@@ -95,7 +95,7 @@ COMMANDS: dict[str, str] = {
     "train --out r --config nan.json": "lr must be positive and below inf; got nan",
     "runs none": "there is no folder none",
     "train --out r --train-images 8 --distance-images 8 --features junk.npz":
-        "features must be 'pixels' or a TorchScript file; junk.npz is not a TorchScript file",
+        "features must be 'pixels', 'fid' or a TorchScript file; junk.npz is not a TorchScript file",
     "sample none": f"none {NO_RUN.replace('DIR/', '')}",
     "evaluate none": f"none {NO_RUN.replace('DIR/', '')}",
     "race none.toml --out x": "none.toml does not exist",
