@@ -941,8 +941,11 @@ def test_fluctuation_by_hand():
     plain, detrended = fluctuation(trajectory), fluctuation(trajectory, detrend=True)
     torch.testing.assert_close(plain, trajectory.double().std(0) / trajectory.double().mean(0))
     assert plain[0] == 0 and abs(float(detrended[1] / plain[1]) - 1) < 0.1 and detrended[2] < plain[2] / 100
-    with pytest.raises(ValueError, match="trajectory must"):
-        fluctuation(torch.ones(5))
+    for detrend in (False, True):  # two rows are enough: 1 and 3 have standard deviation sqrt(2) and mean 2
+        assert float(fluctuation(torch.tensor([[1.0], [3.0]]), detrend)) == pytest.approx(0.5**0.5)
+    for short in (torch.ones(5), torch.ones(1, 5)):
+        with pytest.raises(ValueError, match="trajectory must"):
+            fluctuation(short)
 
 
 def test_learned_weights_fluctuate_less_the_more_they_are_anchored():
