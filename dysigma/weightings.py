@@ -211,6 +211,8 @@ class Weighting(nn.Module):
     def use_formula(self, formula: Name, schedule: NoiseSchedule, **params: Any) -> Tensor:
         """log_weight of the formula, which `at` then computes between timesteps unless it looks at neighbours."""
         table, plain = log_weight(formula, schedule, self.prediction_type, **params), self.formula
+        if not 0 < float(self.from_log(table).float().double().norm()) < math.inf:
+            raise ValueError(f"{formula} {params} gives weights that are all 0 or not finite: normalize, or use less")
         self.formula = formula, params
         if not torch.allclose(self._known(self.log_snr.flip(0)).flip(0), table, rtol=1e-9):
             self.formula = plain
@@ -738,10 +740,7 @@ def make_weighting(
     _check_options(str(name), params, PREDEFINED.get(str(name), found))
     made = getattr(found, "func", found)  # of a partial
     factory = found if isinstance(made, type) and issubclass(made, Weighting) else partial(_Fixed, name)
-    weighting = factory(Setting(schedule, prediction_type, normalize), **params).to(schedule.log_snr.device)
-    if not 0 < float(weighting.weights().double().norm()) < math.inf:
-        raise ValueError(f"{name} {params} gives weights that are all 0 or not finite: normalize, or use less")
-    return weighting
+    return factory(Setting(schedule, prediction_type, normalize), **params).to(schedule.log_snr.device)
 
 
 def effective_sample_size(weights: Tensor) -> Tensor:
