@@ -20,6 +20,7 @@ nb_execution_mode = "off"
 nb_ipywidgets_js = {}  # would be fetched
 nb_render_markdown_format = "myst"  # captions hold formulas
 myst_enable_extensions = ["dollarmath"]
+suppress_warnings = ["myst.xref_missing"]  # the README is no page of the site; tests follow every link
 html_math_renderer = "mathml"
 
 default_role = "py:obj"  # `name` in a docstring links where it can
