@@ -432,6 +432,27 @@ def train_step(state: TrainState, data: ImageData, config: TrainConfig) -> StepR
     return StepRecord(step, timesteps, every, total, grad_norm)
 
 
+def _check_compiled(state: TrainState, data: ImageData, config: TrainConfig) -> None:
+    """Refuse generated code whose gradient is not that of the network itself; bfloat16 alone makes 1 to 3 %."""
+    part, device, found = _share(config, data.images.device)[0], data.images.device, []
+    images, labels, _ = batch(data, config.seed, 0, config.batch_size)
+    x0, kwargs = images[part], _kwargs(config, labels if labels is None else labels[part])
+    noise = torch.randn(x0.shape, generator=generator(config.seed, 0, "compiled", device), device=device)
+    timesteps = torch.linspace(0, config.num_timesteps - 1, len(x0), device=device).long()
+    for network in (state.model, state.forward):
+        draws = x0, noise, timesteps, config.prediction
+        with autocast(config, device):
+            loss = sample_losses(network, state.schedule, *draws, **kwargs).mean()
+        gradients = torch.autograd.grad(loss, list(state.model.parameters()))
+        found.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    error = float((found[1] - found[0]).norm() / found[0].norm())
+    if not error < 0.1:
+        raise RunError(
+            f"compiled, the network has gradients that are {error:.0%} off what they are without torch.compile "
+            f"(torch {torch.__version__}, {device}): train with --no-compile"
+        )
+
+
 def iterate(state: TrainState, data: ImageData, config: TrainConfig) -> Iterator[StepRecord]:
     """Train to config.num_steps, yielding after each whole step: the caller may stop at any time."""
     while state.step < config.num_steps:
@@ -642,8 +663,8 @@ def train(
     With resume=True an interrupted run goes on from its last checkpoint and ends with the same weights as one that was
     never interrupted (bit for bit on one CPU device). SIGINT and SIGTERM save and raise KeyboardInterrupt. Under
     torchrun the ranks share each batch, and their number changes nothing but rounding; the first one reads and writes
-    the folder. Raises RunError for a folder that cannot be used or written, and when another rank is lost;
-    TrainingDiverged when a loss or gradient is not finite.
+    the folder. Raises RunError for a folder that cannot be used or written, when another rank is lost, and for compiled
+    code with wrong gradients; TrainingDiverged when a loss or gradient is not finite.
     """
     from safetensors import SafetensorError
 
@@ -666,6 +687,8 @@ def train(
             )
         recorder = _Recorder(config, data, test, out)
         try:
+            if recorder.state.forward is not recorder.state.model:
+                _check_compiled(recorder.state, data, config)
             # Claimed only now, so that a misspelled name or missing data leaves no half-made run behind.
             with runs.lock(out) if first else nullcontext():
                 _train(data, recorder, resume, progress, finish)

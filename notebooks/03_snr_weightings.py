@@ -274,7 +274,7 @@ assert ratio["two points (control)"].mean(0)[at_snr_20] > 1.5, "on structured da
 reveal(QUESTION_EDM, round(float(ratio["two points (control)"].mean(0)[at_snr_20]), 1))
 
 # %% [markdown]
-# The last value is infinite: the floor is 0 there. With structure in the data the floor drops much faster as the noise recedes, and uncertainty weighting would pile weight on the clean end far beyond EDM's.
+# The last value stands for infinity: the floor is 0 there. With structure in the data the floor drops much faster as the noise recedes, and uncertainty weighting would pile weight on the clean end far beyond EDM's.
 # That gap is what a *learned* weight can add to a *predefined* one, and it is the idea behind combining the two: EDM2 does it, and so does Dy-Sigma as far as its
 # abstract tells (what we build in notebook [05](05_dy_sigma_derived.ipynb) is an independent reconstruction from that abstract).
 #

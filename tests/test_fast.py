@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import functools
 import itertools
-import shutil
 
 import pytest
 import torch
@@ -157,16 +156,23 @@ def test_settings_of_the_process_are_left_as_they_were(monkeypatch):
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == before
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-@pytest.mark.xfail(
-    reason="bfloat16 code generated for a CPU (torch 2.13): gradients 24 % off, cause not found", strict=False
-)
-def test_generated_code_agrees():
-    """As above, with the code that is generated for a CPU."""
-    torch._dynamo.reset()
-    slow, fast = gradient(SLOW), gradient(FAST)
-    assert 1e-6 < float((fast - slow).norm() / slow.norm()) < 1e-2
+def test_compiled_code_with_wrong_gradients_is_refused(tmp_path, monkeypatch):
+    """torch 2.13 generates such code for some CPUs: the plain UNet of diffusers in float32, 45 % off."""
+
+    class Wrong(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, *inputs):
+            out = self.model(*inputs)
+            out.sample = 1.5 * out.sample - 0.5 * out.sample.detach()
+            return out
+
+    monkeypatch.setattr(torch, "compile", lambda model, fullgraph, dynamic: Wrong(model))
+    with pytest.raises(RunError, match=r"gradients that are 50% off .* train with --no-compile"):
+        train(FAST, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.gpu
