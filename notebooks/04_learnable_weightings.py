@@ -38,7 +38,6 @@ import math
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from scipy.stats import t as student
 from torch import nn
 
 from dysigma import pareto, plots
@@ -251,15 +250,10 @@ def simulated_cv(c, lr, n, seed):
     return np.std(np.exp(-s)) / np.mean(np.exp(-s))
 
 
-def interval(values):
-    """Mean of (S, ...) over seeds, and half the width of its 95 % t-interval."""
-    return np.mean(values, 0), student.ppf(0.975, len(values) - 1) * np.std(values, 0, ddof=1) / len(values) ** 0.5
-
-
 print(f"{'samples per step':>18s}{'formula':>12s}{'simulated':>20s}")
 for n in (1, 4, 16, 64):
     formula = 0.5 * math.sqrt(0.05 / (4 * n))
-    mean, half = interval([simulated_cv(0.5, 0.05, n, seed) for seed in range(5)])
+    mean, half = plots.interval([simulated_cv(0.5, 0.05, n, seed) for seed in range(5)])
     print(f"{n:18d}{formula:12.2%}{mean:12.2%} ± {half:.2%}")
     assert abs(mean / formula - 1) < 0.1, "the simulation must agree with c sqrt(lr / 4n)"
 assert simulated_cv(0.0, 0.05, 1, seed=0) < 1e-12, "without noise in the losses, weights must not fluctuate"
@@ -362,7 +356,7 @@ for arm in ARMS:
     cv[arm] = {column: [float(fluctuation(w).median()) for w in each] for column, each in sets.items()}
 print(f"{'coefficient of variation':24s}{'over time':>18s}{'around its trend':>20s}{'between seeds':>16s}")
 for arm, columns in cv.items():
-    over, around = ("{:9.1%} ± {:5.1%}".format(*interval(columns[c])) for c in ("over time", "around trend"))
+    over, around = ("{:9.1%} ± {:5.1%}".format(*plots.interval(columns[c])) for c in ("over time", "around trend"))
     print(f"{arm:24s}{over:>18s}{around:>20s}{columns['between seeds'][0]:16.1%}")
 assert max(map(max, cv["predefined"].values())) == 0, "predefined weights must not fluctuate"
 assert all(max(c["around trend"]) < 0.5 for arm, c in cv.items() if arm != "random"), "the null must shake most"
@@ -376,7 +370,9 @@ for i, arm in enumerate(["random", "predefined", "dy-sigma", "uncertainty", "ugd
 left.set(yscale="log", ylim=(None, 60), xlabel="training step", ylabel="weight at t = 900", title="One weight, one run")
 left.legend()
 for row, column in enumerate(cv["ugd"]):
-    mean, half = np.array([interval(c[column]) if len(c[column]) > 1 else (c[column][0], 0) for c in cv.values()]).T
+    mean, half = np.array(
+        [plots.interval(c[column]) if len(c[column]) > 1 else (c[column][0], 0) for c in cv.values()]
+    ).T
     at, bars = np.arange(len(ARMS)) + 0.22 * (row - 1), np.minimum(half, 0.9 * mean)
     right.errorbar(mean, at, xerr=bars, fmt="os^"[row], color=f"C{row}", capsize=3, label=column)
 right.set_xscale("symlog", linthresh=1e-3)
@@ -444,7 +440,7 @@ parts = {"clean fifth": slice(0, 8), "middle fifth": slice(16, 24), "noisy fifth
 print(f"{'loss relative to equal weights':34s}" + "".join(f"{part:>18s}" for part in parts))
 for arm in [*HERE, "x0 network, uncertainty, lr 0.1"]:
     baseline = "x0 network, equal weights" if "x0" in arm else "predefined"
-    logs = [interval(ratio(arm, baseline, part).log().mean(1).numpy()) for part in parts.values()]
+    logs = [plots.interval(ratio(arm, baseline, part).log().mean(1).numpy()) for part in parts.values()]
     print(f"{arm:34s}" + "".join(f"{math.exp(mean):10.3f} ×/÷ {math.exp(half):.2f}" for mean, half in logs))
 
 share = {arm: float(np.mean([w[-1, 900:].sum() / w[-1].sum() for w, _ in runs[arm]])) for arm in HERE}
@@ -526,7 +522,7 @@ print(f"effective sample size: {effective_sample_size(half_way):.2f}, full weigh
 # %% tags=["solution"]
 most_bins = int(4 * 128 * 0.05**2 / 0.05)  # sqrt(lr K / (4 * 128)) <= 0.05
 check("4.2", most_bins)
-simulated = interval([simulated_cv(1.0, 0.05, 128 / most_bins, seed) for seed in range(5)])
+simulated = plots.interval([simulated_cv(1.0, 0.05, 128 / most_bins, seed) for seed in range(5)])
 print("simulated with that many bins: {:.2%} ± {:.2%}".format(*simulated))
 
 # %% [markdown]
