@@ -27,7 +27,7 @@
 # **Time** reading 30 min · running about 100 s (short run 15 s) on two CPU cores · memory under 1 GB.
 #
 # **Functions introduced** `dysigma.gradients.negative_transfer`, `dysigma.gradients.conflicts`, `dysigma.pareto.non_dominated`,
-# `dysigma.bins.Bins`, `dysigma.exact.gaussian_fields`, `dysigma.exact.LinearDenoiser`.
+# `dysigma.bins.Bins`, `dysigma.exact.gaussian_fields`, `OptimalDenoiser`, `LinearDenoiser`.
 
 # %%
 import copy
@@ -36,14 +36,13 @@ from functools import partial
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from scipy.stats import t as student
 
 from dysigma import plots
 from dysigma.bins import Bins
 from dysigma.data import batch
 from dysigma.draws import generator
 from dysigma.evaluation import evaluation_timesteps
-from dysigma.exact import LinearDenoiser, field_floor, field_variances, gaussian_fields
+from dysigma.exact import GaussianField, LinearDenoiser, OptimalDenoiser, field_floor, field_variances, gaussian_fields
 from dysigma.gradients import conflicts, negative_transfer
 from dysigma.models import make_model
 from dysigma.objective import sample_losses
@@ -97,6 +96,8 @@ best = wiener(x_t, at)
 best_loss = by_band((best - noise).square().mean((1, 2, 3)).unflatten(0, (40, -1)).mean(1))
 floor = by_band(field_floor(schedule)[probes])
 torch.testing.assert_close(best_loss, floor, rtol=0.1, atol=0, msg="the Wiener filter must reach the floor")
+theirs = OptimalDenoiser(GaussianField(), schedule)(x_t, at).double()
+torch.testing.assert_close(theirs, best, rtol=1e-4, atol=1e-4, msg="the package's best denoiser must be this filter")
 print("band       ", *(f"{name:>9s}" for name in labels))
 print("log-SNR    ", *(f"{v:9.1f}" for v in by_band(schedule.log_snr[probes])))
 print("floor      ", *(f"{v:9.4f}" for v in floor))
@@ -141,15 +142,9 @@ def excess(model):
     return (model.eval()(x_t, at).sample - best).square().mean((1, 2, 3)).unflatten(0, (40, -1)).mean(1)
 
 
-def interval(values):
-    """Mean and half width of the 95 % interval over seeds, the first axis."""
-    count = len(values)
-    return values.mean(0), student.ppf(0.975, count - 1) * values.std(0) / count**0.5
-
-
 def show_ratio(name, ratio):
     """Print geometric means over seeds, and the factor by which their 95 % intervals reach up and down."""
-    middle, half = (v.exp() for v in interval(ratio.log()))
+    middle, half = map(np.exp, plots.interval(ratio.log()))
     print(f"{name}:", ", ".join(f"{k} {m:.2f} ×/÷ {h:.2f}" for k, m, h in zip(labels, middle, half, strict=True)))
 
 
@@ -261,9 +256,9 @@ reveal(QUESTION_FAR, float(change[late].mean(0)[4, 1]))
 # %%
 fig, axes = plt.subplots(1, 3, figsize=(12.5, 4.1), sharey=True)
 for ax, (age, values) in zip(axes, change.items(), strict=True):
-    mean, half = interval(values)
+    mean, half = plots.interval(values)
     plots.heatmap(ax, mean, labels=labels, unit="change / excess before")
-    rows, columns = np.nonzero(np.asarray(mean.abs() < half))
+    rows, columns = np.nonzero(abs(mean) < half)
     ax.scatter(columns + 0.34, rows - 0.34, s=28, facecolors="none", edgecolors="black", linewidths=1)
     ax.set(title=f"after {age}", xlabel="measured on", ylabel="trained on" if ax is axes[0] else "")
     ax.tick_params(axis="x", labelrotation=30)
@@ -280,7 +275,7 @@ plots.show(
 
 off = ~torch.eye(5, dtype=torch.bool)
 for age in ages:
-    mean, half = (each[off] for each in interval(change[age]))
+    mean, half = (each[off.numpy()] for each in plots.interval(change[age]))
     helps, hurts = int((mean + half < 0).sum()), int((mean - half > 0).sum())
     print(f"{age}: of 20 pairs {helps} help, {hurts} hurt; widest interval ± {half.max():.2f}")
 idle = tune(shared[0], steps=1, batch_size=32, optimizer=partial(torch.optim.SGD, lr=0.0))
@@ -309,7 +304,7 @@ table |= {f"{late}: own band": own[late], "  all bands ": control[late], "  diff
 table |= {"  all bands, five times": after, "  own minus that": own[late] - after}
 print(f"{'change / excess':24s}", *(f"{name:>14s}" for name in labels))
 for name, values in table.items():
-    print(f"{name:24s}", *(f"{m:+7.2f} ± {h:.2f}" for m, h in zip(*interval(values), strict=True)))
+    print(f"{name:24s}", *(f"{m:+7.2f} ± {h:.2f}" for m, h in zip(*plots.interval(values), strict=True)))
 assert (own[late] - control[late]).mean() < (own[early] - control[early]).mean(), "the gain from specialising must grow"
 
 # %% [markdown]
@@ -351,7 +346,7 @@ for age in (early, late):
         worse = float((leap.change.diagonal() > 0).double().mean())
         rows.append((*agreement(guess, step.change), inside, worse))
         cosines[age].append(report.cosine_debiased)
-    shown = [f"{m:.2f} ± {h:.2f}" for m, h in zip(*interval(torch.tensor(rows)), strict=True)]
+    shown = [f"{m:.2f} ± {h:.2f}" for m, h in zip(*plots.interval(rows), strict=True)]
     print("{}: slope {}, correlation {}, within 2 SE {}; step × 1000, own band worse {}".format(age, *shown))
     cosine, moved = torch.stack(cosines[age]).nanmean(0)[off], change[age].mean(0)[off]
     right, hurt = int((cosine * moved < 0).sum()), int((moved > 0).sum())
