@@ -308,7 +308,10 @@ print(type(pipeline).__name__, "with", type(pipeline.unet).__name__, "and", type
 # ```
 
 # %%
+RECOMPUTE = False  # True: train again, into a new folder: about an hour, and CIFAR-10 must be at hand
 record = load_run(Path("../data/runs/cifar10-cpu-small"))
+if RECOMPUTE:
+    record = train(record.config, record.path.with_name("cifar10-cpu-small-again"))
 metrics = record.metrics.dropna(subset=["validation_losses"])
 grid_t = np.array(metrics.validation_timesteps.iloc[0])
 shown = [i for i in (0, 1, 3, len(metrics) - 1) if i < len(metrics)]
