@@ -66,7 +66,6 @@ options = "--model micro --image-size 8 --train-images 64 --batch-size 16 --imag
 options += " --validation-images 4 --validation-timesteps 5 --quiet --weighting dy-sigma --out run"
 assert main(["train", *options.split()]) == 0
 assert main("sample run --num-images 2 --steps 2".split()) == 0
-assert main(["benchmark"]) == 2
 """
 
 
@@ -79,6 +78,6 @@ def test_the_installed_wheel_trains_outside_the_checkout(built, tmp_path):
     env = os.environ | {"PYTHONPATH": str(target)}
     done = run("-c", TRAIN, target, *ABSENT, cwd=work, env=env)
     assert (work / "run" / "pipeline" / "model_index.json").exists()
-    assert done.stderr.count("accelerate") == 1 and "dysigma[notebooks]" in done.stderr
+    assert "accelerate" not in done.stderr
     version = run(target / "bin" / "dysigma", "--version", cwd=work, env=env).stdout
     assert version == f"dysigma {importlib.metadata.version('dysigma')}\n"
