@@ -73,7 +73,8 @@ def _recipe_step(config: TrainConfig, data: ImageData, low: bool = False) -> Cal
         turned = [ImageOps.mirror(picture) if torch.rand(()) < 0.5 else picture for picture in chosen]
         return torch.stack([torch.from_numpy(numpy.array(x)).permute(2, 0, 1).div(127.5).sub(1) for x in turned])
 
-    loader: Any = torch.utils.data.DataLoader(pictures, config.batch_size, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
+    options: Any = {"shuffle": True, "collate_fn": collate, "drop_last": True}  # all batches of the size that is timed
+    loader: Any = torch.utils.data.DataLoader(pictures, config.batch_size, **options)  # type: ignore[arg-type]
     accelerator, model = accelerate.Accelerator(cpu=device.type == "cpu"), _network(config, data)
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
     rate = diffusers.optimization.get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=10**5)
@@ -261,6 +262,7 @@ def conflict_costs(config: TrainConfig, rounds: int, device: torch.device) -> di
     data, per_bin = load_split(config, "train", device), -(-config.batch_size // BINS)
     model, schedule = _network(config, data), config.noise_schedule().to(device)
     x0, timesteps = data.images[: BINS * per_bin].float().div(127.5).sub(1), torch.arange(BINS * per_bin, device=device)
+    timesteps %= config.num_timesteps
 
     def steps() -> None:
         for _ in range(MICRO_BATCHES):

@@ -181,9 +181,11 @@ def _add_evaluate(commands: Any) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from .evaluation import elbo, evaluation_timesteps, validation_losses
-    from .runs import provenance, read_json, write_json
+    from .runs import provenance, read_config, write_json
     from .training import load_split
 
+    if (args.features and args.metric in (None, "pixels")) or (args.reference_images or 20) < 20:
+        raise ValueError("--features belongs to a --metric other than pixels, and --reference-images is 20 or more")
     if args.reference_only:
         return _reference_only(args)
     if args.run_folder is None or args.data or len(args.samples) > 1:
@@ -193,7 +195,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     config, model, schedule, device = _device_run(args.run_folder, args.device)
     config = replace(config, data_root=args.data_root or config.data_root)
     out = args.out or args.run_folder / "evaluation.json"
-    distances = read_json(out).get("distances", {}) if out.exists() else {}
+    distances = read_config(out).get("distances", {}) if out.exists() else {}
     if args.metric:
         distances |= _distance(args, config, model, schedule)
     test = load_split(config, "test", device)
@@ -238,7 +240,7 @@ def _report_distance(about: dict[str, Any], features: Any, reference: Any, what:
 
     found = compare_features(features, reference)
     low, high = found["interval"]
-    limit = "fewer than twice as many images as features, so compare it at equal numbers alone"
+    limit = "fewer than five times as many images as features, so compare it at equal numbers alone"
     if found["limit"] is not None:
         limit = "without the bias of so few {:.2f} [{:.2f}, {:.2f}]".format(found["limit"], *found["limit_interval"])
     print(
@@ -251,19 +253,17 @@ def _report_distance(about: dict[str, Any], features: Any, reference: Any, what:
 
 def _distance(args: argparse.Namespace, config: Any, model: Any, schedule: Any) -> dict[str, Any]:
     """{name of the metric: record} of samples from a run."""
-    import time
-
     from .distances import extract
     from .training import load_split
 
     features, about = _metric(args, model.device)
     train = load_split(replace(config, train_images=None), "train", model.device)
-    real, start = train.originals[: args.reference_images], time.perf_counter()
+    real = train.originals[: args.reference_images]
     samples = _draw(args, args.samples[0], args.nfe, config, model, schedule)
-    seconds = round(time.perf_counter() - start, 3)
-    about |= {"data": train.name, "sampler": args.sampler, "nfe": args.nfe, "seed": args.seed, "seconds": seconds}
+    nfe = args.nfe - (args.sampler == "heun" and args.nfe % 2 == 0)  # what it uses of an even number
+    about |= {"data": train.name, "sampler": args.sampler, "nfe": nfe, "seed": args.seed}
     found, reference = (extract(features, images, progress=True) for images in (samples, real))
-    what = f"samples ({args.sampler}, {args.nfe} evaluations)"
+    what = f"samples ({args.sampler}, {nfe} evaluations)"
     return {about["metric"].split()[0]: _report_distance(about, found, reference, what)}
 
 

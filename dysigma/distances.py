@@ -143,7 +143,7 @@ def compare_features(features: Tensor, reference: Tensor) -> dict[str, Any]:
 
     "distance" is frechet_distance, "limit" what a bias proportional to 1 / N leaves of it, both with 95 % intervals
     over samples, the reference being given: from a jackknife over ten groups (Tukey 1958), because resampling with
-    replacement would bias the distance further. With N < 2 D the bias is not of that form, and limit is None. "kid"
+    replacement would bias the distance further. With N < 5 D the bias is not of that form, and limit is None. "kid"
     is kernel_distance, unbiased at any N, with its standard error. Raises ValueError for fewer than 20 rows.
     """
     kid, kid_se = kernel_distance(features, reference)
@@ -160,7 +160,7 @@ def compare_features(features: Tensor, reference: Tensor) -> dict[str, Any]:
     pseudo = groups * distance - (groups - 1) * torch.tensor(values, dtype=torch.float64)
     limit, half = float(pseudo.mean()), 2.262 * float(pseudo.std()) / groups**0.5  # Student's t, 9 degrees of freedom
     found: dict[str, Any] = {"distance": distance, "interval": [distance - half, distance + half]}
-    known = whole.number >= 2 * features.shape[1]
+    known = whole.number >= 5 * features.shape[1]
     found |= {"limit": limit, "limit_interval": [limit - half, limit + half]} if known else {"limit": None}
     found |= {"kid": kid, "kid_standard_error": kid_se}
     return found | {"images": whole.number, "reference_images": target.number, "features": features.shape[1]}

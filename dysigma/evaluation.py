@@ -196,6 +196,8 @@ def sample_images(
         )
     if sampler in ("dpm-solver", "heun") and schedule.log_snr[-1] == -math.inf:
         raise ValueError(f"{sampler} divides by alpha, which is 0 at the last step of this schedule; use ddim or ddpm")
+    if labels is not None and len(labels) != shape[0]:
+        raise ValueError(f"need one label for each of {shape[0]} images; got {len(labels)}")
     import diffusers
     from tqdm.auto import tqdm
 
@@ -218,7 +220,7 @@ def sample_images(
             numbers = range(first, first + size if compile else min(first + size, shape[0]))
             latents = [generator(seed, i, "latent", device) for i in numbers]
             x = torch.stack([torch.randn(shape[1:], generator=latent, device=device) for latent in latents])
-            kwargs = _model_kwargs(None if labels is None else labels.to(device)[[i % len(labels) for i in numbers]])
+            kwargs = _model_kwargs(None if labels is None else labels.to(device)[[i % shape[0] for i in numbers]])
             extra = {"generator": generator(seed, first, "sampler noise", device)} if sampler == "ddpm" else {}
             scheduler.set_timesteps((num_steps + 1) // 2 if sampler == "heun" else num_steps)
             x = x * scheduler.init_noise_sigma

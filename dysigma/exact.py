@@ -98,12 +98,6 @@ class GaussianMixture:
         if not probabilities.shape == means.shape[:1] == stds.shape:
             raise ValueError(f"need shapes (C,), (C, D), (C,); got {probabilities.shape}, {means.shape}, {stds.shape}")
 
-    @classmethod
-    def empirical(cls, images: Tensor) -> GaussianMixture:
-        """The points images (N, ...), equally likely."""
-        points = images.flatten(1).double()
-        return cls(points.new_full((len(points),), 1 / len(points)), points, points.new_zeros(len(points)))
-
     def sample(self, count: int, draw: torch.Generator) -> Tensor:
         """(count, D) samples."""
         index = torch.multinomial(self.probabilities, count, replacement=True, generator=draw)

@@ -148,6 +148,7 @@ def race(
     with runs.lock(out):
         done, todo = _remaining(spec, out, overrides or {})
         bar = tqdm(total=done + len(todo), initial=done, unit="run", desc=spec.name, disable=not progress)
+        others = {*active_children()}
         # Forking a process that has used torch's threads can hang, hence "spawn".
         pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_end_with, initargs=(os.getpid(),))
         try:
@@ -157,7 +158,7 @@ def race(
                 shutil.rmtree(futures[future])
                 bar.update()
         except KeyboardInterrupt:
-            for process in active_children():
+            for process in {*active_children()} - others:
                 process.terminate()
             raise KeyboardInterrupt(f"stopped, all saved in {out}; go on with the same command") from None
         except BrokenProcessPool:

@@ -100,12 +100,12 @@ def _commit() -> str | None:
         return None
 
 
-def _is_free(file: Any) -> bool:
-    """Lock an open file for this process until it is closed; False if another process holds it."""
+def _is_free(file: Any, shared: bool = False) -> bool:
+    """Lock an open file for this process (shared: for others too) until it is closed; False if another holds it."""
     try:
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except (OSError, ImportError) as error:
@@ -122,7 +122,7 @@ def lock(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
     with open(path, "a+") as file:
-        if not _is_free(file):
+        if not any(_is_free(file) for _ in map(time.sleep, (0, 0.2))):  # a listing holds it for a moment
             raise RunError(
                 f"{folder} is in use by {path.read_text().strip()}; wait for it, stop it, or choose another --out. The "
                 "lock ends with that process, however it ends: a file .lock left over locks nothing"
@@ -306,7 +306,7 @@ def find_runs(folder: Path) -> Iterator[tuple[Path, str, str, str]]:
                 continue
             state = {"done": "finished", "failed": "failed"}.get(status, "interrupted")
             with suppress(OSError), open(path / ".lock") as file:
-                state = state if _is_free(file) else "running"
+                state = state if _is_free(file, shared=True) else "running"
         except (ValueError, LookupError, TypeError, AttributeError) as error:  # what a file holds may be anything
             if not {"race.json", "summary.json", "metrics.jsonl"} & {*files}:
                 continue

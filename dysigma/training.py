@@ -440,11 +440,9 @@ def _check_compiled(state: TrainState, data: ImageData, config: TrainConfig) -> 
     noise = torch.randn(x0.shape, generator=generator(config.seed, 0, "compiled", device), device=device)
     timesteps = torch.linspace(0, config.num_timesteps - 1, len(x0), device=device).long()
     for network in (state.model, state.forward):
-        draws = x0, noise, timesteps, config.prediction
         with autocast(config, device):
-            loss = sample_losses(network, state.schedule, *draws, **kwargs).mean()
-        gradients = torch.autograd.grad(loss, list(state.model.parameters()))
-        found.append(torch.cat([gradient.flatten() for gradient in gradients]))
+            loss = sample_losses(network, state.schedule, x0, noise, timesteps, config.prediction, **kwargs).mean()
+        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(state.model.parameters()))]))
     error = float((found[1] - found[0]).norm() / found[0].norm())
     if not error < 0.1:
         raise RunError(

@@ -113,6 +113,11 @@ def test_a_zero_terminal_snr_schedule_is_refused():
         LinearDenoiser(short_schedule(), VARIANCES, 11)
 
 
+def equally_likely(images):
+    points = images.flatten(1).double()
+    return GaussianMixture(points.new_full((len(points),), 1 / len(points)), points, points.new_zeros(len(points)))
+
+
 MIXTURE = GaussianMixture(torch.tensor([0.3, 0.7]), torch.tensor([[-1.0], [2.0]]), torch.tensor([0.5, 0.2]))
 
 
@@ -189,7 +194,7 @@ def test_irreducible_losses_agree_between_prediction_types():
 
 def test_information_grows_at_half_the_denoising_error():
     """dI/dsnr = mmse/2 (Guo, Shamai, Verdu 2005): over all log-SNR it sums to the data's entropy."""
-    points = GaussianMixture.empirical(torch.tensor([[-1.0], [1.0]]))
+    points = equally_likely(torch.tensor([[-1.0], [1.0]]))
     log_snr = torch.linspace(8, -8, 400, dtype=torch.float64)
     schedule = NoiseSchedule(torch.sigmoid(log_snr))
     losses, _ = points.irreducible(schedule, "epsilon", num_samples=20_000)  # = snr mmse, the integrand in log-SNR
@@ -200,7 +205,7 @@ def test_information_grows_at_half_the_denoising_error():
 def test_the_empirical_optimum_returns_training_images():
     images = torch.rand(6, 3, 4, 4, generator=generator(0, 0, "test"))
     schedule = NoiseSchedule.linear(1000)
-    model = OptimalDenoiser(GaussianMixture.empirical(images), schedule, "sample")
+    model = OptimalDenoiser(equally_likely(images), schedule, "sample")
     noise = torch.randn(images.shape, generator=generator(0, 1, "test"))
     early, late = torch.full((6,), 5), torch.full((6,), 999)
     torch.testing.assert_close(model(schedule.add_noise(images, noise, early), early), images)

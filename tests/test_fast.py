@@ -157,7 +157,7 @@ def test_settings_of_the_process_are_left_as_they_were(monkeypatch):
 
 
 def test_compiled_code_with_wrong_gradients_is_refused(tmp_path, monkeypatch):
-    """torch 2.13 generates such code for some CPUs: the plain UNet of diffusers in float32, 45 % off."""
+    """torch 2.13 generated such code on one CPU, for the plain UNet of diffusers in float32."""
 
     class Wrong(torch.nn.Module):
         def __init__(self, model):
