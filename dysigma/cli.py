@@ -315,7 +315,7 @@ def _add_conflicts(commands: Any) -> None:
     parser.add_argument(
         "--binning", choices=("timesteps", "log-snr"), default="timesteps", help="for equal widths in it"
     )
-    parser.add_argument("--micro-batches", type=int, default=16, help="more shorten the intervals (default: 16)")
+    parser.add_argument("--micro-batches", type=int, default=16, help="6 or more, for shorter intervals (default: 16)")
     parser.add_argument("--batch-per-bin", type=int, default=4, help="images per bin and micro-batch (default: 4)")
     parser.add_argument("--weighting", help="predefined weighting of the losses (default: unweighted)")
     parser.add_argument("--transfer", action="store_true", help="also fine-tune on each bin alone and test on all")

@@ -277,7 +277,7 @@ plots.show(
     "09_curves",
     title="Distance and bits per dimension against images seen",
     caption=f"Sample networks predict x0, epsilon networks the noise. Averaged along training, dy-sigma is ahead of the network's own constant in every panel above and in none below. It stays within {100 * np.expm1(gap):.0f} % of its prior min-snr everywhere. Where the network predicts the noise, const-x0 stalls or gets worse again. Solid line: the primary threshold; dotted: the best denoiser with the race's sampler; bands: 95 % over paired seeds.",
-    alt="Six panels of six curves with bands, both axes logarithmic. Sample networks, upper row: min-snr, dy-sigma and dy-sigma tuned fall first and side by side, then const-eps, last const-x0 and uncertainty, which coincide. Epsilon networks, lower row: all curves fall together except const-x0, which levels off far above them and on fields rises; at the end const-eps is lowest in bits.",
+    alt="Six panels of six curves with bands, both axes logarithmic. Sample networks, upper row: min-snr, dy-sigma and dy-sigma tuned fall first and side by side, then const-eps, last const-x0 and uncertainty, close together. Epsilon networks, lower row: all curves fall together except const-x0, which levels off far above them and on fields rises; at the end const-eps is lowest in bits.",
     notebook=NOTEBOOK,
 )
 
@@ -347,7 +347,7 @@ plots.show(
     "09_race",
     title="How many times fewer images than Const?",
     caption=f"Against Const, dy-sigma is sooner in {counts[0]} of the four primary comparisons (black edge) and as claimed in {counts[1]}: in {counts[2]} the interval lies below 3.7, in {counts[3]} it contains 3.7. Against its own prior, min-snr, it is sooner in {gained}. {'; '.join(', '.join(key[:3]) + ': ' + row.said for key, row in primary.iterrows())}. Middle threshold; dashed: 3.7; bars: 95 % over {primary.pairs.max()} paired seeds; triangles: bounds; ?: no statement.",
-    alt="Six panels with ten arms as rows and R on a logarithmic axis, lines at 1 and 3.7. Sample networks: all arms with min-snr or dy-sigma lie between 1.5 and 5 against both constants, uncertainty near 1, ugd below. Epsilon networks: against const-x0 every arm, const-eps too, is a bound above 3.7; against const-eps nearly every arm is a bound near one half, or a question mark.",
+    alt="Six panels with ten arms as rows and R on a logarithmic axis, lines at 1 and 3.7. Sample networks: all arms with min-snr or dy-sigma lie between 1.5 and 5 against both constants, uncertainty near 1 or below, ugd below. Epsilon networks: against const-x0 every arm, const-eps too, is a bound above 3.7; against const-eps nearly every arm is a bound near one half, or a question mark.",
     notebook=NOTEBOOK,
 )
 print("R of dy-sigma, by threshold fraction:\n\n" + results.xs("dy-sigma", level="arm").said.unstack().to_string())
@@ -379,7 +379,7 @@ print(f"number of R >= 3.7, and of R < 1:\n\n{tally.unstack([1, 2]).fillna('').t
 print("\nR of dy-sigma against min-snr:\n\n" + prior.said.unstack().to_string())
 
 # %% [markdown]
-# By distance and bits, at the middle threshold, learning adds nothing to Min-SNR on the linear schedule, if anything it costs a few per cent; on the cosine
+# By distance and bits, at the middle threshold, with $x_0$-networks, learning adds nothing to Min-SNR on the linear schedule, perhaps costs a few per cent; on the cosine
 # schedule it gains as little. By validation loss, where every timestep counts alike, it adds more: that is what it is fitted to (notebook 05).
 #
 # ## 8 · Who pays, and do the weights fluctuate?
@@ -464,7 +464,7 @@ assert not outcome[bits].str.startswith("sooner").any(), "in bits, nothing may b
 print(pandas.crosstab([mine.predicts, mine.arm], outcome).to_string())
 
 # %% [markdown]
-# - **Your network predicts $x_0$**: take Min-SNR, with stratified timesteps. By distance and bits Dy-Sigma adds next to nothing.
+# - **Your network predicts $x_0$**: take Min-SNR or `sigmoid`, with stratified timesteps. By distance and bits Dy-Sigma adds little.
 # - **It predicts the noise**: keep the plain loss, const-eps, if likelihood counts: no weighting here reaches its bits sooner. By samples,
 #   bounds without $p$ point to Dy-Sigma on the cosine schedule, and nothing can be said on the linear one. If every noise level counts alike, Dy-Sigma is
 #   sooner, and sooner than Min-SNR.
