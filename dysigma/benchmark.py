@@ -261,8 +261,8 @@ def conflict_costs(config: TrainConfig, rounds: int, device: torch.device) -> di
     """
     data, per_bin = load_split(config, "train", device), -(-config.batch_size // BINS)
     model, schedule = _network(config, data), config.noise_schedule().to(device)
-    x0, timesteps = data.images[: BINS * per_bin].float().div(127.5).sub(1), torch.arange(BINS * per_bin, device=device)
-    timesteps %= config.num_timesteps
+    numbers = torch.arange(BINS * per_bin, device=device)
+    x0, timesteps = data.images[numbers % len(data)].float().div(127.5).sub(1), numbers % config.num_timesteps
 
     def steps() -> None:
         for _ in range(MICRO_BATCHES):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
+import types
 from pathlib import Path
+from typing import Any
 
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -34,3 +37,19 @@ def _own_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _same_default_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def lucidrains(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """denoising-diffusion-pytorch, without what it imports for data loading, averaging and evaluation."""
+
+    class Anything(types.ModuleType):
+        def __getattr__(self, name: str) -> type:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return type(name, (), {"__init__": lambda self, *args, **kwargs: None})
+
+    needs = ["torchvision", "torchvision.transforms", "torchvision.utils", "torchvision.datasets", "ema_pytorch"]
+    for module in [*needs, "pytorch_fid", "pytorch_fid.inception", "pytorch_fid.fid_score"]:
+        monkeypatch.setitem(sys.modules, module, Anything(module))
+    return pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch")

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import types
 
 import pytest
 import torch
@@ -41,35 +40,35 @@ def test_flops_are_two_for_each_multiply_add_of_convolutions_and_products(monkey
     assert benchmark.flops_per_image("ddpm", 32) == pytest.approx(36.32e9 + 3 * attention, rel=0.001)
 
 
-@pytest.fixture
-def stand_ins(monkeypatch):
-    """Modules that denoising-diffusion-pytorch imports for its data loading, averaging and evaluation."""
-
-    class Anything(types.ModuleType):
-        def __getattr__(self, name):
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return type(name, (), {"__init__": lambda self, *args, **kwargs: None})
-
-    needs = ["torchvision", "torchvision.transforms", "torchvision.utils", "torchvision.datasets", "ema_pytorch"]
-    for module in [*needs, "pytorch_fid", "pytorch_fid.inception", "pytorch_fid.fid_score"]:
-        monkeypatch.setitem(sys.modules, module, Anything(module))
-    pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
-
-
 @pytest.mark.parametrize("name", ["_recipe_step", "_lucidrains_step"])
 def test_others_train_the_same_network_on_the_same_images(name, monkeypatch, request):
     pytest.importorskip("accelerate")
     if name == "_lucidrains_step":
-        request.getfixturevalue("stand_ins")
+        request.getfixturevalue("lucidrains")
     made = []
     monkeypatch.setattr(benchmark, "make_model", lambda *a: made.append(make_model(*a)) or made[-1])
-    config = TrainConfig(model="micro", image_size=8, batch_size=16, train_images=64, images=10**6)
-    step = getattr(benchmark, name)(config, load_split(config, "train", CPU))
+    config = TrainConfig(model="micro", image_size=8, batch_size=16, train_images=40, images=10**6)
+    step, sizes = getattr(benchmark, name)(config, load_split(config, "train", CPU)), []
+    made[0].register_forward_hook(lambda module, given, output: sizes.append(len(given[0])))
     before = [p.clone() for p in made[0].parameters()]
     losses = [step() for _ in range(6)]  # more than an epoch
+    assert sizes == [16] * 6, "what is timed is one size"
     assert all(0.5 < loss < 5 for loss in losses), losses  # of unit noise, hardly trained
     assert any((a != b).any() for a, b in zip(before, made[0].parameters(), strict=True))
+
+
+def test_a_batch_larger_than_the_number_of_timesteps_is_timed_too(monkeypatch):
+    monkeypatch.setattr(benchmark, "MICRO_BATCHES", 6)
+    config = TrainConfig(
+        model="micro",
+        image_size=8,
+        batch_size=45,
+        num_timesteps=20,
+        validation_timesteps=5,
+        train_images=45,
+        images=10**6,
+    )
+    assert benchmark.conflict_costs(config, 1, CPU)["batch_per_bin"] == 5
 
 
 def test_the_record_holds_what_ran_and_why_the_rest_did_not(monkeypatch, tmp_path, capsys):

@@ -43,12 +43,13 @@ def test_train_sample_evaluate_on_ones_own_images(tmp_path, capsys):
     torch.jit.save(torch.jit.trace(torch.nn.Flatten(), torch.zeros(2, 3, 12, 12)), str(tmp_path / "net.pt"))
     evaluate = ["evaluate", str(out), "--num-images", "4", "--timesteps", "5", "--elbo-timesteps", "4"]
     evaluate += ["--device", "cpu", "--samples", "20", "--nfe", "3", "--metric"]
-    for metric in (["pixels", "--sampler", "heun"], ["own", "--features", str(tmp_path / "net.pt")]):
+    for metric in (["pixels", "--sampler", "heun", "--nfe", "4"], ["own", "--features", str(tmp_path / "net.pt")]):
         assert main([*evaluate, *metric]) == 0
     report = json.loads((out / "evaluation.json").read_text())
     assert len(report["losses"]) == 5 and report["elbo"]["bits_per_dim"] > 0
     pixels, own = (report["distances"][name] for name in ("pixels", "fd_own"))
     assert (pixels["metric"], pixels["sampler"], own["metric"]) == ("pixels (not FID)", "heun", "fd_own (not FID)")
+    assert pixels["nfe"] == 3, "heun evaluates an odd number of times"
     assert (own["images"], own["reference_images"], own["features"], own["nfe"]) == (20, 24, 432, 3)
     assert own["sha256"] == hashlib.sha256((tmp_path / "net.pt").read_bytes()).hexdigest()
     said = capsys.readouterr().out
@@ -129,6 +130,9 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capsys, monkeypatch, argumen
         (["evaluate", "RUN", "--metric", "pixels", "--samples", "5"], "20 or more"),
         (["evaluate", "RUN", "--samples", "20", "30"], "for --reference-only"),
         (["evaluate"], "name the run"),
+        (["evaluate", "RUN", "--features", "none.pt"], "belongs to a --metric"),
+        (["evaluate", "RUN", "--metric", "pixels", "--features", "none.pt"], "belongs to a --metric"),
+        (["evaluate", "RUN", "--metric", "pixels", "--reference-images", "-5"], "is 20 or more"),
         (["evaluate", "RUN", "--reference-only"], "choose a --metric"),
         (["evaluate", "--reference-only", "--metric", "pixels"], "a RUN or of --data"),
         (["train", "--out", "RUN", "--resume", "--seed", "7"], "seed 0 there, 7 here"),

@@ -97,6 +97,12 @@ def test_heun_evaluates_the_network_as_often_as_asked_or_once_less():
     assert calls == [999]
 
 
+def test_every_image_has_a_label_of_its_own():
+    schedule = NoiseSchedule.linear()
+    with pytest.raises(ValueError, match="one label for each of 5 images; got 2"):
+        sample_images(Gaussian(schedule, 0.25), schedule, (5, 3, 4, 4), labels=torch.tensor([0, 1]))
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_compiled_network_gives_the_same_samples_from_batches_of_one_size(sampler, monkeypatch):
     schedule, sizes = NoiseSchedule.cosine(), []
