@@ -1,6 +1,7 @@
 """Races: common draws, nothing lost, nothing compared that should not be."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -59,6 +60,22 @@ def test_an_entry_that_fails_ends_the_race_and_the_others_wait_for_the_next_call
     foreign.rmdir()
     race(spec, tmp_path, progress=False)
     assert len(load_race(tmp_path)) == 8
+
+
+def test_stopping_a_race_leaves_other_processes_of_the_caller_alone(tmp_path, monkeypatch):
+    def interrupted(futures):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dysigma.race.as_completed", interrupted)
+    own = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    own.start()
+    try:
+        with pytest.raises(KeyboardInterrupt, match="go on with the same command"):
+            race(Race.from_dict(SPEC), tmp_path, progress=False)
+        own.join(0.5)
+        assert own.is_alive()
+    finally:
+        own.kill()
 
 
 def test_a_stopped_race_saves_and_the_workers_of_a_killed_one_end_with_it(tmp_path):
