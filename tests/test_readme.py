@@ -1,4 +1,4 @@
-"""The README's Python runs as printed, its commands are those of the command line, its table is the package's."""
+"""The README's Python runs as printed, its commands are those of the command line, its numbers those of the results."""
 
 import json
 import re
@@ -19,11 +19,11 @@ from dysigma.race import Race
 from dysigma.training import TrainConfig
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README, RESULTS = ((ROOT / path).read_text() for path in ("README.md", "data/RESULTS.md"))
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)
 SHELL = [re.split(r"\s+#", line)[0] for language, block in BLOCKS if not language for line in block.splitlines()]
 # Commands between the lines too, and what --help gives as examples; an ellipsis stands for options.
-INLINE = re.findall(r"`(?:torchrun --nproc_per_node \d -m )?(dysigma [a-z][^`]*)`", README)
+INLINE = re.findall(r"`(?:torchrun --nproc_per_node \d -m )?(dysigma [a-z][^`]*)`", README + RESULTS)
 ENTRIES = (ROOT / "data/gpu-backlog.md").read_text().split("\n- [")[1:]
 JOBS = [job for entry in ENTRIES if "*ready*" in entry for job in re.findall(r"`(dysigma [^`]+)`", entry)]
 COMMANDS = [line for line in SHELL if line.startswith("dysigma ")] + INLINE + JOBS
@@ -41,7 +41,7 @@ def test_every_block_is_python_or_shell_and_every_python_block_runs_as_printed()
 
 def test_shell_blocks_hold_commands_that_exist():
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
-    known = {"dysigma", "python3", "pip", "ruff", "jupyter", "PIP_EXTRA_INDEX_URL", "make"}
+    known = {"dysigma", "python3", "pip", "ruff", "jupyter", "sphinx-build", "make"}
     assert len(SHELL) > 15
     for line in SHELL:
         words = shlex.split(line)
@@ -77,9 +77,35 @@ def test_every_weighting_is_named():
         assert f"`{name}`" in README, name
 
 
-def test_links_and_pictures_exist():
-    for target in re.findall(r"\]\((?!http)([^)#]+)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", ["README.md", "data/RESULTS.md", "data/README.md"])
+def test_links_pictures_and_scripts_exist(page):
+    path = ROOT / page
+    text = path.read_text()
+    for target, section in re.findall(r"""(?:\]\(|src=")(?!http)([^)#"]*)(?:#([^)]*))?[)"]""", text):
+        to = path.parent / target if target else path
+        assert to.exists(), target
+        titles = re.findall("^#+ (.*)$", to.read_text(), re.M) if section else []
+        assert section in ["", *(re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles)], section
+    for script in re.findall(r"`python (\S+\.py)", text):
+        assert (ROOT / script).exists(), script
+
+
+def test_each_number_of_the_race_stands_in_notebook_09_and_the_readme_rounds_it():
+    """Ratios with an interval, as `2.39 [1.81, 3.16]`; the README has `2.4 (1.8 to 3.2)`."""
+    readme, race = (" ".join(text.split()) for text in (README, RESULTS.split("\n## Front")[0]))
+    rows = re.findall(r"(\d+\.\d+) \[(\d+\.\d+), (\d+\.\d+)\]", race)
+    page = (ROOT / "notebooks/09_the_convergence_race.ipynb").read_text()
+    assert len(rows) > 30
+    assert [row for row in rows if "{} [{}, {}]".format(*row) not in page] == []
+    shown = re.findall(r"(\d\.\d) \((\d\.\d) to (\d\.\d)\)", readme)
+    assert len(shown) >= 3
+    assert [row for row in shown if row not in [tuple(f"{float(x):.1f}" for x in row) for row in rows]] == []
+
+
+def test_prose_is_wrapped():
+    for name, text in (("README", README), ("RESULTS", RESULTS)):
+        lines = [line for line in text.splitlines() if not line.startswith("|")]
+        assert [line for line in lines if len(line) > 120] == [], name
 
 
 def test_scripts_for_a_cluster_parse_as_shell_and_as_commands():
