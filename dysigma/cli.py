@@ -68,20 +68,20 @@ def _add_train(commands: Any) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from .runs import read_config
+    from .runs import load_run, read_config
     from .training import TrainConfig, train
 
     given = {k: v for k, v in vars(args).items() if k in TrainConfig.__dataclass_fields__ and v is not None}
-    for name in ("weighting_params", "sampler_params"):
-        if name in given:
-            given[name] = _pairs(given[name])
+    given |= {name: _pairs(given[name]) for name in ("weighting_params", "sampler_params") if name in given}
     base = read_config(args.config) if args.config else {}
     if args.resume and not args.config and (args.out / "config.json").exists():
         base = read_config(args.out / "config.json")
+    whole = args.resume and (args.out / "pipeline").exists() and load_run(args.out).summary.get("status") == "done"
     run = train(TrainConfig.from_dict(base | given), args.out, resume=args.resume, progress=not args.quiet)
     if os.environ.get("RANK", "0") == "0":  # of torchrun; the process group has ended
-        loss = run.summary["validation_loss"]
-        print(f"done: {run.summary['images']:,} images, validation loss {loss:.4f}, {run.path}")
+        state = "finished already (it cannot be extended; train longer in another --out)" if whole else "done"
+        loss, judges = (run.summary[name] for name in ("validation_loss", "validation_images"))
+        print(f"{state}: {run.summary['images']:,} images, EMA loss {loss:.4f} on {judges} test images, {run.path}")
 
 
 def _device_run(path: Path, device: str) -> tuple[Any, Any, Any, Any]:
@@ -206,7 +206,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     losses = validation_losses(model, images, schedule, config.prediction, timesteps=timesteps, **options)
     options["timesteps_per_image"] = args.elbo_timesteps
     bound = elbo(model, images, schedule, config.prediction, **options)
-    print(f"{config.prediction} loss on {len(images)} test images: {float(losses.mean()):.5f}")
+    print(f"{config.prediction} loss of the EMA weights on {len(images)} test images: {float(losses.mean()):.5f}")
     print(f"ELBO: at most {bound.bits_per_dim:.4f} ± {bound.standard_error:.4f} bits/dim")
     curve = {"timesteps": timesteps.tolist(), "losses": losses.tolist()}
     about = {"images": len(images), "seed": args.seed, "prediction": config.prediction, "provenance": provenance()}

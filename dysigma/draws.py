@@ -1,8 +1,13 @@
-"""Randomness as a function of (seed, step): what makes resuming exact and two weightings see the same draws."""
+"""Randomness as a function of (seed, step): what makes resuming exact and two weightings see the same draws.
+
+Also the checks of names and timesteps, which all modules share.
+"""
 
 from __future__ import annotations
 
+import difflib
 import zlib
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -26,6 +31,14 @@ def generator(seed: int, step: int, stream: str, device: torch.device | str = "c
 def to_device(values: Tensor, device: torch.device) -> Tensor:
     """values of the CPU on a device; a CUDA device is not waited for."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+def check_name(what: str, name: str, known: Iterable[str], more: str = "", error: type[Exception] = KeyError) -> None:
+    """Raise error, with the name that was perhaps meant, all known ones and more, unless name is one of them."""
+    if name not in (names := list(known)):
+        near = difflib.get_close_matches(str(name), names, 1)
+        meant = f" (did you mean {near[0]!r}?)" if near else ""
+        raise error(f"unknown {what} {name!r}{meant}; have {names}{more}")
 
 
 def check_timesteps(timesteps: Tensor, num_timesteps: int, batch: int | None = None) -> None:

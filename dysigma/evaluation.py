@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .draws import generator
+from .draws import check_name, generator
 from .objective import predict, sample_losses
 from .plots import tile
 from .schedule import NoiseSchedule, canonical_prediction_type
@@ -188,8 +188,7 @@ def sample_images(
     an odd number. compile: the network, for batches of one size. The latents are a function of (seed, image number).
     Raises KeyError for an unknown sampler, ValueError for numbers out of range or samples that are not finite.
     """
-    if sampler not in SAMPLERS:
-        raise KeyError(f"unknown sampler {sampler!r}; have {list(SAMPLERS)}")
+    check_name("sampler", sampler, SAMPLERS)
     if shape[0] < 1 or not 1 <= num_steps <= schedule.num_timesteps:
         raise ValueError(
             f"need 1 image or more and num_steps from 1 to {schedule.num_timesteps}; got {shape[0]} and {num_steps}"

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .draws import check_name
+
 # attention: which resolutions have it. `micro` and `tiny` are for CPUs and tests, `compact` for CIFAR-10 on one GPU,
 # `ddpm` is the network of Ho, Jain, Abbeel 2020 for CIFAR-10.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -25,8 +27,7 @@ def make_model(preset: str, image_size: int = 32, channels: int = 3, num_classes
     image_size must be divisible by 2 to the number of downsamplings of the preset. Initial weights come from torch's
     global generator: seed it first. Raises KeyError for an unknown preset, ValueError for a size that does not fit.
     """
-    if preset not in PRESETS:
-        raise KeyError(f"unknown model preset {preset!r}; have {list(PRESETS)}")
+    check_name("model preset", preset, PRESETS)
     from diffusers import UNet2DModel
 
     options = dict(PRESETS[preset])

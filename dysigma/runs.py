@@ -301,7 +301,7 @@ def find_runs(folder: Path) -> Iterator[tuple[Path, str, str, str]]:
                 status, images = str(run.summary.get("status")), rows[-1]["images"]
                 progress = f"{images:,} of {run.config['images']:,} images"
                 losses = [f"{row['loss']:.4g}" for row in rows[-1:] if "loss" in row]
-                last = ", loss ".join([run.config["weighting"], *losses])
+                last = ", weighted training loss ".join([run.config["weighting"], *losses])
             else:
                 continue
             state = {"done": "finished", "failed": "failed"}.get(status, "interrupted")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .bins import Bins, over_ranks
-from .draws import check_timesteps
+from .draws import check_name, check_timesteps
 from .schedule import NoiseSchedule
 
 
@@ -178,8 +178,7 @@ def make_sampler(name: str, schedule: NoiseSchedule, **params: Any) -> TimestepS
 
     Raises KeyError for an unknown name, ValueError for an unknown or bad parameter.
     """
-    if name not in TIMESTEP_SAMPLERS:
-        raise KeyError(f"unknown timestep sampler {name!r}; have {list(TIMESTEP_SAMPLERS)}")
+    check_name("timestep sampler", name, TIMESTEP_SAMPLERS)
     signature = inspect.signature(DENSITIES.get(name, TIMESTEP_SAMPLERS[name]))
     names = [p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
     if set(params) - set(names):

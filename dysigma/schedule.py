@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .draws import check_timesteps
+from .draws import check_name, check_timesteps
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 _ALIASES = {"x0": "sample", "v": "v_prediction", "eps": "epsilon", "flow": "flow_prediction"}
@@ -26,10 +26,8 @@ def canonical_prediction_type(name: str) -> str:
 
     flow_prediction is noise - x0, the velocity of the rectified flow. Raises ValueError for any other name.
     """
-    name = _ALIASES.get(name, name)
-    if name not in PREDICTION_TYPES:
-        raise ValueError(f"unknown prediction type {name!r}; have {[*PREDICTION_TYPES, *_ALIASES]}")
-    return name
+    check_name("prediction type", name, [*PREDICTION_TYPES, *_ALIASES], error=ValueError)
+    return _ALIASES.get(name, name)
 
 
 _BETAS: dict[str, Callable[..., Tensor]] = {
@@ -277,6 +275,5 @@ SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
 
 def make_schedule(name: str, num_timesteps: int = 1000, *, zero_terminal_snr: bool = False) -> NoiseSchedule:
     """The named schedule; raises KeyError with the choices for an unknown name."""
-    if name not in SCHEDULES:
-        raise KeyError(f"unknown schedule {name!r}; have {sorted(SCHEDULES)}")
+    check_name("schedule", name, SCHEDULES)
     return SCHEDULES[name](num_timesteps, zero_terminal_snr=zero_terminal_snr)

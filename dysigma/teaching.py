@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .draws import check_name
+
 _predictions: dict[str, Any] = {}
 _exercises: dict[str, tuple[Any, dict[str, Any], float]] = {}
 
@@ -83,8 +85,7 @@ def exercise(name: str, expected: Any, *, mistakes: Mapping[str, Any] | None = N
 
 def check(name: str, answer: Any) -> None:
     """Print whether ``answer`` is right and, if not, what is wrong with it; an untouched ``...`` is skipped."""
-    if name not in _exercises:
-        raise KeyError(f"unknown exercise {name!r}; have {sorted(_exercises)}")
+    check_name("exercise", name, _exercises)
     reply = "not attempted yet. Replace the ... and run the cell again."
     if answer is not ... and answer is not None:
         reply = f"not yet. {problem}" if (problem := _diagnose(answer, *_exercises[name])) else "correct."

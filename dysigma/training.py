@@ -23,7 +23,7 @@ from . import runs
 from .bins import Bins, over_ranks
 from .data import ImageData, batch, load_data
 from .distances import extract, frechet_distance, load_features, moments
-from .draws import generator, to_device
+from .draws import check_name, generator, to_device
 from .evaluation import evaluation_timesteps, sample_images, save_grid, validation_losses
 from .exact import gaussian_fields
 from .gradients import bin_gramian, bin_timesteps, conflicts
@@ -95,10 +95,9 @@ class TrainConfig:
         for f in dataclasses.fields(self):
             self._check(f.name, str(f.type), getattr(self, f.name))
         object.__setattr__(self, "prediction", canonical_prediction_type(self.prediction))
-        choices = {"schedule": [*SCHEDULES], "model": [*PRESETS], "precision": ["auto", "float32", "bfloat16"]}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise KeyError(f"unknown {name} {getattr(self, name)!r}; have {known}")
+        check_name("schedule", self.schedule, SCHEDULES)
+        check_name("model", self.model, PRESETS)
+        check_name("precision", self.precision, ["auto", "float32", "bfloat16"])
         if self.images < self.batch_size or self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size must not exceed images and must be a multiple of accumulate; got images {self.images}, "
@@ -149,8 +148,8 @@ class TrainConfig:
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         """The inverse of to_dict; fields left out keep their defaults, unknown ones raise a KeyError."""
         known = [f.name for f in dataclasses.fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise KeyError(f"unknown configuration keys {unknown}; have {known}")
+        for name in values:
+            check_name("configuration key", name, known)
         return cls(**values)
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .bins import Bins, over_ranks
-from .draws import check_timesteps
+from .draws import check_name, check_timesteps
 from .pareto import project_psd
 from .schedule import PREDICTION_TYPES, NoiseSchedule, canonical_prediction_type
 
@@ -108,7 +108,7 @@ def _named(name: Name, known: Mapping[str, Callable[..., Any]], what: str) -> Ca
     if callable(name) or name in known:
         return name if callable(name) else known[name]
     if not re.fullmatch(r"[a-zA-Z_][\w.]*:[a-zA-Z_]\w*", name):
-        raise KeyError(f"unknown {what} {name!r}; have {list(known)}, or one of your own as 'module:function'")
+        check_name(what, name, known, more=", or one of your own as 'module:function'")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last, so that no file there hides a package
     module, function = name.split(":")
@@ -517,8 +517,7 @@ class DySigma(Weighting):
         gramian_every: int = 50,
     ) -> None:
         super().__init__(setting, bins)
-        if variant not in VARIANTS:
-            raise KeyError(f"unknown dy-sigma variant {variant!r}; have {list(VARIANTS)}")
+        check_name("dy-sigma variant", variant, VARIANTS)
         self.variant = VARIANTS[variant]
         if kappa != 1 and not self.variant.kappa_in:
             raise ValueError(f"dy-sigma variant {variant!r} has no kappa; got {kappa!r}")
@@ -685,8 +684,7 @@ class _GramianRule(_OfGramian):
         self, setting: Setting, *, rule: str = "upgrad", bins: int | Bins = 10, gramian_every: int = 50
     ) -> None:
         super().__init__(setting, bins, gramian_every)
-        if rule not in GRAMIAN_RULES:
-            raise KeyError(f"unknown gramian rule {rule!r}; have {list(GRAMIAN_RULES)}")
+        check_name("gramian rule", rule, GRAMIAN_RULES)
         name, options = GRAMIAN_RULES[rule]
         try:
             from torchjd import aggregation

@@ -36,7 +36,7 @@ from dysigma.objective import sample_losses
 from dysigma.race import Race, load_race
 from dysigma.runs import RunError, load_checkpoint, load_run, read_config, save_checkpoint, write_json
 from dysigma.samplers import TIMESTEP_SAMPLERS, make_sampler
-from dysigma.schedule import SCHEDULES, NoiseSchedule, make_schedule
+from dysigma.schedule import PREDICTION_TYPES, SCHEDULES, NoiseSchedule, make_schedule
 from dysigma.training import TrainConfig
 from dysigma.weightings import GRAMIAN_RULES, VARIANTS, WEIGHTINGS, fluctuation, make_weighting
 
@@ -58,7 +58,10 @@ OWN = "or one of your own as 'module:function'"
 # Command line: arguments after `dysigma`, and the one line on stderr after "dysigma: ". DIR is the working folder.
 COMMANDS: dict[str, str] = {
     "train --out r --weighting-params kappa": "parameters are given as name=value; got 'kappa'",
-    "train --out r --weighting minsnr": f"unknown weighting 'minsnr'; have {[*WEIGHTINGS]}, {OWN}",
+    "train --out r --weighting minsnr":
+        f"unknown weighting 'minsnr' (did you mean 'min-snr'?); have {[*WEIGHTINGS]}, {OWN}",
+    "train --out r --prediction epsilom":
+        f"unknown prediction type 'epsilom' (did you mean 'epsilon'?); have {[*PREDICTION_TYPES, 'x0', 'v', 'eps', 'flow']}",
     "train --out r --weighting min-snr --weighting-params gama=5": "min-snr has no parameter ['gama']; it has ['gamma']",
     "train --out r --weighting min-snr --weighting-params gamma=-1": "gamma of min-snr must be a number > 0 and < 1e30; got -1",
     "train --out r --weighting min-snr --weighting-params gamma=five":
@@ -90,7 +93,7 @@ COMMANDS: dict[str, str] = {
     "train --out r --config binary.json":
         "binary.json is not valid JSON: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte",
     "train --out r --config list.json": "list.json must hold named values; got list",
-    "train --out r --config key.json": f"unknown configuration keys ['learning_rate']; have {[*TrainConfig().to_dict()]}",
+    "train --out r --config key.json": f"unknown configuration key 'learning_rate'; have {[*TrainConfig().to_dict()]}",
     "train --out r --config type.json": "batch_size must be int; got '32'",
     "train --out r --config nan.json": "lr must be positive and below inf; got nan",
     "runs none": "there is no folder none",
@@ -152,7 +155,8 @@ def test_commands_that_do_not_parse(command: str, message: str, capsys: pytest.C
 # Python: a call, and str() of what it raises, of which class. DIR is the working folder.
 Call = tuple[Callable[[Path], Any], type[Exception], str]
 CALLS: list[Call] = [
-    (lambda d: make_weighting("min-srn", T), KeyError, f"unknown weighting 'min-srn'; have {[*WEIGHTINGS]}, {OWN}"),
+    (lambda d: make_weighting("min-srn", T), KeyError,
+     f"unknown weighting 'min-srn' (did you mean 'min-snr'?); have {[*WEIGHTINGS]}, {OWN}"),
     (lambda d: make_weighting("min-snr", LOSSES), TypeError,
      "schedule must be a NoiseSchedule; got Tensor: use NoiseSchedule.from_diffusers(scheduler)"),
     (lambda d: make_weighting("min-snr", T, gamma=0), ValueError, "gamma of min-snr must be a number > 0 and < 1e30; got 0"),
@@ -192,7 +196,8 @@ CALLS: list[Call] = [
      "trajectory must be (steps, T) with at least two steps; got shape (4,)"),
     (lambda d: Bins([0, 5, 5, 10]), ValueError, EDGES.format([0, 5, 5, 10])),
     (lambda d: Bins([1, 5]), ValueError, EDGES.format([1, 5])),
-    (lambda d: make_schedule("cosin"), KeyError, f"unknown schedule 'cosin'; have {sorted(SCHEDULES)}"),
+    (lambda d: make_schedule("cosin"), KeyError,
+     f"unknown schedule 'cosin' (did you mean 'cosine'?); have {[*SCHEDULES]}"),
     (lambda d: NoiseSchedule(torch.tensor([0.5, 0.9])), ValueError,
      "alphas_cumprod must fall strictly from below 1 to 0 or more; got 2 values from 0.5 to 0.9"),
     (lambda d: make_sampler("stratified", T, std=1), ValueError, "sampler 'stratified' has no parameter ['std']; it has []"),

@@ -37,6 +37,11 @@ def test_train_sample_evaluate_on_ones_own_images(tmp_path, capsys):
     out = tmp_path / "run"
     train = ["train", "--data", str(tmp_path / "mine.npz"), "--out", str(out), *QUICK, "--image-size=12"]
     assert main([*train, "--train-images=16"]) == 0
+    loss, first = dysigma.load_run(out).summary["validation_loss"], capsys.readouterr().out
+    assert first == f"done: 32 images, EMA loss {loss:.4f} on 4 test images, {out}\n"
+    assert main(["train", "--out", str(out), "--resume", "--quiet"]) == 0
+    again = "finished already (it cannot be extended; train longer in another --out)"
+    assert capsys.readouterr().out == first.replace("done", again), "the same run, and no other word for it"
     sample = ["sample", str(out), "--num-images", "3", "--steps", "4", "--device", "cpu"]
     assert main([*sample, "--npz", str(tmp_path / "s.npz")]) == 0
     assert np.load(tmp_path / "s.npz")["images"].shape == (3, 12, 12, 3)
@@ -53,7 +58,8 @@ def test_train_sample_evaluate_on_ones_own_images(tmp_path, capsys):
     assert (own["images"], own["reference_images"], own["features"], own["nfe"]) == (20, 24, 432, 3)
     assert own["sha256"] == hashlib.sha256((tmp_path / "net.pt").read_bytes()).hexdigest()
     said = capsys.readouterr().out
-    assert "bits/dim" in said and "20 samples (ddim, 3 evaluations) to 24 unaugmented training" in said
+    assert "epsilon loss of the EMA weights on 4 test images: " in said and "bits/dim" in said
+    assert "20 samples (ddim, 3 evaluations) to 24 unaugmented training" in said
     assert "compare it at equal numbers alone" in said
 
 

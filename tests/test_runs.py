@@ -201,7 +201,7 @@ def test_every_run_and_race_is_listed_with_what_it_has_come_to(tmp_path):
     before = sorted(tmp_path.rglob("*"))
     with lock(tmp_path / "deep" / "er" / "held"):
         found = {str(path.relative_to(tmp_path)): tuple(row) for path, *row in find_runs(tmp_path)}
-    last = "min-snr, loss 0.25"
+    last = "min-snr, weighted training loss 0.25"
     damaged = {name: found.pop(name) for name in ("bad", "line", "odd", "odd-summary")}
     assert found == {
         "cut": ("interrupted", "1,800 of 2,000 images", last),
