@@ -105,17 +105,11 @@ def _lucidrains_step(config: TrainConfig, data: ImageData) -> Callable[[], Any]:
     """A step of denoising-diffusion-pytorch's Trainer around the same network, spared its data loading and its EMA."""
     from denoising_diffusion_pytorch.denoising_diffusion_pytorch import GaussianDiffusion
 
-    class Network(torch.nn.Module):
-        channels, out_dim, self_condition, random_or_learned_sinusoidal_cond = 3, 3, False, False
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = _network(config, data)
-
-        def forward(self, x: Tensor, timesteps: Tensor, _: None) -> Tensor:
-            return self.network(x, timesteps).sample
-
-    diffusion = GaussianDiffusion(Network(), image_size=data.images.shape[-1], objective="pred_noise")
+    network = _network(config, data)
+    plain, wanted = network.forward, {"channels": 3, "out_dim": 3, "forward": lambda x, t, _: plain(x, t).sample}
+    for name, value in (wanted | {"self_condition": False, "random_or_learned_sinusoidal_cond": False}).items():
+        setattr(network, name, value)
+    diffusion = GaussianDiffusion(network, image_size=data.images.shape[-1], objective="pred_noise")
     diffusion.to(data.images.device)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
     steps = itertools.count()
@@ -253,31 +247,21 @@ def _weighting_call(name: str, config: TrainConfig, schedule: Any, device: torch
     return call
 
 
-def conflict_costs(config: TrainConfig, rounds: int, device: torch.device) -> dict[str, Any]:
-    """Print and return what a report of conflicts costs beside training steps on as many samples, in float32.
+def conflict_costs(config: TrainConfig, rounds: int, device: torch.device, step: float) -> dict[str, Any]:
+    """Print and return what a report of conflicts costs beside our training steps, of `step` seconds each.
 
-    "seconds" are medians, "ratio" the median over rounds; both for one micro-batch of BINS bins, and as many samples in
-    each as make up batch_size.
+    "seconds" is the median for one micro-batch of BINS bins, and as many samples in each as make up batch_size; "ratio"
+    the training steps on as many samples that take as long.
     """
     data, per_bin = load_split(config, "train", device), -(-config.batch_size // BINS)
     model, schedule = _network(config, data), config.noise_schedule().to(device)
-    numbers = torch.arange(BINS * per_bin, device=device)
-    x0, timesteps = data.images[numbers % len(data)].float().div(127.5).sub(1), numbers % config.num_timesteps
-
-    def steps() -> None:
-        for _ in range(MICRO_BATCHES):
-            model.zero_grad()
-            sample_losses(model, schedule, x0, torch.randn_like(x0), timesteps).mean().backward()
-
+    x0 = data.images[torch.arange(BINS * per_bin, device=device) % len(data)].float().div(127.5).sub(1)
     options: dict[str, Any] = {"micro_batches": MICRO_BATCHES, "batch_per_bin": per_bin, "progress": False}
-    calls = {"training steps": steps, "report": lambda: conflicts(model, x0, schedule, BINS, **options)}
-    seconds = time_in_turn(calls, rounds, device)
-    ratio = statistics.median(a / b for a, b in zip(seconds["report"], seconds["training steps"], strict=True))
-    print(
-        f"gradient conflicts of {BINS} bins, {per_bin} samples of each: {ratio:.2f} training steps on as many samples"
-    )
-    medians = {name: statistics.median(values) / MICRO_BATCHES for name, values in seconds.items()}
-    return {"bins": BINS, "batch_per_bin": per_bin, "micro_batches": MICRO_BATCHES, "seconds": medians, "ratio": ratio}
+    calls = {"": lambda: conflicts(model, x0, schedule, BINS, **options)}
+    seconds = statistics.median(time_in_turn(calls, rounds, device)[""]) / MICRO_BATCHES
+    ratio = seconds / step * config.batch_size / (BINS * per_bin)
+    print(f"gradient conflicts of {BINS} bins, {per_bin} samples of each: {ratio:.2f} of our training steps on as many")
+    return {"bins": BINS, "batch_per_bin": per_bin, "micro_batches": MICRO_BATCHES, "seconds": seconds, "ratio": ratio}
 
 
 def weighting_costs(config: TrainConfig, rounds: int, device: torch.device, step: float) -> dict[str, float]:
@@ -306,9 +290,7 @@ def _draw(result: dict[str, Any], path: Path) -> None:
         rows = {name: row for name, row in cost["steps"].items() if "fails" not in row}
         bars = ax.barh(list(rows), [row["images_per_second"] for row in rows.values()])
         ax.bar_label(bars, [f"{row['images_per_second']:,.0f}, {row['share']:.0%}" for row in rows.values()], padding=3)
-        ax.set(
-            title=f"{result['model']}, batch {cost['batch_size']}", xlabel="images per second, % of a matrix product"
-        )
+        ax.set(title=f"{result['model']}, batch {cost['batch_size']}", xlabel="images/s, % of a matrix product")
         ax.invert_yaxis()
         ax.margins(x=0.3)
     fig.savefig(path, dpi=110)
@@ -332,9 +314,7 @@ def benchmark(
     if rounds < 1 or not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"rounds and batch_sizes must be 1 or more; got {rounds}, {[*batch_sizes]}")
     count = max(2048, *batch_sizes)
-    config = TrainConfig(
-        model=model, image_size=image_size, batch_size=1, images=10**9, train_images=count, device=device
-    )
+    config = TrainConfig(model=model, image_size=image_size, images=count, train_images=count, device=device)
     with fast_kernels(target):
         peak = matmul_peak(target)
         print(f"one matrix product: {peak / 1e12:.3f} TFLOP/s; 2 FLOP per multiply-add, forward and backward 3 forward")
@@ -343,7 +323,7 @@ def benchmark(
     result: dict[str, Any] = {"model": model, "image_size": image_size, "rounds": rounds, "matmul_flops": peak}
     result |= {"flops_per_image": flops_per_image(model, image_size), "steps": costs}
     result["weighting_overhead"] = weighting_costs(config, 20 * rounds, target, step)
-    result["conflicts"] = conflict_costs(config, max(1, rounds // 4), target)
+    result["conflicts"] = conflict_costs(config, max(1, rounds // 4), target, step)
     result["provenance"] = provenance()
     if out is not None:
         write_json(out, result)

@@ -85,13 +85,13 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _device_run(path: Path, device: str) -> tuple[Any, Any, Any, Any]:
-    """(config, model with EMA weights, schedule, torch device) of a finished run."""
+    """(config, schedule, torch device, function that loads the model with EMA weights, which takes long) of a run."""
     from .runs import load_run
     from .training import TrainConfig, resolve_device
 
     run, target = load_run(path), resolve_device(device)
     config = TrainConfig.from_dict(run.config)
-    return config, run.pipeline().unet.to(target), config.noise_schedule().to(target), target
+    return config, config.noise_schedule().to(target), target, lambda: run.pipeline().unet.to(target)
 
 
 def _add_runs(commands: Any) -> None:
@@ -126,15 +126,12 @@ def _add_sample(commands: Any) -> None:
 
 def _draw(args: argparse.Namespace, count: int, steps: int, config: Any, model: Any, schedule: Any) -> Any:
     """Samples of a run, of its classes in turn."""
-    import torch
-
     from .evaluation import sample_images
 
-    size, classes = model.config["sample_size"], model.config["num_class_embeds"]
-    labels = torch.arange(count) % classes if classes else None
+    size = model.config["sample_size"]
     return sample_images(
         model, schedule, (count, model.config["in_channels"], size, size), prediction_type=config.prediction,
-        sampler=args.sampler, num_steps=steps, seed=args.seed, labels=labels,
+        sampler=args.sampler, num_steps=steps, seed=args.seed,
         compile=count >= 1024 and model.device.type == "cuda", progress=True,
     )  # fmt: skip
 
@@ -142,10 +139,11 @@ def _draw(args: argparse.Namespace, count: int, steps: int, config: Any, model: 
 def _sample(args: argparse.Namespace) -> None:
     import numpy
 
-    from .evaluation import save_grid
+    from .evaluation import check_sampling, save_grid
 
-    config, model, schedule, _ = _device_run(args.run_folder, args.device)
-    images = _draw(args, args.num_images, args.steps, config, model, schedule)
+    config, schedule, _, load = _device_run(args.run_folder, args.device)
+    check_sampling(schedule, args.sampler, args.steps, args.num_images)
+    images = _draw(args, args.num_images, args.steps, config, load(), schedule)
     out = args.out or args.run_folder / f"samples-{args.sampler}-{args.steps}.png"
     save_grid(images, out, scale=2)
     if args.npz:
@@ -180,7 +178,7 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from .evaluation import elbo, evaluation_timesteps, validation_losses
+    from .evaluation import check_sampling, elbo, evaluation_timesteps, validation_losses
     from .runs import provenance, read_config, write_json
     from .training import load_split
 
@@ -190,22 +188,24 @@ def _evaluate(args: argparse.Namespace) -> None:
         return _reference_only(args)
     if args.run_folder is None or args.data or len(args.samples) > 1:
         raise ValueError("name the run to evaluate; --data and several numbers of --samples are for --reference-only")
-    if args.num_images < 2:
-        raise ValueError(f"--num-images must be 2 or more, for a standard error; got {args.num_images}")
-    config, model, schedule, device = _device_run(args.run_folder, args.device)
+    if args.num_images < 2 or args.elbo_timesteps < 1:
+        raise ValueError(f"need --num-images >= 2, --elbo-timesteps >= 1; got {args.num_images}, {args.elbo_timesteps}")
+    config, schedule, device, load = _device_run(args.run_folder, args.device)
     config = replace(config, data_root=args.data_root or config.data_root)
-    out = args.out or args.run_folder / "evaluation.json"
+    timesteps = evaluation_timesteps(schedule.num_timesteps, args.timesteps)
+    if args.metric:
+        check_sampling(schedule, args.sampler, args.nfe, args.samples[0])
+        metric = _metric(args, device)
+    out, model = args.out or args.run_folder / "evaluation.json", load()
     distances = read_config(out).get("distances", {}) if out.exists() else {}
     if args.metric:
-        distances |= _distance(args, config, model, schedule)
+        distances |= _distance(args, metric, config, model, schedule)
     test = load_split(config, "test", device)
     images = test.images[: args.num_images]
     labels = None if not config.conditional or test.labels is None else test.labels[: args.num_images]
-    timesteps = evaluation_timesteps(schedule.num_timesteps, args.timesteps)
     options: dict[str, Any] = {"labels": labels, "seed": args.seed, "progress": True}
     losses = validation_losses(model, images, schedule, config.prediction, timesteps=timesteps, **options)
-    options["timesteps_per_image"] = args.elbo_timesteps
-    bound = elbo(model, images, schedule, config.prediction, **options)
+    bound = elbo(model, images, schedule, config.prediction, timesteps_per_image=args.elbo_timesteps, **options)
     print(f"{config.prediction} loss of the EMA weights on {len(images)} test images: {float(losses.mean()):.5f}")
     print(f"ELBO: at most {bound.bits_per_dim:.4f} ± {bound.standard_error:.4f} bits/dim")
     curve = {"timesteps": timesteps.tolist(), "losses": losses.tolist()}
@@ -216,21 +216,14 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _metric(args: argparse.Namespace, device: Any) -> tuple[Any, dict[str, Any]]:
     """(features, what the record says of them) of --metric and --features."""
-    import hashlib
-
-    from .distances import inception, load_features
+    from .distances import load_features
 
     if args.metric is None or min(args.samples) < 20:
         raise ValueError(f"choose a --metric and --samples of 20 or more; got {args.metric}, {args.samples}")
-    if args.metric == "pixels":
-        return load_features("pixels"), {"metric": "pixels (not FID)"}
-    if args.metric == "fid":
-        file, title = inception(args.features), "FID"
-    else:
-        file, name = (args.features, args.metric) if args.features else (Path(args.metric), Path(args.metric).stem)
-        title = f"fd_{name.removeprefix('fd_')} (not FID)"
-    features = load_features(str(file), device)
-    return features, {"metric": title, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    features = load_features(args.metric, device, args.features)
+    name = (args.metric if args.features else Path(args.metric).stem).removeprefix("fd_")
+    title = {"pixels": "pixels (not FID)", "fid": "FID"}.get(args.metric, f"fd_{name} (not FID)")
+    return features, {"metric": title, "sha256": features.sha256}
 
 
 def _report_distance(about: dict[str, Any], features: Any, reference: Any, what: str) -> dict[str, Any]:
@@ -251,18 +244,18 @@ def _report_distance(about: dict[str, Any], features: Any, reference: Any, what:
     return about | {"of": what} | found | {"provenance": provenance()}
 
 
-def _distance(args: argparse.Namespace, config: Any, model: Any, schedule: Any) -> dict[str, Any]:
+def _distance(args: argparse.Namespace, metric: Any, config: Any, model: Any, schedule: Any) -> dict[str, Any]:
     """{name of the metric: record} of samples from a run."""
-    from .distances import extract
+    from .distances import extract, reference_features
     from .training import load_split
 
-    features, about = _metric(args, model.device)
+    features, about = metric
     train = load_split(replace(config, train_images=None), "train", model.device)
-    real = train.originals[: args.reference_images]
+    reference = reference_features(features, train.originals[: args.reference_images], progress=True)
     samples = _draw(args, args.samples[0], args.nfe, config, model, schedule)
     nfe = args.nfe - (args.sampler == "heun" and args.nfe % 2 == 0)  # what it uses of an even number
     about |= {"data": train.name, "sampler": args.sampler, "nfe": nfe, "seed": args.seed}
-    found, reference = (extract(features, images, progress=True) for images in (samples, real))
+    found = extract(features, samples, progress=True)
     what = f"samples ({args.sampler}, {nfe} evaluations)"
     return {about["metric"].split()[0]: _report_distance(about, found, reference, what)}
 
@@ -271,7 +264,7 @@ def _reference_only(args: argparse.Namespace) -> None:
     """Distances of held-out training images and of test images to the other training images, at each --samples."""
     import torch
 
-    from .distances import extract
+    from .distances import reference_features
     from .draws import generator
     from .runs import load_run, write_json
     from .training import TrainConfig, load_split, resolve_device
@@ -287,7 +280,7 @@ def _reference_only(args: argparse.Namespace) -> None:
     real = train.originals[order[: most + (args.reference_images or len(order))].to(device)]
     if len(real) < most + 20:
         raise ValueError(f"{train.name} has {len(real)} training images; --samples holds {most} of them out")
-    real, held_out = (extract(features, images, progress=True) for images in (real, test.originals[:most]))
+    real, held_out = (reference_features(features, images, progress=True) for images in (real, test.originals[:most]))
     about |= {"data": train.name, "seed": args.seed}
     rows = [
         _report_distance(about, images[:count], real[most:], f"{split} images")
@@ -407,8 +400,8 @@ def _conflicts(args: argparse.Namespace) -> None:
         network, schedule, kind = _pipeline_parts(path)
         network, schedule = network.to(device), schedule.to(device)
     else:
-        config, network, schedule, _ = _device_run(path, args.device)
-        kind = config.prediction
+        config, schedule, _, load = _device_run(path, args.device)
+        kind, network = config.prediction, load()
     data, kwargs = _images_for(network, config, args)
     weighting = make_weighting(args.weighting, schedule, kind) if args.weighting else None
     if weighting is not None and weighting.learns:

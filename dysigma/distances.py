@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,21 @@ import torch
 from torch import Tensor
 
 from .data import check_digest, data_folder, download
-
-Features = Callable[[Tensor], Tensor]  # (N, C, H, W) uint8 to (N, D)
+from .runs import digest, write_atomically
 
 # The network of most published FIDs (Heusel et al. 2017), translated to TorchScript by the authors of StyleGAN2-ADA;
 # it resizes the images itself. k-diffusion and others pin the same hash.
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 INCEPTION_BYTES = 95_607_719
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """A function from uint8 images (N, C, H, W) to features (N, D), and the SHA-256 of its file; pixels have none."""
+
+    function: Callable[[Tensor], Tensor]
+    sha256: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,29 +66,30 @@ def inception(file: str | Path | None = None) -> Path:
     return path
 
 
-def load_features(source: str, device: torch.device | str = "cpu") -> Features:
-    """Maps uint8 images (N, C, H, W) to features (N, D).
+def load_features(source: str, device: torch.device | str = "cpu", file: Path | None = None) -> Features:
+    """What turns images into features.
 
     source: "pixels", each image as one vector in [-1, 1]; "fid", the network of FID; or a TorchScript file that does
-    the same, called with return_features=True where it takes that. Raises ValueError for anything else.
+    the same, called with return_features=True where it takes that. file: where the network lies, if not there. Raises
+    ValueError for anything else.
     """
     if source == "pixels":
-        return lambda images: images.flatten(1).double() / 127.5 - 1
-    path = inception() if source == "fid" else source
+        return Features(lambda images: images.flatten(1).double() / 127.5 - 1)
+    path = inception(file) if source == "fid" else Path(file or source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript, the format that needs no code to open
             network: Any = torch.jit.load(path, map_location=device)
         options = {"return_features": True} if "return_features" in str(network.forward.schema) else {}
     except (RuntimeError, ValueError) as error:
-        what = "is not a TorchScript file" if Path(source).is_file() else "does not exist"
-        raise ValueError(f"features must be 'pixels', 'fid' or a TorchScript file; {source} {what}") from error
+        what = "is not a TorchScript file" if path.is_file() else "does not exist"
+        raise ValueError(f"features must be 'pixels', 'fid' or a TorchScript file; {path} {what}") from error
 
     def features(images: Tensor) -> Tensor:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # whose rounding a distance would show
             return network(images.to(device).expand(-1, 3, -1, -1), **options)
 
-    return features
+    return Features(features, digest(path.read_bytes()))
 
 
 @torch.no_grad()
@@ -89,12 +98,38 @@ def extract(features: Features, images: Tensor, batch_size: int = 256, progress:
     from tqdm.auto import tqdm
 
     found = []
-    with tqdm(total=len(images), unit="img", desc="features", disable=not progress) as bar:
-        for part in images.split(batch_size):
-            values = features(part)
-            found.append(values.to(values.device if values.is_cuda else "cpu").double())
-            bar.update(len(part))
-    return torch.cat(found)
+    for part in tqdm(images.split(batch_size), "features", unit="img", unit_scale=batch_size, disable=not progress):
+        values = features.function(part)
+        found.append(values.to(values.device if values.is_cuda else "cpu"))
+    return torch.cat(found).double()
+
+
+def reference_features(features: Features, images: Tensor, progress: bool = False) -> Tensor:
+    """As extract, in float32 and, unless of pixels, kept in the data folder for the next call with the same images.
+
+    A file there that is damaged or foreign is replaced; one that cannot be written is told in a warning.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import save
+
+    if features.sha256 is None:
+        return extract(features, images, progress=progress)
+    pixels, whole = images.cpu().numpy(), False
+    key = digest(f"{features.sha256} {pixels.shape}".encode() + pixels.tobytes())
+    path = data_folder() / "features" / f"{key}.safetensors"
+    with suppress(Exception), safe_open(path, "pt") as file:  # what is no such file raises almost anything
+        found = file.get_tensor("features")
+        whole = file.metadata() == {"check": digest(key.encode() + found.numpy().tobytes())}
+    if not whole:
+        found = extract(features, images, progress=progress).float().cpu()
+        try:
+            check = digest(key.encode() + found.numpy().tobytes())
+            write_atomically(path, save({"features": found}, {"check": check}))
+        except OSError as error:
+            warnings.warn(f"features are not kept for the next time: {error}", stacklevel=2)
+    if progress:
+        print(f"features of {len(images):,} images {'from' if whole else 'now in'} {path}")
+    return found.double().to(images.device if images.is_cuda else "cpu")
 
 
 def moments(features: Tensor) -> Moments:

@@ -107,13 +107,9 @@ def elbo(
     from tqdm.auto import tqdm
 
     if canonical_prediction_type(prediction_type) == "epsilon" and schedule.log_snr[-1] == -math.inf:
-        raise ValueError(
-            "an epsilon model implies no x0 at zero SNR, so it has no ELBO on this schedule; use v_prediction"
-        )
+        raise ValueError("an epsilon model implies no x0 at zero SNR, hence no ELBO on this schedule; use v_prediction")
     if len(images) < 2 or timesteps_per_image < 1:
-        raise ValueError(
-            f"an ELBO needs at least 2 images and 1 timestep per image; got {len(images)}, {timesteps_per_image}"
-        )
+        raise ValueError(f"an ELBO needs 2 images or more, 1 timestep each; got {len(images)}, {timesteps_per_image}")
     device = images.device
     snr = schedule.log_snr.exp().to(device)
     half_gap = 0.5 * (snr[:-1] - snr[1:])
@@ -165,6 +161,17 @@ def _reconstruction_nats(images: Tensor, schedule: NoiseSchedule, seed: int) -> 
     return torch.stack(nats)
 
 
+def check_sampling(schedule: NoiseSchedule, sampler: str, num_steps: int, count: int) -> None:
+    """Raises what sample_images does for a bad sampler or number, before a network is there."""
+    check_name("sampler", sampler, SAMPLERS)
+    if count < 1 or not 1 <= num_steps <= schedule.num_timesteps:
+        raise ValueError(
+            f"need 1 image or more and num_steps from 1 to {schedule.num_timesteps}; got {count} and {num_steps}"
+        )
+    if sampler in ("dpm-solver", "heun") and schedule.log_snr[-1] == -math.inf:
+        raise ValueError(f"{sampler} divides by alpha, which is 0 at the last step of this schedule; use ddim or ddpm")
+
+
 @torch.no_grad()
 def sample_images(
     model: nn.Module,
@@ -185,16 +192,13 @@ def sample_images(
     shape: (N, C, H, W); sampler: "ddim", "dpm-solver" (DPM-Solver++ 2M; it amplifies the errors that a briefly trained
     network makes at the noisiest timesteps, into saturated colours), "heun" (Karras et al. 2022, second order) or
     "ddpm" (ancestral; use num_steps near T). num_steps: evaluations of the network for each image, of which heun uses
-    an odd number. compile: the network, for batches of one size. The latents are a function of (seed, image number).
+    an odd number. labels: (N,), by default the classes in turn of a diffusers network that has classes. compile: the
+    network, for batches of one size. The latents are a function of (seed, image number).
     Raises KeyError for an unknown sampler, ValueError for numbers out of range or samples that are not finite.
     """
-    check_name("sampler", sampler, SAMPLERS)
-    if shape[0] < 1 or not 1 <= num_steps <= schedule.num_timesteps:
-        raise ValueError(
-            f"need 1 image or more and num_steps from 1 to {schedule.num_timesteps}; got {shape[0]} and {num_steps}"
-        )
-    if sampler in ("dpm-solver", "heun") and schedule.log_snr[-1] == -math.inf:
-        raise ValueError(f"{sampler} divides by alpha, which is 0 at the last step of this schedule; use ddim or ddpm")
+    check_sampling(schedule, sampler, num_steps, shape[0])
+    if labels is None and (classes := getattr(getattr(model, "config", None), "num_class_embeds", None)):
+        labels = torch.arange(shape[0]) % classes
     if labels is not None and len(labels) != shape[0]:
         raise ValueError(f"need one label for each of {shape[0]} images; got {len(labels)}")
     import diffusers

@@ -31,9 +31,8 @@ def make_model(preset: str, image_size: int = 32, channels: int = 3, num_classes
     from diffusers import UNet2DModel
 
     options = dict(PRESETS[preset])
-    levels = len(options["block_out_channels"])
-    attention = [level in options["attention"] for level in range(levels)]
-    del options["attention"]
+    levels, attended = len(options["block_out_channels"]), options.pop("attention")
+    attention = [level in attended for level in range(levels)]
     factor = 2 ** (levels - 1)
     if image_size % factor or image_size // factor < 2:
         raise ValueError(

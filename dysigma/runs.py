@@ -140,7 +140,8 @@ def differences(saved: dict[str, Any], given: dict[str, Any]) -> str:
     return ", ".join(f"{key} {saved[key]!r} there, {given[key]!r} here" for key in keys)
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """SHA-256 of bytes, or of the JSON of anything else."""
     return hashlib.sha256(value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -154,9 +155,9 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], meta: d
     name = f"state-{step:09d}"
     content = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
     write_atomically(folder / f"{name}.safetensors", content)
-    entry = {"step": step, "tensors": f"{name}.safetensors", "sha256": _digest(content), "meta": meta}
+    entry = {"step": step, "tensors": f"{name}.safetensors", "sha256": digest(content), "meta": meta}
     for path in (folder / f"{name}.json", folder / "latest.json"):
-        write_json(path, entry | {"check": _digest(entry)})
+        write_json(path, entry | {"check": digest(entry)})
     before = max((path.stem for path in folder.glob("state-*.json") if path.stem < name), default=name)
     for old in folder.glob("*state-*.*"):  # also what a process that was killed had not put in place
         if old.stem not in (name, before):
@@ -191,12 +192,12 @@ def _read_checkpoint(path: Path, config: dict[str, Any] | None) -> tuple[int, di
     try:
         check = entry.pop("check", None)  # those of early versions have none
         step, file, meta = int(entry["step"]), path.parent / entry["tensors"], dict(entry["meta"])
-        if check not in (None, _digest(entry)):
+        if check not in (None, digest(entry)):
             raise RunError(f"{path} does not match the SHA-256 in it: the checkpoint is damaged")
         if file.parent != path.parent or not file.is_file():
             raise RunError(f"{path} names {file.name}, which is not there: the checkpoint is damaged")
         content = file.read_bytes()
-        if _digest(content) != entry["sha256"]:
+        if digest(content) != entry["sha256"]:
             raise RunError(f"{file} does not match its SHA-256 in {path.name}: the checkpoint is damaged")
         if config and (differing := differences(meta.get("config", {}), config)):
             raise RunError(f"{file} is of another run ({differing})")

@@ -22,7 +22,7 @@ from torch import Tensor, distributed, nn
 from . import runs
 from .bins import Bins, over_ranks
 from .data import ImageData, batch, load_data
-from .distances import extract, frechet_distance, load_features, moments
+from .distances import extract, frechet_distance, load_features, moments, reference_features
 from .draws import check_name, generator, to_device
 from .evaluation import evaluation_timesteps, sample_images, save_grid, validation_losses
 from .exact import gaussian_fields
@@ -519,7 +519,7 @@ class _Recorder:
         self.reference: Any = None
         if self.first and config.distance_images:
             features = load_features(config.features, self.images.device)
-            self.reference = features, moments(extract(features, data.originals))
+            self.reference = features, moments(reference_features(features, data.originals))
 
     def log(self, data: ImageData, *, validate: bool, report: bool) -> None:
         """Write one metrics line for the steps since the last one, with a validation and a report of conflicts."""
@@ -557,15 +557,17 @@ class _Recorder:
         return {"validation_timesteps": self.timesteps, "validation_losses": losses}
 
     def distance(self) -> dict[str, Any]:
-        """Distance of samples of the EMA weights as validated, from one set of latents, to the training images."""
+        """Distance of samples to the training images."""
         if self.reference is None:
             return {}
-        config, (features, reference) = self.config, self.reference
-        options: dict[str, Any] = {"num_steps": config.distance_steps, "labels": self._labels(config.distance_images)}
-        options["prediction_type"] = config.prediction
-        shape = (config.distance_images, *self.images.shape[1:])
-        samples = sample_images(self.ema_model, self.state.schedule, shape, **options)
+        features, reference = self.reference
+        samples = self.samples(self.config.distance_images, self.config.distance_steps)
         return {"distance": frechet_distance(moments(extract(features, samples)), reference)}
+
+    def samples(self, count: int, steps: int) -> Tensor:
+        """Images of the EMA weights as validated, of classes in turn, from one set of latents."""
+        shape, kind = (count, *self.images.shape[1:]), self.config.prediction
+        return sample_images(self.ema_model, self.state.schedule, shape, prediction_type=kind, num_steps=steps)
 
     def conflicts(self, data: ImageData) -> dict[str, Any]:
         """Conflicts of the bins at the EMA weights, rounded, from 16 batches a bin; every call has the same draws."""
@@ -578,10 +580,6 @@ class _Recorder:
             report = conflicts(self.ema_model, data.images, self.state.schedule, config.bins, **options)
         values = {name: value for name, value in report.to_dict().items() if name not in aside}
         return {"conflicts": json.loads(json.dumps(values), parse_float=lambda text: float(f"{float(text):.4g}"))}
-
-    def _labels(self, count: int) -> Tensor | None:
-        """Classes in turn for `count` samples, if the model has classes."""
-        return torch.arange(count) % self.ema_model.config["num_class_embeds"] if self.config.conditional else None
 
     def save(self, status: str) -> None:
         """Checkpoint, the steps not yet logged included, then summary."""
@@ -625,13 +623,11 @@ class _Recorder:
         """Write the diffusers pipeline with the EMA weights, a grid of samples, and the summary."""
         from diffusers import DDPMPipeline
 
-        kind, model, schedule = self.config.prediction, self.ema_model, self.state.schedule
-        loss = float(self.validate()["validation_losses"].mean())
+        loss, kind = float(self.validate()["validation_losses"].mean()), self.config.prediction
         # Sampling must start at the last timestep, where a zero-terminal-SNR model learned what pure noise is.
-        scheduler = schedule.to_diffusers(prediction_type=kind, timestep_spacing="trailing")
-        DDPMPipeline(model, scheduler).save_pretrained(self.out / "pipeline")
-        options: dict[str, Any] = {"prediction_type": kind, "labels": self._labels(64)}
-        samples = sample_images(model, schedule, (64, *self.images.shape[1:]), **options)
+        scheduler = self.state.schedule.to_diffusers(prediction_type=kind, timestep_spacing="trailing")
+        DDPMPipeline(self.ema_model, scheduler).save_pretrained(self.out / "pipeline")
+        samples = self.samples(64, 50)
         save_grid(samples, self.out / "samples.png", scale=2 if samples.shape[-1] <= 32 else 1)
         self.summarise("done", validation_loss=loss)
 

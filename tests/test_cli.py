@@ -128,10 +128,12 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capsys, monkeypatch, argumen
         (["sample", "RUN", "--sampler", "euler"], "dpm-solver"),
         (["sample", "RUN", "--seed", "-1"], "zero or more"),
         (["sample", "RUN", "--steps", "2", "--num-images", "1", "--out", "none/x.png"], "none/x.png"),
-        (["evaluate", "RUN", "--num-images", "0"], "2 or more"),
-        (["evaluate", "RUN", "--elbo-timesteps", "0"], "1 timestep per image"),
+        (["evaluate", "RUN", "--num-images", "0"], "need --num-images >= 2"),
+        (["evaluate", "RUN", "--elbo-timesteps", "0"], "--elbo-timesteps >= 1"),
         (["evaluate", "RUN", "--timesteps", "0"], "from 1 to"),
         (["evaluate", "RUN", "--metric", "none.pt"], "none.pt does not exist"),
+        (["evaluate", "RUN", "--metric", "pixels", "--nfe", "0"], "num_steps from 1 to 1000"),
+        (["evaluate", "RUN", "--metric", "pixels", "--sampler", "euler"], "dpm-solver"),
         (["evaluate", "RUN", "--metric", "fid", "--features", "none.pt"], "no file none.pt"),
         (["evaluate", "RUN", "--metric", "pixels", "--samples", "5"], "20 or more"),
         (["evaluate", "RUN", "--samples", "20", "30"], "for --reference-only"),
@@ -144,7 +146,9 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capsys, monkeypatch, argumen
         (["train", "--out", "RUN", "--resume", "--seed", "7"], "seed 0 there, 7 here"),
     ],
 )
-def test_bad_input_about_a_run_is_one_line_and_code_2(a_run, capsys, arguments, message):
+def test_bad_input_about_a_run_is_one_line_and_code_2(a_run, capsys, monkeypatch, arguments, message):
+    if not {"-1", "none/x.png"} & {*arguments}:  # the rest is told before the network is loaded
+        monkeypatch.setattr(dysigma.runs.Run, "pipeline", None)
     device = [] if arguments[0] == "train" else ["--device", "cpu"]
     assert main([a_run if word == "RUN" else word for word in arguments] + device) == 2
     error = capsys.readouterr().err.splitlines()[-1]

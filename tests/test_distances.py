@@ -4,12 +4,14 @@ import hashlib
 
 import numpy as np
 import pytest
+import safetensors.torch
 import scipy.linalg
 import torch
 
 from dysigma import distances
 from dysigma.data import data_folder
 from dysigma.distances import (
+    Features,
     Moments,
     compare_features,
     extract,
@@ -18,6 +20,7 @@ from dysigma.distances import (
     kernel_distance,
     load_features,
     moments,
+    reference_features,
 )
 from dysigma.draws import generator
 from dysigma.exact import field_variances, gaussian_fields
@@ -180,4 +183,61 @@ def test_fid_uses_the_pinned_file_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(distances, "INCEPTION_SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
     (folder := data_folder()).mkdir(exist_ok=True)
     (folder / "net.pt").write_bytes(file.read_bytes())
-    assert load_features("fid")(torch.zeros(2, 3, 4, 4, dtype=torch.uint8)).shape == (2, 6)
+    assert load_features("fid").function(torch.zeros(2, 3, 4, 4, dtype=torch.uint8)).shape == (2, 6)
+
+
+def test_features_of_the_same_images_are_computed_once(tmp_path):
+    """The second call does not call the network and has the same bits; other images, orders and networks do."""
+    features, calls = load_features(str(save(tmp_path / "net.pt"))), []
+    counted = Features(lambda images: calls.append(len(images)) or features.function(images), features.sha256)
+    images = torch.randint(256, (30, 3, 4, 4), generator=generator(0, 0, "test"), dtype=torch.uint8)
+    first = reference_features(counted, images)
+    assert torch.equal(first, extract(features, images)) and calls == [30]
+    assert torch.equal(reference_features(counted, images.clone()), first) and calls == [30]
+    changed = images.clone()
+    changed[7, 1, 2, 3] += 1
+    other = Features(counted.function, "another network")
+    for which, what in (
+        (counted, changed),
+        (counted, images.flip(0)),
+        (counted, images.mT.contiguous()),
+        (other, images),
+    ):
+        assert torch.equal(reference_features(which, what), extract(features, what))
+    assert calls == [30] * 5
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "of another network", "no features", "empty"])
+def test_kept_features_that_are_damaged_or_foreign_are_computed_anew(tmp_path, damage):
+    features, calls = load_features(str(save(tmp_path / "net.pt"))), []
+    counted = Features(lambda images: calls.append(len(images)) or features.function(images), features.sha256)
+    images = torch.randint(256, (30, 3, 4, 4), generator=generator(0, 0, "test"), dtype=torch.uint8)
+    reference_features(Features(lambda x: features.function(x) + 1, "another"), images)
+    (foreign,) = (data_folder() / "features").iterdir()
+    first = reference_features(counted, images)
+    (file,) = {*(data_folder() / "features").iterdir()} - {foreign}
+    whole = file.read_bytes()
+    content = {
+        "cut": whole[:-4],
+        "bit": whole[:-4] + bytes([whole[-4] ^ 1]) + whole[-3:],
+        "of another network": foreign.read_bytes(),
+        "no features": safetensors.torch.save({"x": torch.ones(3)}),
+        "empty": b"",
+    }[damage]
+    file.write_bytes(content)
+    assert torch.equal(reference_features(counted, images), first) and calls == [30, 30]
+    assert file.read_bytes() == whole, "mended"
+
+
+def test_where_features_come_from_is_said_and_a_folder_that_cannot_be_written_is_no_obstacle(
+    tmp_path, capsys, monkeypatch
+):
+    features = load_features(str(save(tmp_path / "net.pt")))
+    images = torch.zeros(4, 3, 4, 4, dtype=torch.uint8)
+    for words in ("now in", "from"):
+        reference_features(features, images, progress=True)
+        assert f"features of 4 images {words} {data_folder() / 'features'}" in capsys.readouterr().out
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DYSIGMA_DATA", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="features are not kept for the next time: .*Not a directory"):
+        assert torch.equal(reference_features(features, images), extract(features, images))
