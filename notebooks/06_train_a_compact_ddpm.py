@@ -64,8 +64,8 @@ banner(NOTEBOOK)
 
 # %%
 config = TrainConfig(
-    data="leaves", image_size=16, train_images=4096, model="micro", weighting="const-eps",
-    images=fast(16_000, 3_200), batch_size=32, lr=2e-3, warmup_images=fast(1_600, 800), device="cpu",
+    data="leaves", image_size=16, train_images=fast(4096, 1024), model="micro", weighting="const-eps",
+    images=fast(16_000, 1_280), batch_size=fast(32, 16), lr=2e-3, warmup_images=fast(1_600, 160), device="cpu",
 )  # fmt: skip
 data = load_split(config, "train", torch.device("cpu"))
 test = load_split(config, "test", torch.device("cpu"))
@@ -128,7 +128,7 @@ theirs = [record.losses for record, _ in zip(iterate(state, data, config), range
 for a, b in zip(mine, theirs, strict=True):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg="the step by hand and the package's must agree")
 print(
-    f"{count_parameters(model):,} parameters; three steps by hand and three of the package give the same {3 * 32} losses"
+    f"{count_parameters(model):,} parameters; three steps by hand and three of the package give the same {3 * config.batch_size} losses"
 )
 
 # %% [markdown]
@@ -139,7 +139,7 @@ print(
 # state in between.
 
 # %%
-short = dataclasses.replace(config, images=12 * 32, weighting="dy-sigma")
+short = dataclasses.replace(config, images=12 * config.batch_size, weighting="dy-sigma")
 
 
 def parameters(state):
@@ -177,9 +177,9 @@ print(f"12 steps and 7 + 5 steps end with the same {len(parameters(whole)):,} nu
 # | const-x0 | $\propto 1/\mathrm{SNR}$ | printed below |
 
 # %%
-timesteps = evaluation_timesteps(1000, 20)
+timesteps, moments = evaluation_timesteps(1000, 20), fast(5, 2)
 seeds, arms = range(fast(3, 2)), ("const-eps", "const-x0")
-held_out = test.images[:32]
+held_out = test.images[: fast(32, 16)]
 
 
 def race(weighting, seed):
@@ -188,7 +188,7 @@ def race(weighting, seed):
     state, curve = build(run, data), []
     judge = make_model("micro", 16)
     for record in iterate(state, data, run):
-        if state.step % (run.num_steps // 5) == 0:
+        if state.step % (run.num_steps // moments) == 0:
             assert torch.isfinite(record.loss), "training must stay finite"
             state.ema.copy_to(judge)
             curve.append(validation_losses(judge, held_out, state.schedule, timesteps=timesteps))
@@ -229,7 +229,7 @@ assert between[:10].mean() > 2 * control[:10].mean(), (
 fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
 plots.loss_by_timestep(left, timesteps, {arm: final[arm].numpy() for arm in arms})
 left.set(title="After training, timestep by timestep", ylabel="loss on held-out images")
-images = [config.images * (i + 1) // 5 for i in range(5)]
+images = [config.images * (i + 1) // moments for i in range(moments)]
 plots.trajectories(right, images, {arm: curves[arm].mean(2).numpy() for arm in arms}, log=True)
 right.set(xlabel="images seen", ylabel="mean loss", title="The mean hides where it happens")
 plots.show(
@@ -287,9 +287,9 @@ assert better.bits_per_dim < bound.bits_per_dim, "the likelihood bound must agre
 
 # %%
 with tempfile.TemporaryDirectory() as scratch:
-    tiny = dataclasses.replace(config, images=320, validation_images=8, validation_timesteps=10)
+    tiny = dataclasses.replace(config, images=10 * config.batch_size, validation_images=8, validation_timesteps=10)
     run = train(tiny, Path(scratch) / "first", progress=False)
-    print(*sorted(p.name for p in run.path.iterdir()), sep="  ")
+    print(*sorted(p.name for p in run.path.glob("[!.]*")), sep="  ")
     print(run.metrics[["step", "images", "mean_loss", "grad_norm"]].dropna().tail(3).round(3).to_string(index=False))
     pipeline = run.pipeline()
 assert pipeline.unet.config.sample_size == 16, "the folder must open as a diffusers pipeline"
