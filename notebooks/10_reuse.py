@@ -42,7 +42,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import integrate, stats
+from scipy import integrate
 from torch import nn
 
 import dysigma
@@ -383,7 +383,8 @@ bits = {arm: integrate.trapezoid(x[:, -1], minus_log_snr) / 2 / math.log(2) for 
 
 def paired(v):
     """Mean of values (seeds,) with its 95 % interval (Student t)."""
-    return np.append(v.mean(), stats.t.interval(0.95, len(v) - 1, v.mean(), stats.sem(v)))
+    mean, half = plots.interval(v)
+    return np.array([mean, mean - half, mean + half])
 
 
 def sooner(arm, baseline, share=0.4):
