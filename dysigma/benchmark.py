@@ -179,6 +179,7 @@ def step_costs(config: TrainConfig, rounds: int, device: torch.device, peak: flo
     "ratio" of its seconds to ours (median over rounds), "bytes" at the peak (CUDA alone). "parts" has the seconds of
     the parts of ours.
     """
+    torch.compiler.reset()  # else the ninth network of another size or batch is refused
     data = load_split(config, "train", device)
     makers: dict[str, Any] = {"dysigma": _own_step, "diffusers recipe": _recipe_step}
     makers |= {"diffusers recipe, bf16": functools.partial(_recipe_step, low=True)}
