@@ -402,10 +402,8 @@ for arm in arms[1:]:
 tests = [("min-snr", "const-eps", 0.4), ("uncertainty", "const-eps", 0.4), ("const-x0", "const-eps", 0.4)]
 for arm, baseline, share in [*tests, *(("dy-sigma", b, part) for b in ("const-eps", "min-snr") for part in (0.2, 0.4))]:
     s = sooner(arm, baseline, share)
-    interval, never = (
-        f"[{s.low:.2f}, {s.high:.2f}]",
-        f"{s.censored_arm} seeds never get there" if s.censored_arm else "",
-    )
+    interval = f"[{s.low:.2f}, {s.high:.2f}]"
+    never = f"{s.censored_arm} seeds never get there" if s.censored_arm else ""
     print(f"speed-up of {arm:>11} over {baseline:>9}, {share:.0%}: {s.bound} {s.ratio:.2f}", never or interval)
 reveal(QUESTION_SPEED, round(sooner("dy-sigma", "const-eps").ratio, 2))
 
