@@ -78,7 +78,7 @@ def load_features(source: str, device: torch.device | str = "cpu", file: Path | 
     path = inception(file) if source == "fid" else Path(file or source)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript, the format that needs no code to open
+            warnings.simplefilter("ignore")  # of TorchScript, deprecated, but the format that needs no code to open
             network: Any = torch.jit.load(path, map_location=device)
         options = {"return_features": True} if "return_features" in str(network.forward.schema) else {}
     except (RuntimeError, ValueError) as error:

@@ -3,13 +3,14 @@
 import hashlib
 
 import numpy as np
+import PIL.Image
 import pytest
 import safetensors.torch
 import scipy.linalg
 import torch
 
 from dysigma import distances
-from dysigma.data import data_folder
+from dysigma.data import data_folder, leaves
 from dysigma.distances import (
     Features,
     Moments,
@@ -72,6 +73,13 @@ def test_any_torchscript_network_serves(tmp_path):
     torch.testing.assert_close(found, images.double().mean([2, 3]), rtol=1e-6, atol=0)
 
 
+def test_opening_a_network_warns_of_nothing(tmp_path, recwarn):
+    file = save(tmp_path / "net.pt")
+    recwarn.clear()
+    load_features(str(file))
+    assert not recwarn.list
+
+
 def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"must be .pixels., .fid. or a TorchScript file; nowhere\.pt does not exist"):
         load_features("nowhere.pt")
@@ -92,7 +100,7 @@ class Means(torch.nn.Module):
 
 
 def save(path, network=None):
-    torch.jit.save(torch.jit.script(network or Means()), str(path))
+    torch.jit.save(torch.jit.script(network or Means()), str(path))  # what is traced stays as it is
     return path
 
 
@@ -169,6 +177,48 @@ def test_agrees_with_torchmetrics():
     assert frechet_distance(a, b) == pytest.approx(wanted, rel=1e-6)
     subsets = [kid.poly_mmd(x[i::10][:20].float(), y[i::10][:20].float()) for i in range(10)]
     assert kernel_distance(x, y)[0] == pytest.approx(float(torch.stack(subsets).mean()), rel=1e-3)
+
+
+def random_inception(inception, dims, patch):
+    """pytorch-fid's network with random weights, for those of FID are no part of it."""
+    patch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: {})
+    patch.setattr(torch.nn.Module, "load_state_dict", lambda *_, **__: None)
+    torch.manual_seed(0)
+    return inception.InceptionV3([inception.InceptionV3.BLOCK_INDEX_BY_DIM[dims]]).eval()
+
+
+def test_agrees_with_pytorch_fid_and_torch_fidelity_on_the_same_images(tmp_path, monkeypatch):
+    """Theirs from PNG files through their own reader, network and matrix root; ours from the pixels in memory."""
+    inception, score = (pytest.importorskip(f"pytorch_fid.{name}") for name in ("inception", "fid_score"))
+    kid, dims = pytest.importorskip("torch_fidelity.metric_kid"), 64
+    with monkeypatch.context() as patch:
+        network = random_inception(inception, dims, patch)
+    monkeypatch.setattr(score, "InceptionV3", lambda blocks: network)
+    monkeypatch.setattr(
+        score.InceptionV3, "BLOCK_INDEX_BY_DIM", inception.InceptionV3.BLOCK_INDEX_BY_DIM, raising=False
+    )
+    parts = leaves(60, 32).images.split(30)
+    for name, images in zip("ab", parts, strict=True):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(images):
+            PIL.Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{i:02d}.png")
+    theirs = score.calculate_fid_given_paths([str(tmp_path / name) for name in "ab"], 10, "cpu", dims, num_workers=0)
+
+    class Pooled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.network(images.float() / 255)[0].mean([2, 3])
+
+    traced = torch.jit.trace(Pooled().eval(), parts[0][:2])
+    features = load_features(str(save(tmp_path / "net.pt", traced)))
+    x, y = (extract(features, images) for images in parts)
+    assert frechet_distance(moments(x), moments(y)) == pytest.approx(theirs, rel=1e-3)
+    options = {"kid_kernel": "poly", "kid_kernel_poly_degree": 3, "kid_kernel_poly_coef0": 1.0}
+    subsets = [kid.kernel_mmd(x[i::10].numpy(), y[i::10].numpy(), **options) for i in range(10)]
+    assert kernel_distance(x, y)[0] == pytest.approx(np.mean(subsets), rel=1e-9)
 
 
 def test_fid_uses_the_pinned_file_alone(tmp_path, monkeypatch):
