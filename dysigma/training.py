@@ -431,7 +431,7 @@ def train_step(state: TrainState, data: ImageData, config: TrainConfig) -> StepR
     return StepRecord(step, timesteps, every, total, grad_norm)
 
 
-def _check_compiled(state: TrainState, data: ImageData, config: TrainConfig) -> None:
+def check_compiled(state: TrainState, data: ImageData, config: TrainConfig) -> None:
     """Refuse generated code whose gradient is not that of the network itself; bfloat16 alone makes 1 to 3 %."""
     part, device, found = _share(config, data.images.device)[0], data.images.device, []
     images, labels, _ = batch(data, config.seed, 0, config.batch_size)
@@ -681,7 +681,7 @@ def train(
         recorder = _Recorder(config, data, test, out)
         try:
             if recorder.state.forward is not recorder.state.model:
-                _check_compiled(recorder.state, data, config)
+                check_compiled(recorder.state, data, config)
             # Claimed only now, so that a misspelled name or missing data leaves no half-made run behind.
             with runs.lock(out) if first else nullcontext():
                 _train(data, recorder, resume, progress, finish)

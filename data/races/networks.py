@@ -22,7 +22,7 @@ from dysigma.benchmark import flops_per_image
 from dysigma.evaluation import elbo, evaluation_timesteps, validation_losses
 from dysigma.models import PRESETS, count_parameters
 from dysigma.runs import provenance, read_json, write_json
-from dysigma.training import TrainConfig, build, fast_kernels, iterate, load_split, resolve_device
+from dysigma.training import TrainConfig, build, check_compiled, fast_kernels, iterate, load_split, resolve_device
 
 COMPACT = PRESETS["compact"]
 CANDIDATES = {
@@ -59,6 +59,8 @@ def run(config: TrainConfig, seconds: float) -> dict[str, Any]:
         train, test = load_split(config, "train", device), load_split(config, "test", device)
         state, curve = build(config, train), []
         steps = iterate(state, train, config)
+        if state.forward is not state.model:
+            check_compiled(state, train, config)
         [*itertools.islice(steps, 10)][-1].loss.item()
         spent, first = 0.0, state.step
         for due in (seconds / 4, seconds / 2, seconds):
@@ -69,14 +71,10 @@ def run(config: TrainConfig, seconds: float) -> dict[str, Any]:
             spent += time.perf_counter() - start
             row = {"seconds": spent, "images": state.step * config.batch_size}
             curve.append(row | judge(state, config, test.images[: config.validation_images]))
-    flops, speed = (
-        flops_per_image(config.model, train.images.shape[-1]),
-        (state.step - first) * config.batch_size / spent,
-    )
-    return {
-        "network": config.model, "seed": config.seed, "parameters": count_parameters(state.model),
-        "flops_per_image": flops, "images_per_second": speed, "curve": curve,
-    }  # fmt: skip
+    row = {"network": config.model, "seed": config.seed, "parameters": count_parameters(state.model)}
+    row |= {"flops_per_image": flops_per_image(config.model, train.images.shape[-1])}
+    row |= {"images_per_second": (state.step - first) * config.batch_size / spent}
+    return row | {"curve": curve}
 
 
 def parse() -> argparse.Namespace:
@@ -93,6 +91,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmup-images", type=int, default=50_000)
     parser.add_argument("--validation-images", type=int, default=1024)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction)
     parser.add_argument("--out", type=Path, required=True, help="JSON")
     return parser.parse_args()
 

@@ -86,6 +86,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction)
     parser.add_argument("--out", type=Path, required=True, help="JSON")
     return parser.parse_args()
 
