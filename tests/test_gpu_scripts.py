@@ -24,8 +24,16 @@ networks, together = (importlib.import_module(name) for name in ("networks", "to
 sys.path.pop(0)
 
 
+@pytest.fixture
+def candidates(monkeypatch):
+    """Among the presets for the time of one test; importing the script must not do that."""
+    assert {*PRESETS} & {*networks.CANDIDATES} == {"compact"}
+    for name, preset in networks.CANDIDATES.items():
+        monkeypatch.setitem(PRESETS, name, preset)
+
+
 @pytest.mark.parametrize(("name", "options"), SCRIPTS)
-def test_each_script_that_waits_for_a_gpu_takes_its_options(name, options, monkeypatch):
+def test_each_script_that_waits_for_a_gpu_takes_its_options(name, options, monkeypatch, candidates):
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.setattr("sys.argv", [name, *shlex.split(options)])
     args = vars(importlib.import_module(name).parse())
@@ -70,13 +78,13 @@ def test_trainings_at_once_are_processes(monkeypatch):
     assert together.measure(SMALL, 2, 1, 2)["images_per_second"] > 0
 
 
-def test_every_candidate_is_a_network_for_images_of_cifar10():
+def test_every_candidate_is_a_network_for_images_of_cifar10(candidates):
     assert PRESETS["compact"] == networks.COMPACT and len(networks.CANDIDATES) >= 8
     for name in networks.CANDIDATES:
         make_model(name, 32)
 
 
-def test_candidates_are_trained_for_a_time_judged_on_the_way_and_resumed(tmp_path, monkeypatch):
+def test_candidates_are_trained_for_a_time_judged_on_the_way_and_resumed(tmp_path, monkeypatch, candidates):
     sizes = ["--seconds=0.4", "--image-size=8", "--warmup-images=8", "--validation-images=4", "--device=cpu"]
     sizes += ["--batch-size", "4"]
     out = tmp_path / "n.json"

@@ -25,7 +25,7 @@ from dysigma.runs import provenance, read_json, write_json
 from dysigma.training import TrainConfig, build, check_compiled, fast_kernels, iterate, load_split, resolve_device
 
 COMPACT = PRESETS["compact"]
-CANDIDATES = {
+_CHANGES: dict[str, dict[str, Any]] = {
     "compact": {},
     "groups of 8": {"norm_num_groups": 8},
     "no attention": {"attention": ()},
@@ -37,8 +37,7 @@ CANDIDATES = {
     "narrow": {"block_out_channels": (32, 64, 64, 64)},
     "three levels": {"block_out_channels": (64, 128, 128), "attention": (1,)},
 }
-for _name, _changes in CANDIDATES.items():
-    PRESETS[_name] = COMPACT | _changes
+CANDIDATES = {name: COMPACT | changes for name, changes in _CHANGES.items()}
 
 
 def judge(state: Any, config: TrainConfig, images: torch.Tensor) -> dict[str, float]:
@@ -80,7 +79,7 @@ def run(config: TrainConfig, seconds: float) -> dict[str, Any]:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--networks", nargs="+", default=[*CANDIDATES], help=f"of {[*PRESETS]}")
+    parser.add_argument("--networks", nargs="+", choices=PRESETS | CANDIDATES, default=[*CANDIDATES])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--data", default="leaves")
@@ -99,6 +98,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Train what is missing, print and write."""
     args = vars(parse())
+    PRESETS.update(CANDIDATES)
     networks, seeds, seconds, out = (args.pop(name) for name in ("networks", "seeds", "seconds", "out"))
     settings = {key: value for key, value in args.items() if key not in ("data_root", "device")} | {"seconds": seconds}
     record = read_json(out) if out.exists() else {"settings": settings, "rows": []}
