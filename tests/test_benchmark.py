@@ -68,7 +68,10 @@ def test_a_batch_larger_than_the_number_of_timesteps_is_timed_too(monkeypatch):
         train_images=45,
         images=10**6,
     )
-    assert benchmark.conflict_costs(config, 1, CPU, 1.0)["batch_per_bin"] == 5
+    found = benchmark.conflict_costs(config, 1, CPU, step=0.25)
+    assert found["batch_per_bin"] == 5
+    steps = 50 / 45  # of 0.25 seconds, on the 50 samples of a micro-batch
+    assert found["ratio"] == pytest.approx(found["seconds"] / (steps * 0.25))
 
 
 def test_the_record_holds_what_ran_and_why_the_rest_did_not(monkeypatch, tmp_path, capsys):

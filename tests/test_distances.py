@@ -251,10 +251,14 @@ def test_features_of_the_same_images_are_computed_once(tmp_path):
         (counted, changed),
         (counted, images.flip(0)),
         (counted, images.mT.contiguous()),
+        (counted, images.view(30, 3, 2, 8)),
         (other, images),
     ):
         assert torch.equal(reference_features(which, what), extract(features, what))
-    assert calls == [30] * 5
+    assert calls == [30] * 6
+    kept = len([*(data_folder() / "features").iterdir()])
+    reference_features(load_features("pixels"), images)
+    assert len([*(data_folder() / "features").iterdir()]) == kept == 6, "pixels are not worth a file"
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "of another network", "no features", "empty"])

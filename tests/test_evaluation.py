@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dysigma.evaluation import SAMPLERS, elbo, evaluation_timesteps, sample_images, validation_losses
+from dysigma.models import make_model
 from dysigma.schedule import NoiseSchedule
 
 
@@ -101,6 +102,14 @@ def test_every_image_has_a_label_of_its_own():
     schedule = NoiseSchedule.linear()
     with pytest.raises(ValueError, match="one label for each of 5 images; got 2"):
         sample_images(Gaussian(schedule, 0.25), schedule, (5, 3, 4, 4), labels=torch.tensor([0, 1]))
+
+
+def test_a_network_that_has_classes_draws_them_in_turn_unless_told():
+    network, schedule = make_model("micro", 8, num_classes=3), NoiseSchedule.linear()
+    turn, one = (torch.tensor(labels) for labels in ([0, 1, 2, 0, 1], [1] * 5))
+    drawn = [sample_images(network, schedule, (5, 3, 8, 8), num_steps=2, labels=labels) for labels in (None, turn, one)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert [torch.equal(a, b) for a, b in zip(drawn[1], drawn[2], strict=True)] == [False, True, False, False, True]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

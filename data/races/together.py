@@ -100,8 +100,9 @@ def main() -> None:
         rows.append(measure(config, count, warmup, steps))
         row = rows[-1]
         print(count, row.get("fails") or f"{row['images_per_second']:,.0f} images/s together", flush=True)
-        record = {**args, "data_root": None, "warmup": warmup, "steps": steps, "rows": rows}
-        write_json(out, record | {"provenance": provenance()})
+        settings = {key: value for key, value in args.items() if key != "data_root"}
+        record = settings | {"warmup": warmup, "steps": steps, "rows": rows, "provenance": provenance()}
+        write_json(out, record)
 
 
 if __name__ == "__main__":
