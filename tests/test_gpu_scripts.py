@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from dysigma.models import PRESETS, make_model
-from dysigma.training import TrainConfig
+from dysigma.training import TrainConfig, build, load_split
 
 FOLDER = Path(__file__).resolve().parent.parent / "data/races"
 SCRIPTS = re.findall(r"`python data/races/(\w+)\.py ([^`]*)`", (FOLDER.parent / "gpu-backlog.md").read_text())
@@ -93,6 +94,15 @@ def test_every_candidate_is_a_network_for_images_of_cifar10(candidates):
     assert PRESETS["compact"] == networks.COMPACT and len(networks.CANDIDATES) >= 8
     for name in networks.CANDIDATES:
         make_model(name, 32)
+
+
+def test_candidates_are_judged_by_their_averaged_weights():
+    train, test = (load_split(SMALL, split, torch.device("cpu")) for split in ("train", "test"))
+    state = build(SMALL, train)
+    before = networks.judge(state, SMALL, test.images[:4])
+    with torch.no_grad():
+        next(state.model.parameters()).add_(9)
+    assert networks.judge(state, SMALL, test.images[:4]) == before
 
 
 def test_candidates_are_trained_for_a_time_judged_on_the_way_and_resumed(tmp_path, monkeypatch, candidates):
