@@ -276,7 +276,7 @@ def load_run(path: str | Path) -> Run:
     """Read a run folder; RunError if it is not one."""
     path = Path(path)
     if not (path / "config.json").is_file():
-        raise RunError(f"{path} is not a run folder (it has no config.json); dysigma train --out {path} makes one")
+        raise RunError(f"{path} is not a run folder (it has no config.json); dysigma runs FOLDER lists those there are")
     summary = path / "summary.json"
     return Run(path, read_config(path / "config.json"), read_config(summary) if summary.exists() else {})
 

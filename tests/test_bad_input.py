@@ -43,7 +43,7 @@ from dysigma.weightings import GRAMIAN_RULES, VARIANTS, WEIGHTINGS, fluctuation,
 T = NoiseSchedule.linear(50)
 IMAGES = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
 LOSSES, TIMESTEPS = torch.ones(4), torch.arange(4)
-NO_RUN = "is not a run folder (it has no config.json); dysigma train --out DIR/none makes one"
+NO_RUN = "is not a run folder (it has no config.json); dysigma runs FOLDER lists those there are"
 NO_SNR = (
     "prediction_type='epsilon' has no weight where SNR = 0 (zero terminal SNR): the input there is the noise, whose "
     "error says nothing about x0. Use 'v_prediction' or 'sample', or a schedule that ends above 0"
