@@ -219,7 +219,7 @@ def _metric(args: argparse.Namespace, device: Any) -> tuple[Any, dict[str, Any]]
     from .distances import load_features
 
     if args.metric is None or min(args.samples) < 20:
-        raise ValueError(f"choose a --metric, and --samples from 20 on; got {args.metric} and {args.samples}")
+        raise ValueError(f"choose a --metric, and --samples of 20 or more; got {args.metric} and {args.samples}")
     features = load_features(args.metric, device, args.features)
     name = (args.metric if args.features else Path(args.metric).stem).removeprefix("fd_")
     title = {"pixels": "pixels (not FID)", "fid": "FID"}.get(args.metric, f"fd_{name} (not FID)")
