@@ -6,6 +6,7 @@ The published .ipynb files are read, not executed, except two that run in fast m
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import itertools
 import json
@@ -347,7 +348,9 @@ def test_a_kernel_that_dies_is_a_failure_like_others(project):
 def test_an_interrupt_stops_the_kernel_and_says_where(project, tmp_path):
     source = project("07_slow", "# %%\nimport pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(600)")
     command = [sys.executable, "-m", "dysigma", "notebooks", "--folder", source.parent]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    # Background jobs of a shell ignore SIGINT, and what they start inherits that.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=heard)
     while not (source.parent / "begun").exists():
         assert running.poll() is None
         time.sleep(0.1)
