@@ -37,7 +37,7 @@ test: $(STAMP)  ## lint, format check, types, tests
 
 lowest:  ## the tests with the lowest versions that pyproject.toml allows, in .venv-lowest (with python3.11)
 	$(PY) -m venv .venv-lowest
-	$(PY) tests/lowest.py $(LOWEST) > .venv-lowest/constraints.txt
+	$(PY) tests/tools/lowest.py $(LOWEST) > .venv-lowest/constraints.txt
 	.venv-lowest/bin/python -m pip install -q -c .venv-lowest/constraints.txt -e ".[notebooks,test]"
 	.venv-lowest/bin/python -m pytest -q $(PYTEST_FLAGS)
 
@@ -52,13 +52,13 @@ docs: $(VENV)/.docs  ## build the site into build/site: notebooks, API, notation
 	@echo "open build/site/index.html"
 
 browser: $(VENV)/.browser  ## run notebooks 00 and 01 in JupyterLab in a headless Chromium, and take pictures
-	$(BIN)/python tests/browser.py --out runs/browser
+	$(BIN)/python tests/tools/browser.py --out runs/browser
 
 faults: $(STAMP)  ## kill training runs at 50 moments and compare their ends with uninterrupted ones (long)
-	$(BIN)/python tests/faults.py --kills 50 --out runs/faults.json
+	$(BIN)/python tests/tools/faults.py --kills 50 --out runs/faults.json
 
 mutants: $(STAMP)  ## change one operator or number at a time and see whether tests notice (an hour)
-	$(BIN)/python tests/mutants.py --each 30 --out runs/mutants.json
+	$(BIN)/python tests/tools/mutants.py --each 30 --out runs/mutants.json
 
 coverage: $(VENV)/.coverage  ## lines and branches that the tests run; below 90 % is an error
 	$(BIN)/coverage run -m pytest -q $(PYTEST_FLAGS)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .draws import check_timesteps
+from .checks import check_timesteps
 
 
 class Bins(nn.Module):
@@ -34,7 +34,9 @@ class Bins(nn.Module):
     def uniform(cls, num_timesteps: int, num_bins: int) -> Bins:
         """num_bins bins of equal width in t, to within one timestep."""
         if not isinstance(num_bins, int) or not 1 <= num_bins <= num_timesteps:
-            raise ValueError(f"bins must be an int in [1, {num_timesteps}], the number of timesteps; got {num_bins!r}")
+            raise ValueError(
+                f"bins must be an int in [1, {num_timesteps}], the number of timesteps; got {num_bins!r}"
+            )
         return cls(torch.arange(num_bins + 1) * num_timesteps // num_bins)
 
     @classmethod
@@ -44,8 +46,14 @@ class Bins(nn.Module):
         Every bin holds a timestep at least, so one that outweighs a bin's share makes its neighbours' bins lighter.
         """
         values = values.detach().to("cpu", torch.float64)
-        if values.ndim != 1 or not bool((torch.isfinite(values) & (values >= 0)).all()) or not values.sum() > 0:
-            raise ValueError(f"values must be (T,), finite, >= 0 and not all 0; got shape {tuple(values.shape)}")
+        if (
+            values.ndim != 1
+            or not bool((torch.isfinite(values) & (values >= 0)).all())
+            or not values.sum() > 0
+        ):
+            raise ValueError(
+                f"values must be (T,), finite, >= 0 and not all 0; got shape {tuple(values.shape)}"
+            )
         total, k = values.cumsum(0), torch.arange(num_bins + 1)
         # A timestep lies below an edge if at least half of its own mass does.
         edges = torch.searchsorted(total - values / 2, k / num_bins * total[-1])
@@ -57,7 +65,9 @@ class Bins(nn.Module):
         """Bins of nearly equal width in log SNR, for log_snr (T,) decreasing; a step at -inf joins the last bin."""
         finite = log_snr[torch.isfinite(log_snr)]
         widths = -torch.gradient(finite)[0]
-        return cls.equal_mass(torch.cat([widths, widths.new_zeros(len(log_snr) - len(finite))]), num_bins)
+        return cls.equal_mass(
+            torch.cat([widths, widths.new_zeros(len(log_snr) - len(finite))]), num_bins
+        )
 
     @property
     def num_bins(self) -> int:
@@ -91,13 +101,3 @@ class Bins(nn.Module):
         passed = ((t - self.centers[:-1]) / self.centers.diff()).clamp(0, 1)
         one = torch.ones_like(t)
         return (torch.cat([one, passed], 1) - torch.cat([passed, 0 * one], 1)).float()
-
-
-def over_ranks(*columns: Tensor) -> tuple[Tensor, ...]:
-    """Detached float32 columns (B,), those of all ranks one after the other; every rank must bring the same B."""
-    mine = torch.stack([column.detach().float() for column in columns])  # exact for timesteps below 2^24
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return tuple(mine)
-    every = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(every, mine)
-    return tuple(torch.cat(every, dim=1))

@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .data import check_digest, data_folder, download
-from .runs import digest, write_atomically
+from .downloads import check_digest, data_folder, download
+from .runs.files import digest, write_atomically
 
 # The network of most published FIDs (Heusel et al. 2017), translated to TorchScript by the authors of StyleGAN2-ADA;
 # it resizes the images itself. k-diffusion and others pin the same hash.
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+
 INCEPTION_BYTES = 95_607_719
+
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 
 
@@ -66,7 +68,9 @@ def inception(file: str | Path | None = None) -> Path:
     return path
 
 
-def load_features(source: str, device: torch.device | str = "cpu", file: Path | None = None) -> Features:
+def load_features(
+    source: str, device: torch.device | str = "cpu", file: Path | None = None
+) -> Features:
     """What turns images into features.
 
     source: "pixels", each image as one vector in [-1, 1]; "fid", the network of FID; or a TorchScript file that does
@@ -78,27 +82,43 @@ def load_features(source: str, device: torch.device | str = "cpu", file: Path | 
     path = inception(file) if source == "fid" else Path(file or source)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of TorchScript, deprecated, but the format that needs no code to open
+            warnings.simplefilter(
+                "ignore"
+            )  # of TorchScript, deprecated, but the format that needs no code to open
             network: Any = torch.jit.load(path, map_location=device)
-        options = {"return_features": True} if "return_features" in str(network.forward.schema) else {}
+        options = (
+            {"return_features": True} if "return_features" in str(network.forward.schema) else {}
+        )
     except (RuntimeError, ValueError) as error:
         what = "is not a TorchScript file" if path.is_file() else "does not exist"
-        raise ValueError(f"features must be 'pixels', 'fid' or a TorchScript file; {path} {what}") from error
+        raise ValueError(
+            f"features must be 'pixels', 'fid' or a TorchScript file; {path} {what}"
+        ) from error
 
     def features(images: Tensor) -> Tensor:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # whose rounding a distance would show
+        with torch.backends.cudnn.flags(
+            enabled=True, allow_tf32=False
+        ):  # whose rounding a distance would show
             return network(images.to(device).expand(-1, 3, -1, -1), **options)
 
     return Features(features, digest(path.read_bytes()))
 
 
 @torch.no_grad()
-def extract(features: Features, images: Tensor, batch_size: int = 256, progress: bool = False) -> Tensor:
+def extract(
+    features: Features, images: Tensor, batch_size: int = 256, progress: bool = False
+) -> Tensor:
     """Features (N, D) float64 of uint8 images (N, C, H, W); on a CUDA device if they come from one, else on the CPU."""
     from tqdm.auto import tqdm
 
     found = []
-    for part in tqdm(images.split(batch_size), "features", unit="img", unit_scale=batch_size, disable=not progress):
+    for part in tqdm(
+        images.split(batch_size),
+        "features",
+        unit="img",
+        unit_scale=batch_size,
+        disable=not progress,
+    ):
         values = features.function(part)
         found.append(values.to(values.device if values.is_cuda else "cpu"))
     return torch.cat(found).double()
@@ -117,7 +137,10 @@ def reference_features(features: Features, images: Tensor, progress: bool = Fals
     pixels, whole = images.cpu().numpy(), False
     key = digest(f"{features.sha256} {pixels.shape}".encode() + pixels.tobytes())
     path = data_folder() / "features" / f"{key}.safetensors"
-    with suppress(Exception), safe_open(path, "pt") as file:  # what is no such file raises almost anything
+    with (
+        suppress(Exception),
+        safe_open(path, "pt") as file,
+    ):  # what is no such file raises almost anything
         found = file.get_tensor("features")
         whole = file.metadata() == {"check": digest(key.encode() + found.numpy().tobytes())}
     if not whole:
@@ -135,8 +158,12 @@ def reference_features(features: Features, images: Tensor, progress: bool = Fals
 def moments(features: Tensor) -> Moments:
     """Mean and covariance (over N - 1) of features (N, D). Raises ValueError for fewer than two rows."""
     if features.ndim != 2 or len(features) < 2 or not features.isfinite().all():
-        raise ValueError(f"features must be finite, (N, D), N >= 2; got shape {tuple(features.shape)}")
-    return Moments(features.double().mean(0), torch.atleast_2d(features.double().T.cov()), len(features))
+        raise ValueError(
+            f"features must be finite, (N, D), N >= 2; got shape {tuple(features.shape)}"
+        )
+    return Moments(
+        features.double().mean(0), torch.atleast_2d(features.double().T.cov()), len(features)
+    )
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
@@ -146,7 +173,9 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """
     # A and B both semi-definite: the roots of the eigenvalues of A B are those of the symmetric B^(1/2) A B^(1/2).
     cross = torch.linalg.eigvalsh(b.root @ a.covariance @ b.root).clamp(min=0).sqrt().sum()
-    square = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
+    square = (
+        (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
+    )
     return float(square)
 
 
@@ -158,12 +187,16 @@ def kernel_distance(x: Tensor, y: Tensor) -> tuple[float, float]:
     """
     rows = min(len(x), len(y))
     if rows < 20:
-        raise ValueError(f"a kernel distance needs 20 images of each kind or more; got {len(x)} and {len(y)}")
+        raise ValueError(
+            f"a kernel distance needs 20 images of each kind or more; got {len(x)} and {len(y)}"
+        )
     count = max(10, rows // 1000)
     size, values = rows // count, []
     for i in range(count):
         a, b = x[i::count][:size], y[i::count][:size]
-        within = sum((k.sum() - k.trace()) for k in (_kernel(a, a), _kernel(b, b))) / (size * (size - 1))
+        within = sum((k.sum() - k.trace()) for k in (_kernel(a, a), _kernel(b, b))) / (
+            size * (size - 1)
+        )
         values.append(within - 2 * _kernel(a, b).mean())
     found = torch.stack(values)
     return float(found.mean()), float(found.std() / count**0.5)
@@ -193,9 +226,20 @@ def compare_features(features: Tensor, reference: Tensor) -> dict[str, Any]:
         values.append(frechet_distance(Moments(whole.mean + mean, covariance, number), target))
     distance = frechet_distance(whole, target)
     pseudo = groups * distance - (groups - 1) * torch.tensor(values, dtype=torch.float64)
-    limit, half = float(pseudo.mean()), 2.262 * float(pseudo.std()) / groups**0.5  # Student's t, 9 degrees of freedom
+    limit, half = (
+        float(pseudo.mean()),
+        2.262 * float(pseudo.std()) / groups**0.5,
+    )  # Student's t, 9 degrees of freedom
     found: dict[str, Any] = {"distance": distance, "interval": [distance - half, distance + half]}
     known = whole.number >= 5 * features.shape[1]
-    found |= {"limit": limit, "limit_interval": [limit - half, limit + half]} if known else {"limit": None}
+    found |= (
+        {"limit": limit, "limit_interval": [limit - half, limit + half]}
+        if known
+        else {"limit": None}
+    )
     found |= {"kid": kid, "kid_standard_error": kid_se}
-    return found | {"images": whole.number, "reference_images": target.number, "features": features.shape[1]}
+    return found | {
+        "images": whole.number,
+        "reference_images": target.number,
+        "features": features.shape[1],
+    }

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .draws import check_name, generator
+from .checks import check_name
 from .objective import predict, sample_losses
-from .plots import tile
+from .randomness import generator
 from .schedule import NoiseSchedule, canonical_prediction_type
 
-SAMPLERS = {"ddim": "DDIM", "dpm-solver": "DPMSolverMultistep", "heun": "HeunDiscrete", "ddpm": "DDPM"}  # of diffusers
+SAMPLERS = {
+    "ddim": "DDIM",
+    "dpm-solver": "DPMSolverMultistep",
+    "heun": "HeunDiscrete",
+    "ddpm": "DDPM",
+}  # of diffusers
 
 
 def _model_kwargs(labels: Tensor | None) -> dict[str, Tensor]:
@@ -25,7 +29,9 @@ def _model_kwargs(labels: Tensor | None) -> dict[str, Tensor]:
 def evaluation_timesteps(num_timesteps: int, count: int) -> Tensor:
     """count int64 timesteps at the midpoints of equal slices of [0, num_timesteps)."""
     if not 1 <= count <= num_timesteps:
-        raise ValueError(f"count must be from 1 to {num_timesteps}, the number of timesteps; got {count}")
+        raise ValueError(
+            f"count must be from 1 to {num_timesteps}, the number of timesteps; got {count}"
+        )
     return ((torch.arange(count, dtype=torch.float64) + 0.5) * num_timesteps / count).long()
 
 
@@ -62,12 +68,16 @@ def validation_losses(
     model.eval()
     totals = torch.zeros(len(timesteps), dtype=torch.float64, device=images.device)
     count = len(images) * len(timesteps)
-    for start in tqdm(range(0, count, batch_size), desc="losses", unit="batch", disable=not progress):
+    for start in tqdm(
+        range(0, count, batch_size), desc="losses", unit="batch", disable=not progress
+    ):
         flat = torch.arange(start, min(start + batch_size, count), device=images.device)
         image, position = flat % len(images), flat // len(images)
         chosen = timesteps.to(images.device)[position]
         kwargs = _model_kwargs(None if labels is None else labels[image])
-        losses = sample_losses(model, schedule, x0[image], noise[image], chosen, prediction_type, **kwargs)
+        losses = sample_losses(
+            model, schedule, x0[image], noise[image], chosen, prediction_type, **kwargs
+        )
         totals.index_add_(0, position, losses.double())
     model.train(was_training)
     return totals.cpu() / len(images)
@@ -106,10 +116,17 @@ def elbo(
     """
     from tqdm.auto import tqdm
 
-    if canonical_prediction_type(prediction_type) == "epsilon" and schedule.log_snr[-1] == -math.inf:
-        raise ValueError("an epsilon model implies no x0 at zero SNR, hence no ELBO on this schedule; use v_prediction")
+    if (
+        canonical_prediction_type(prediction_type) == "epsilon"
+        and schedule.log_snr[-1] == -math.inf
+    ):
+        raise ValueError(
+            "an epsilon model implies no x0 at zero SNR, hence no ELBO on this schedule; use v_prediction"
+        )
     if len(images) < 2 or timesteps_per_image < 1:
-        raise ValueError(f"an ELBO needs 2 images or more, 1 timestep each; got {len(images)}, {timesteps_per_image}")
+        raise ValueError(
+            f"an ELBO needs 2 images or more, 1 timestep each; got {len(images)}, {timesteps_per_image}"
+        )
     device = images.device
     snr = schedule.log_snr.exp().to(device)
     half_gap = 0.5 * (snr[:-1] - snr[1:])
@@ -120,19 +137,28 @@ def elbo(
     diffusion = torch.zeros(len(images), dtype=torch.float64, device=device)  # nats per image
     was_training = model.training
     model.eval()
-    pairs = tqdm(_pairs(images, seed, timesteps_per_image), "ELBO", timesteps_per_image, disable=not progress)
+    pairs = tqdm(
+        _pairs(images, seed, timesteps_per_image), "ELBO", timesteps_per_image, disable=not progress
+    )
     for stratum, (x0, noise) in enumerate(pairs):
         draw = generator(seed, stratum, "elbo timesteps")
-        u = (stratum + torch.rand(len(images), generator=draw, dtype=torch.float64)) / timesteps_per_image
+        u = (
+            stratum + torch.rand(len(images), generator=draw, dtype=torch.float64)
+        ) / timesteps_per_image
         t = 1 + torch.searchsorted(cumulative, u.to(device)).clamp(max=len(proposal) - 1)
         factor = half_gap[t - 1] / proposal[t - 1] / timesteps_per_image
         for part in torch.arange(len(images), device=device).split(batch_size):
             x_t = schedule.add_noise(x0[part], noise[part], t[part])
-            output = predict(model, x_t, t[part], **_model_kwargs(None if labels is None else labels[part]))
+            output = predict(
+                model, x_t, t[part], **_model_kwargs(None if labels is None else labels[part])
+            )
             error = schedule.to_x0(output.float(), x_t, t[part], prediction_type) - x0[part]
             diffusion[part] += factor[part] * error.double().square().flatten(1).sum(1)
     model.train(was_training)
-    prior, reconstruction = _prior_nats(images, schedule), _reconstruction_nats(images, schedule, seed)
+    prior, reconstruction = (
+        _prior_nats(images, schedule),
+        _reconstruction_nats(images, schedule, seed),
+    )
     scale = images[0].numel() * math.log(2)
     bits = (diffusion + prior + reconstruction) / scale
     terms = (float(term.mean() / scale) for term in (diffusion, prior, reconstruction))
@@ -155,9 +181,15 @@ def _reconstruction_nats(images: Tensor, schedule: NoiseSchedule, seed: int) -> 
     for index, image in enumerate(images):
         draw = generator(seed, index, "reconstruction", device)
         x0 = levels[image.long()].flatten()
-        z = x0 + torch.randn(x0.shape, generator=draw, device=device, dtype=torch.float64) * (2 * half_snr) ** -0.5
+        z = (
+            x0
+            + torch.randn(x0.shape, generator=draw, device=device, dtype=torch.float64)
+            * (2 * half_snr) ** -0.5
+        )
         logits = -half_snr * (z[:, None] - levels).square()
-        nats.append((logits.logsumexp(1) - logits.gather(1, image.long().flatten()[:, None])[:, 0]).sum())
+        nats.append(
+            (logits.logsumexp(1) - logits.gather(1, image.long().flatten()[:, None])[:, 0]).sum()
+        )
     return torch.stack(nats)
 
 
@@ -169,7 +201,9 @@ def check_sampling(schedule: NoiseSchedule, sampler: str, num_steps: int, count:
             f"need 1 image or more and num_steps from 1 to {schedule.num_timesteps}; got {count} and {num_steps}"
         )
     if sampler in ("dpm-solver", "heun") and schedule.log_snr[-1] == -math.inf:
-        raise ValueError(f"{sampler} divides by alpha, which is 0 at the last step of this schedule; use ddim or ddpm")
+        raise ValueError(
+            f"{sampler} divides by alpha, which is 0 at the last step of this schedule; use ddim or ddpm"
+        )
 
 
 @torch.no_grad()
@@ -197,7 +231,9 @@ def sample_images(
     Raises KeyError for an unknown sampler, ValueError for numbers out of range or samples that are not finite.
     """
     check_sampling(schedule, sampler, num_steps, shape[0])
-    if labels is None and (classes := getattr(getattr(model, "config", None), "num_class_embeds", None)):
+    if labels is None and (
+        classes := getattr(getattr(model, "config", None), "num_class_embeds", None)
+    ):
         labels = torch.arange(shape[0]) % classes
     if labels is not None and len(labels) != shape[0]:
         raise ValueError(f"need one label for each of {shape[0]} images; got {len(labels)}")
@@ -207,7 +243,11 @@ def sample_images(
     options: dict[str, Any] = {"timestep_spacing": "trailing"}
     if sampler == "dpm-solver":
         # The others clip the predicted x0 to [-1, 1]; this is the same by another name.
-        options |= {"thresholding": True, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0}
+        options |= {
+            "thresholding": True,
+            "dynamic_thresholding_ratio": 1.0,
+            "sample_max_value": 1.0,
+        }
     else:
         options |= {"clip_sample": True}
     kind = getattr(diffusers, f"{SAMPLERS[sampler]}Scheduler")
@@ -217,31 +257,40 @@ def sample_images(
     model.eval()
     network: Any = torch.compile(model, fullgraph=True, dynamic=False) if compile else model
     done = []
-    with tqdm(total=shape[0], unit="img", desc=f"sampling ({sampler}, {num_steps} steps)", disable=not progress) as bar:
+    with tqdm(
+        total=shape[0],
+        unit="img",
+        desc=f"sampling ({sampler}, {num_steps} steps)",
+        disable=not progress,
+    ) as bar:
         for first in range(0, shape[0], size):
             # A compiled network gets a last batch as large as the others: more than was asked for, cut off below.
             numbers = range(first, first + size if compile else min(first + size, shape[0]))
             latents = [generator(seed, i, "latent", device) for i in numbers]
-            x = torch.stack([torch.randn(shape[1:], generator=latent, device=device) for latent in latents])
-            kwargs = _model_kwargs(None if labels is None else labels.to(device)[[i % shape[0] for i in numbers]])
-            extra = {"generator": generator(seed, first, "sampler noise", device)} if sampler == "ddpm" else {}
+            x = torch.stack(
+                [torch.randn(shape[1:], generator=latent, device=device) for latent in latents]
+            )
+            kwargs = _model_kwargs(
+                None if labels is None else labels.to(device)[[i % shape[0] for i in numbers]]
+            )
+            extra = (
+                {"generator": generator(seed, first, "sampler noise", device)}
+                if sampler == "ddpm"
+                else {}
+            )
             scheduler.set_timesteps((num_steps + 1) // 2 if sampler == "heun" else num_steps)
             x = x * scheduler.init_noise_sigma
             for t in scheduler.timesteps:  # on the host, where diffusers looks them up
                 timesteps = torch.full((len(x),), int(t), device=device)
-                output = predict(network, scheduler.scale_model_input(x, t), timesteps, **kwargs).float()
+                output = predict(
+                    network, scheduler.scale_model_input(x, t), timesteps, **kwargs
+                ).float()
                 x = scheduler.step(output, t, x, **extra).prev_sample
             if not x.isfinite().all():
-                raise ValueError(f"{sampler}, {num_steps} steps: values are not finite. Is the network whole?")
+                raise ValueError(
+                    f"{sampler}, {num_steps} steps: values are not finite. Is the network whole?"
+                )
             done.append(x.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8))
             bar.update(min(size, shape[0] - first))
     model.train(was_training)
     return torch.cat(done)[: shape[0]]
-
-
-def save_grid(images: Tensor, path: Path, columns: int = 8, scale: int = 1) -> None:
-    """Write (N, C, H, W) images as one PNG, row by row, each pixel enlarged `scale` times."""
-    from PIL import Image
-
-    picture: Any = Image.fromarray(tile(images.cpu(), columns))
-    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(path, optimize=True)

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .data import ImageData
-from .draws import generator
+from .data.dataset import ImageData
+from .randomness import generator
 from .schedule import NoiseSchedule, canonical_prediction_type
 
 
@@ -28,7 +28,9 @@ class LinearDenoiser(nn.Module):
     def __init__(self, schedule: NoiseSchedule, variances: Tensor, degree: int = 1) -> None:
         super().__init__()
         log_snr = schedule.log_snr.cpu()
-        if not (1 <= degree <= len(log_snr) and torch.isfinite(log_snr).all() and (variances > 0).all()):
+        if not (
+            1 <= degree <= len(log_snr) and torch.isfinite(log_snr).all() and (variances > 0).all()
+        ):
             raise ValueError(
                 f"need degree in 1..T, finite log-SNR, variances > 0; got {degree}, {log_snr}, {variances}"
             )
@@ -55,7 +57,9 @@ class LinearDenoiser(nn.Module):
 
     def minimiser(self, weights: Tensor) -> Tensor:
         """The theta that minimises sum_t weights_t L_t, for weights (T,) >= 0, not all 0."""
-        normal = torch.einsum("t,td,tr,ts->drs", weights, self.variance, self.features, self.features)
+        normal = torch.einsum(
+            "t,td,tr,ts->drs", weights, self.variance, self.features, self.features
+        )
         # pinv: with fewer weighted timesteps than features any of many theta will do; take the smallest.
         right = torch.einsum("t,tr->r", weights * self.sigma[:, 0], self.features)
         return (torch.linalg.pinv(normal, hermitian=True) @ right).T
@@ -70,7 +74,9 @@ class LinearDenoiser(nn.Module):
 
         objectives: (m, T), each row the weights of one average; mixes: (n, m), each row a weighting of the averages.
         """
-        return torch.stack([objectives @ self.losses(self.minimiser(mix @ objectives)) for mix in mixes])
+        return torch.stack(
+            [objectives @ self.losses(self.minimiser(mix @ objectives)) for mix in mixes]
+        )
 
     def utopia(self, objectives: Tensor) -> Tensor:
         """(m,): the least value of each average, each with a theta of its own; no shared theta reaches all of them."""
@@ -94,9 +100,15 @@ class GaussianMixture:
     """
 
     def __init__(self, probabilities: Tensor, means: Tensor, stds: Tensor) -> None:
-        self.probabilities, self.means, self.variances = probabilities.double(), means.double(), stds.double() ** 2
+        self.probabilities, self.means, self.variances = (
+            probabilities.double(),
+            means.double(),
+            stds.double() ** 2,
+        )
         if not probabilities.shape == means.shape[:1] == stds.shape:
-            raise ValueError(f"need shapes (C,), (C, D), (C,); got {probabilities.shape}, {means.shape}, {stds.shape}")
+            raise ValueError(
+                f"need shapes (C,), (C, D), (C,); got {probabilities.shape}, {means.shape}, {stds.shape}"
+            )
 
     def sample(self, count: int, draw: torch.Generator) -> Tensor:
         """(count, D) samples."""
@@ -106,8 +118,15 @@ class GaussianMixture:
 
     def _log_joint(self, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         variance = alpha**2 * self.variances + sigma**2
-        distance = x_t.square().sum(1, True) - 2 * alpha * x_t @ self.means.T + alpha**2 * self.means.square().sum(1)
-        return self.probabilities.log() - (distance / variance + x_t.shape[1] * (2 * math.pi * variance).log()) / 2
+        distance = (
+            x_t.square().sum(1, True)
+            - 2 * alpha * x_t @ self.means.T
+            + alpha**2 * self.means.square().sum(1)
+        )
+        return (
+            self.probabilities.log()
+            - (distance / variance + x_t.shape[1] * (2 * math.pi * variance).log()) / 2
+        )
 
     def log_density(self, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Log density (B,) of alpha x0 + sigma noise at x_t (B, D) float64; alpha, sigma (B, 1) or (1, 1)."""
@@ -120,16 +139,27 @@ class GaussianMixture:
         return (responsibility - alpha * gain) @ self.means + gain.sum(1, keepdim=True) * x_t
 
     def irreducible(
-        self, schedule: NoiseSchedule, prediction_type: str = "epsilon", *, num_samples: int = 4096, seed: int = 0
+        self,
+        schedule: NoiseSchedule,
+        prediction_type: str = "epsilon",
+        *,
+        num_samples: int = 4096,
+        seed: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Mean loss of the optimal denoiser and its standard error, both (T,); the same draws serve every timestep."""
         draw = generator(seed, 0, "irreducible")
-        x0, denoiser, errors = self.sample(num_samples, draw), OptimalDenoiser(self, schedule, prediction_type), []
+        x0, denoiser, errors = (
+            self.sample(num_samples, draw),
+            OptimalDenoiser(self, schedule, prediction_type),
+            [],
+        )
         noise = torch.randn(x0.shape, generator=draw, dtype=torch.float64)
         for t in range(schedule.num_timesteps):
             timesteps = torch.full((num_samples,), t)
             output = denoiser(schedule.add_noise(x0, noise, timesteps), timesteps)
-            errors.append((output - schedule.target(x0, noise, timesteps, prediction_type)).square().mean(1))
+            errors.append(
+                (output - schedule.target(x0, noise, timesteps, prediction_type)).square().mean(1)
+            )
         losses = torch.stack(errors)
         return losses.mean(1), losses.std(1) / num_samples**0.5
 
@@ -138,7 +168,10 @@ class OptimalDenoiser(nn.Module):
     """The posterior mean of data as a network: forward(x_t (B, ...), timesteps) in the given prediction type."""
 
     def __init__(
-        self, data: GaussianMixture | GaussianField, schedule: NoiseSchedule, prediction_type: str = "epsilon"
+        self,
+        data: GaussianMixture | GaussianField,
+        schedule: NoiseSchedule,
+        prediction_type: str = "epsilon",
     ) -> None:
         super().__init__()
         self.data, self.schedule = data, schedule
@@ -149,7 +182,11 @@ class OptimalDenoiser(nn.Module):
         square = self.schedule.alphas_cumprod[timesteps, None]
         x0 = self.data.posterior_mean(x, square.sqrt(), (1 - square).sqrt())
         noise = (x - square.sqrt() * x0) / (1 - square).sqrt()
-        return self.schedule.target(x0, noise, timesteps, self.prediction_type).to(x_t.dtype).view_as(x_t)
+        return (
+            self.schedule.target(x0, noise, timesteps, self.prediction_type)
+            .to(x_t.dtype)
+            .view_as(x_t)
+        )
 
 
 def field_variances(size: int = 8, std: float = 0.25) -> Tensor:
@@ -173,10 +210,14 @@ class GaussianField(nn.Module):
         """E[x0 | x_t] (B, D): each mode times its gain; alpha and sigma (B, 1)."""
         alpha, sigma = alpha[..., None], sigma[..., None]
         gain = alpha * self.variances / (alpha**2 * self.variances + sigma**2)
-        return torch.fft.ifft2(torch.fft.fft2(x_t.view(-1, *self.variances.shape)) * gain).real.flatten(1)
+        return torch.fft.ifft2(
+            torch.fft.fft2(x_t.view(-1, *self.variances.shape)) * gain
+        ).real.flatten(1)
 
 
-def gaussian_fields(num_images: int, size: int = 8, seed: int = 0, split: str = "train") -> ImageData:
+def gaussian_fields(
+    num_images: int, size: int = 8, seed: int = 0, split: str = "train"
+) -> ImageData:
     """Stationary Gaussian noise, uint8 (N, 1, size, size), whose best denoiser is known: a Wiener filter.
 
     Image i is a function of (seed, split, i // 1000, i): more images extend the set.
@@ -186,9 +227,13 @@ def gaussian_fields(num_images: int, size: int = 8, seed: int = 0, split: str = 
     for start in range(0, num_images, 1000):
         draw = generator(seed, start // 1000, f"fields {split}")
         white = torch.randn(1000, size, size, generator=draw, dtype=torch.float64)
-        blocks.append(torch.fft.ifft2(torch.fft.fft2(white, norm="ortho") * scale, norm="ortho").real)
+        blocks.append(
+            torch.fft.ifft2(torch.fft.fft2(white, norm="ortho") * scale, norm="ortho").real
+        )
     x0 = torch.cat(blocks)[:num_images, None]
-    return ImageData(x0.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8), name="gaussian-fields")
+    return ImageData(
+        x0.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8), name="gaussian-fields"
+    )
 
 
 def field_floor(schedule: NoiseSchedule, prediction_type: str = "epsilon", size: int = 8) -> Tensor:

@@ -8,20 +8,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .draws import check_name
+from .checks import check_name
 
 # attention: which resolutions have it. `micro` and `tiny` are for CPUs and tests, `compact` for CIFAR-10 on one GPU,
 # `ddpm` is the network of Ho, Jain, Abbeel 2020 for CIFAR-10.
 PRESETS: dict[str, dict[str, Any]] = {
-    "micro": {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention": ()},
-    "tiny": {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8, "attention": (1,)},
-    "small": {"block_out_channels": (32, 64, 64), "layers_per_block": 1, "norm_num_groups": 8, "attention": (2,)},
+    "micro": {
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention": (),
+    },
+    "tiny": {
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "attention": (1,),
+    },
+    "small": {
+        "block_out_channels": (32, 64, 64),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "attention": (2,),
+    },
     "compact": {"block_out_channels": (32, 64, 128, 128), "layers_per_block": 2, "attention": (2,)},
     "ddpm": {"block_out_channels": (128, 256, 256, 256), "layers_per_block": 2, "attention": (1,)},
 }
 
 
-def make_model(preset: str, image_size: int = 32, channels: int = 3, num_classes: int | None = None) -> nn.Module:
+def make_model(
+    preset: str, image_size: int = 32, channels: int = 3, num_classes: int | None = None
+) -> nn.Module:
     """A diffusers UNet2DModel of a named preset: model(x_t, timesteps[, class_labels]).sample.
 
     image_size must be divisible by 2 to the number of downsamplings of the preset. Initial weights come from torch's
@@ -61,12 +78,16 @@ def _blocks() -> dict[type, type]:
             hidden = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
             hidden = hidden + self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
             hidden = self.conv2(self.dropout(self.nonlinearity(self.norm2(hidden))))
-            shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+            shortcut = (
+                input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+            )
             return (shortcut + hidden) / self.output_scale_factor
 
     class Upsample(Upsample2D):
         def forward(self, hidden_states: Tensor, output_size: Any = None) -> Tensor:
-            return self.conv(nn.functional.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+            return self.conv(
+                nn.functional.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
+            )
 
     return {ResnetBlock2D: Residual, Upsample2D: Upsample}
 
@@ -95,7 +116,9 @@ class EMA:
 
     def __init__(self, model: nn.Module, half_life: float, ramp: float = 0.05) -> None:
         if not half_life > 0 or not ramp > 0:
-            raise ValueError(f"EMA needs half_life > 0 images and ramp > 0; got {half_life}, {ramp}")
+            raise ValueError(
+                f"EMA needs half_life > 0 images and ramp > 0; got {half_life}, {ramp}"
+            )
         self.half_life, self.ramp = half_life, ramp
         self.state = {name: value.detach().clone() for name, value in model.state_dict().items()}
 
@@ -106,7 +129,9 @@ class EMA:
         weight = 1 - 0.5 ** (batch_size / half_life)
         values = model.state_dict()
         averaged: list[Tensor] = [v for v in self.state.values() if v.is_floating_point()]
-        current: list[Tensor] = [values[name] for name, v in self.state.items() if v.is_floating_point()]
+        current: list[Tensor] = [
+            values[name] for name, v in self.state.items() if v.is_floating_point()
+        ]
         torch._foreach_lerp_(averaged, current, weight)
         for name, value in self.state.items():
             if not value.is_floating_point():

@@ -40,7 +40,9 @@ def sample_losses(
     and error are float32 under any autocast. Raises ValueError for shapes or timesteps that do not fit.
     """
     if x0.shape != noise.shape:
-        raise ValueError(f"x0 and noise must have one shape; got {tuple(x0.shape)} and {tuple(noise.shape)}")
+        raise ValueError(
+            f"x0 and noise must have one shape; got {tuple(x0.shape)} and {tuple(noise.shape)}"
+        )
     x_t = schedule.add_noise(x0, noise, timesteps)
     target = schedule.target(x0, noise, timesteps, prediction_type)
     error = predict(model, x_t, timesteps, **model_kwargs).float() - target

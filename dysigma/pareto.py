@@ -14,7 +14,9 @@ from torch import Tensor
 
 
 def _array(values: Any) -> np.ndarray:
-    return np.asarray(values.detach().cpu().double() if isinstance(values, Tensor) else values, dtype=np.float64)
+    return np.asarray(
+        values.detach().cpu().double() if isinstance(values, Tensor) else values, dtype=np.float64
+    )
 
 
 def _like(result: np.ndarray, argument: Any) -> Any:
@@ -26,14 +28,18 @@ def _square(gramian: Any) -> np.ndarray:
     if matrix.ndim != 2 or len(set(matrix.shape)) != 1 or not 1 <= len(matrix) <= 64:
         raise ValueError(f"gramian must be (K, K) with 1 <= K <= 64; got shape {matrix.shape}")
     if not np.isfinite(matrix).all():
-        raise ValueError(f"gramian holds {(~np.isfinite(matrix)).sum()} entries that are NaN or infinite")
+        raise ValueError(
+            f"gramian holds {(~np.isfinite(matrix)).sum()} entries that are NaN or infinite"
+        )
     return matrix
 
 
 def _points(points: Any) -> np.ndarray:
     values = _array(points)
     if values.ndim != 2 or values.shape[1] == 0:
-        raise ValueError(f"points must be (n, m), one row per point and one column per objective; got {values.shape}")
+        raise ValueError(
+            f"points must be (n, m), one row per point and one column per objective; got {values.shape}"
+        )
     if not np.isfinite(values).all():
         raise ValueError(
             f"points in rows {np.flatnonzero(~np.isfinite(values).all(1))[:5]} are not finite: leave them out"
@@ -63,7 +69,9 @@ def min_norm_weights(gramian: Any) -> Any:
     cosine = matrix / np.outer(norms, norms)
     lowest = np.linalg.eigvalsh(cosine)[0] if (squares > 0).all() else -np.inf
     # What was computed in float32 is symmetric and semi-definite to float32 only.
-    tolerance = len(matrix) * (1e-8 if "float64" in str(getattr(gramian, "dtype", "float64")) else 1e-3)
+    tolerance = len(matrix) * (
+        1e-8 if "float64" in str(getattr(gramian, "dtype", "float64")) else 1e-3
+    )
     if np.abs(cosine - cosine.T).max() > tolerance or lowest < -tolerance:
         raise ValueError(
             "gramian must be symmetric and positive semi-definite; its cosine matrix is not (lowest eigenvalue "
@@ -81,7 +89,9 @@ def min_norm_weights(gramian: Any) -> Any:
         active[entering] = True
         while True:
             candidate = np.zeros(len(matrix))
-            candidate[active] = np.linalg.lstsq(hessian[active][:, active], inverse_norms[active], rcond=None)[0]
+            candidate[active] = np.linalg.lstsq(
+                hessian[active][:, active], inverse_norms[active], rcond=None
+            )[0]
             blocking = active & (candidate <= 0)
             if not blocking.any():
                 break
@@ -122,7 +132,9 @@ def _volume(points: np.ndarray, reference: np.ndarray) -> float:
     depths = np.diff(points[:, -1], append=reference[-1])
     if points.shape[1] == 2:
         return float(depths @ (reference[0] - np.minimum.accumulate(points[:, 0])))
-    return sum(d * _volume(points[: i + 1, :-1], reference[:-1]) for i, d in enumerate(depths) if d > 0)
+    return sum(
+        d * _volume(points[: i + 1, :-1], reference[:-1]) for i, d in enumerate(depths) if d > 0
+    )
 
 
 def hypervolume(points: Any, reference: Any) -> float:
@@ -132,7 +144,11 @@ def hypervolume(points: Any, reference: Any) -> float:
     Raises ValueError for other m, a reference of another length, values that are not finite.
     """
     values, corner = _points(points), _array(reference)
-    if values.shape[1] not in (2, 3, 4) or corner.shape != values.shape[1:] or not np.isfinite(corner).all():
+    if (
+        values.shape[1] not in (2, 3, 4)
+        or corner.shape != values.shape[1:]
+        or not np.isfinite(corner).all()
+    ):
         raise ValueError(
             f"need points (n, m), m from 2 to 4, and a finite reference (m,); got {values.shape}, {corner}"
         )
@@ -160,7 +176,9 @@ def attainment(fronts: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     """
     seeds = [_points(front) for front in fronts]
     if not seeds or any(front.shape[1] != 2 for front in seeds):
-        raise ValueError(f"attainment takes at least one front, each (n, 2); got {[front.shape for front in seeds]}")
+        raise ValueError(
+            f"attainment takes at least one front, each (n, 2); got {[front.shape for front in seeds]}"
+        )
     x = np.unique(np.concatenate([front[:, 0] for front in seeds]))
     best = [np.where(front[:, :1] <= x, front[:, 1:], np.inf).min(0) for front in seeds]
     return x, np.sort(best, axis=0)

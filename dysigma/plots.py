@@ -18,13 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+
+from .images import tile
+from .intervals import t_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
+
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 
 
@@ -46,7 +51,9 @@ def use_style() -> None:
 def figures_folder() -> Path:
     """$DYSIGMA_FIGURES, or ``figures/`` of the checkout around the working folder; temporary when DYSIGMA_FAST=1."""
     here, aside = Path.cwd(), Path(tempfile.gettempdir()) / f"dysigma-figures-{os.getpid()}"
-    root = next((root for root in (here, *here.parents) if (root / "dysigma/plots.py").exists()), here)
+    root = next(
+        (root for root in (here, *here.parents) if (root / "dysigma/plots.py").exists()), here
+    )
     default = aside if os.environ.get("DYSIGMA_FAST") == "1" else root / "figures"
     return Path(os.environ.get("DYSIGMA_FIGURES") or default)
 
@@ -69,7 +76,14 @@ def _shrink(png: io.BytesIO, words: Mapping[str, str]) -> bytes:
 
 
 def save_figure(
-    fig: Figure, name: str, *, title: str, caption: str, alt: str, notebook: str, folder: str | Path | None = None
+    fig: Figure,
+    name: str,
+    *,
+    title: str,
+    caption: str,
+    alt: str,
+    notebook: str,
+    folder: str | Path | None = None,
 ) -> Path:
     """Write ``<name>.svg`` and ``<name>.png`` with their texts inside, and list them in ``manifest.json``.
 
@@ -78,7 +92,9 @@ def save_figure(
     matplotlib version. Returns the path of the PNG; raises ValueError for a bad name or an empty text.
     """
     if not re.fullmatch(r"\d\d_[a-z0-9_]+", name) or not notebook.startswith(name[:3]):
-        raise ValueError(f"name must be NN_words with the number of its notebook; got {name!r} for {notebook!r}")
+        raise ValueError(
+            f"name must be NN_words with the number of its notebook; got {name!r} for {notebook!r}"
+        )
     texts = {"title": title, "caption": caption, "alt": alt}
     if empty := [key for key, text in texts.items() if not text.strip()]:
         raise ValueError(f"figure {name!r} needs a non-empty {' and '.join(empty)}")
@@ -88,14 +104,18 @@ def save_figure(
     hashes = {}
     for kind in ("svg", "png"):
         buffer = io.BytesIO()
-        fig.savefig(buffer, format=kind, dpi=110, bbox_inches="tight", metadata={**words, "Date": None})
+        fig.savefig(
+            buffer, format=kind, dpi=110, bbox_inches="tight", metadata={**words, "Date": None}
+        )
         content = buffer.getvalue() if kind == "svg" else _shrink(buffer, words)
         _write(folder / f"{name}.{kind}", content)
         hashes[kind] = hashlib.sha256(content).hexdigest()
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     manifest[name] = {**texts, "notebook": notebook, "sha256": hashes}
-    _write(path, (json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    _write(
+        path, (json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    )
     return folder / f"{name}.png"
 
 
@@ -111,30 +131,43 @@ def show(fig: Figure, name: str, *, title: str, caption: str, alt: str, notebook
     plt.close(fig)  # else the inline backend shows it a second time
 
 
-def interval(values: ArrayLike) -> tuple[NDArray, NDArray]:
-    """Mean over the first axis of (S, ...), the seeds, and half the width of its 95 % t-interval, NaN for one seed."""
-    from scipy.stats import t
-
-    array = np.asarray(values, dtype=float)
-    spread = array.std(0, ddof=1) if len(array) > 1 else np.nan * array[0]
-    return array.mean(0), t.ppf(0.975, len(array) - 1) * spread / len(array) ** 0.5
-
-
-def trajectories(ax: Axes, x: ArrayLike, series: Mapping[str, ArrayLike], *, log: bool = False) -> Axes:
+def trajectories(
+    ax: Axes, x: ArrayLike, series: Mapping[str, ArrayLike], *, log: bool = False
+) -> Axes:
     """Each series (N,), or (S, N) over seeds with a 95 % interval of its mean (log: geometric mean), against x (N,)."""
     x = np.asarray(x, dtype=float)
     every = max(1, len(x) // 8)
     for i, (label, values) in enumerate(series.items()):
         if np.shape(values)[-1:] != x.shape:
-            raise ValueError(f"series {label!r} has shape {np.shape(values)}; expected (N,) or (S, N), N = {len(x)}")
+            raise ValueError(
+                f"series {label!r} has shape {np.shape(values)}; expected (N,) or (S, N), N = {len(x)}"
+            )
         array = np.asarray(values, dtype=float)
         array, undo = (np.log(array), np.exp) if log else (array, np.copy)
-        middle, half = interval(array) if array.ndim == 2 else (array, np.zeros(1))
+        middle, half = t_interval(array) if array.ndim == 2 else (array, np.zeros(1))
         # Markers start at different points so that curves on top of each other still show both.
-        marks: dict[str, Any] = {"marker": MARKERS[i % 10], "markevery": (i * every // 5 % every, every)}
-        ax.plot(x, undo(middle), label=label, color=f"C{i % 10}", linestyle=DASHES[i % 5], markersize=4.5, **marks)
+        marks: dict[str, Any] = {
+            "marker": MARKERS[i % 10],
+            "markevery": (i * every // 5 % every, every),
+        }
+        ax.plot(
+            x,
+            undo(middle),
+            label=label,
+            color=f"C{i % 10}",
+            linestyle=DASHES[i % 5],
+            markersize=4.5,
+            **marks,
+        )
         if array.ndim == 2:
-            ax.fill_between(x, undo(middle - half), undo(middle + half), color=f"C{i % 10}", alpha=0.18, linewidth=0)
+            ax.fill_between(
+                x,
+                undo(middle - half),
+                undo(middle + half),
+                color=f"C{i % 10}",
+                alpha=0.18,
+                linewidth=0,
+            )
     ax.set_yscale("log" if log else "linear")
     ax.legend()
     return ax
@@ -149,18 +182,40 @@ def loss_by_timestep(ax: Axes, timesteps: ArrayLike, losses: Mapping[str, ArrayL
 def weight_curves(ax: Axes, log_snr: ArrayLike, curves: Mapping[str, ArrayLike]) -> Axes:
     """Weights (T,) against log_snr (T,), noisy on the left. A step with SNR 0 has no place on the axis: not drawn."""
     keep = np.isfinite(np.asarray(log_snr, dtype=float))
-    ax = trajectories(ax, np.asarray(log_snr)[keep], {name: np.asarray(curve)[keep] for name, curve in curves.items()})
+    ax = trajectories(
+        ax,
+        np.asarray(log_snr)[keep],
+        {name: np.asarray(curve)[keep] for name, curve in curves.items()},
+    )
     ax.set(yscale="log", xlabel="log-SNR (noisy → clean)", ylabel="weight")
     return ax
 
 
-def heatmap(ax: Axes, matrix: ArrayLike, *, labels: Sequence[str] = (), limit: float = 1, unit: str = "cosine") -> Axes:
+def heatmap(
+    ax: Axes,
+    matrix: ArrayLike,
+    *,
+    labels: Sequence[str] = (),
+    limit: float = 1,
+    unit: str = "cosine",
+) -> Axes:
     """A signed matrix (R, C) on a diverging map from -limit to limit, numbers up to 12 x 12, NaN (unknown) hatched."""
     values = np.asarray(matrix, dtype=float)
-    image, size = ax.imshow(values, cmap="vlag", vmin=-limit, vmax=limit), 9 if max(values.shape) <= 8 else 7
+    image, size = (
+        ax.imshow(values, cmap="vlag", vmin=-limit, vmax=limit),
+        9 if max(values.shape) <= 8 else 7,
+    )
     for row, column in np.ndindex(values.shape):
         if np.isnan(values[row, column]):
-            ax.fill_between([column - 0.5, column + 0.5], row - 0.5, row + 0.5, fc="none", hatch="////", ec="0.5", lw=0)
+            ax.fill_between(
+                [column - 0.5, column + 0.5],
+                row - 0.5,
+                row + 0.5,
+                fc="none",
+                hatch="////",
+                ec="0.5",
+                lw=0,
+            )
         elif max(values.shape) <= 12:
             text = f"{values[row, column]:.2f}".replace("-", "\N{MINUS SIGN}")
             colour = "white" if abs(values[row, column]) > 0.7 * limit else "black"
@@ -172,24 +227,9 @@ def heatmap(ax: Axes, matrix: ArrayLike, *, labels: Sequence[str] = (), limit: f
     return ax
 
 
-def tile(images: ArrayLike, columns: int) -> NDArray:
-    """One picture (H', W', 3) uint8 of images (N, 1 or 3, H, W), row by row on white, a pixel apart.
-
-    Floating images lie in [-1, 1] and are clipped to it, for the eye only.
-    """
-    from einops import rearrange
-
-    array = np.asarray(images)
-    if array.ndim != 4 or array.shape[1] not in (1, 3):
-        raise ValueError(f"images must be (N, 1 or 3, H, W); got shape {array.shape}")
-    if array.dtype != np.uint8:
-        array = np.round(np.clip(array * 127.5 + 127.5, 0, 255)).astype(np.uint8)
-    array = np.broadcast_to(array, (len(array), 3, *array.shape[2:]))
-    framed = np.pad(array, ((0, -len(array) % columns), (0, 0), (0, 1), (0, 1)), constant_values=255)
-    return rearrange(framed, "(row column) c h w -> (row h) (column w) c", column=columns)
-
-
-def image_grid(ax: Axes, images: ArrayLike, *, columns: int, row_labels: Sequence[str] = ()) -> Axes:
+def image_grid(
+    ax: Axes, images: ArrayLike, *, columns: int, row_labels: Sequence[str] = ()
+) -> Axes:
     """Draw `tile`, with a label per row."""
     height = np.shape(images)[2] + 1
     ax.imshow(tile(images, columns), interpolation="nearest")
@@ -197,3 +237,21 @@ def image_grid(ax: Axes, images: ArrayLike, *, columns: int, row_labels: Sequenc
     ax.set_yticks([(i + 0.5) * height for i in range(len(row_labels))], labels=row_labels)
     ax.grid(False)
     return ax
+
+
+def matrices(
+    panels: dict[str, Any], spans: Sequence[str], limit: float = 1, unit: str = "cosine"
+) -> Any:
+    """Matrices of bins side by side on one scale."""
+    import matplotlib.pyplot as plt
+
+    use_style()
+    side = max(5.6, 0.16 * len(spans))
+    fig, axes = plt.subplots(
+        1, len(panels), figsize=((side + 1) * len(panels), side), squeeze=False
+    )
+    for ax, (title, matrix) in zip(axes[0], panels.items(), strict=True):
+        heatmap(ax, matrix, labels=spans, limit=limit, unit=unit)
+        ax.tick_params(axis="x", rotation=90)
+        ax.set(title=title, xlabel="timesteps", ylabel="timesteps")
+    return fig

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bins import Bins, over_ranks
-from .draws import check_name, check_timesteps
+from .bins import Bins
+from .checks import check_name, check_timesteps
+from .parallel import over_ranks
 from .schedule import NoiseSchedule
 
 
@@ -51,7 +52,9 @@ def _noise_edges(log_snr: Tensor) -> Tensor:
 
 def _logit_normal(log_snr: Tensor, *, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """logit of t / T normal (Esser et al. 2024, for the time of a rectified flow)."""
-    edges = torch.linspace(0, 1, len(log_snr) + 1, dtype=torch.float64, device=log_snr.device).logit()
+    edges = torch.linspace(
+        0, 1, len(log_snr) + 1, dtype=torch.float64, device=log_snr.device
+    ).logit()
     return _mass((edges - mean) / _check_positive("std", std), _normal_cdf)
 
 
@@ -86,7 +89,9 @@ class TimestepSampler(nn.Module):
         super().__init__()
         mass = DENSITIES[density](schedule.log_snr, **params)
         if not bool((mass > 0).all()):
-            raise ValueError(f"{density} {params} gives {int((mass <= 0).sum())} timesteps no probability; widen it")
+            raise ValueError(
+                f"{density} {params} gives {int((mass <= 0).sum())} timesteps no probability; widen it"
+            )
         self.num_timesteps = len(mass)
         self.register_buffer("table", mass / mass.sum(), persistent=False)
 
@@ -100,10 +105,14 @@ class TimestepSampler(nn.Module):
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
         if u.ndim != 1 or not u.is_floating_point():
-            raise ValueError(f"u must be (B,) real in [0, 1); got shape {tuple(u.shape)}, {u.dtype}")
+            raise ValueError(
+                f"u must be (B,) real in [0, 1); got shape {tuple(u.shape)}, {u.dtype}"
+            )
         p = self.probabilities()
         # Rounding may leave the last sum below the largest u.
-        timesteps = torch.searchsorted(p.cumsum(0), u.double(), right=True).clamp(max=self.num_timesteps - 1)
+        timesteps = torch.searchsorted(p.cumsum(0), u.double(), right=True).clamp(
+            max=self.num_timesteps - 1
+        )
         return timesteps, (1 / (self.num_timesteps * p[timesteps])).float()
 
     def update(self, losses: Tensor, timesteps: Tensor) -> None:
@@ -117,7 +126,9 @@ class _Stratified(TimestepSampler):
     """
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        return super().forward((u[:1].double() + torch.arange(len(u), device=u.device) / len(u)) % 1.0)
+        return super().forward(
+            (u[:1].double() + torch.arange(len(u), device=u.device) / len(u)) % 1.0
+        )
 
 
 class _LossSecondMoment(TimestepSampler):
@@ -143,15 +154,22 @@ class _LossSecondMoment(TimestepSampler):
     ) -> None:
         super().__init__(schedule)
         self.bins, self.warmup = Bins.uniform(self.num_timesteps, bins), warmup
-        self.uniform, self.half_life = _check_positive("uniform", uniform, 1.0), _check_positive("half_life", half_life)
+        self.uniform, self.half_life = (
+            _check_positive("uniform", uniform, 1.0),
+            _check_positive("half_life", half_life),
+        )
         self.register_buffer("moments", torch.zeros(3, bins))
-        self.register_buffer("bin_index", self.bins.index(torch.arange(self.num_timesteps)), persistent=False)
+        self.register_buffer(
+            "bin_index", self.bins.index(torch.arange(self.num_timesteps)), persistent=False
+        )
 
     def probabilities(self) -> Tensor:
         """p_t now: (T,) float64, positive, summing to 1."""
         seen, count, squares = self.moments.double()
         root = (squares / count.clamp(min=1e-12)).sqrt()[self.bin_index]
-        adapted = (1 - self.uniform) * root / root.sum().clamp(min=1e-300) + self.uniform * self.table
+        adapted = (1 - self.uniform) * root / root.sum().clamp(
+            min=1e-300
+        ) + self.uniform * self.table
         return torch.where((seen >= self.warmup).all() & (root.sum() > 0), adapted, self.table)
 
     @torch.no_grad()
@@ -182,5 +200,7 @@ def make_sampler(name: str, schedule: NoiseSchedule, **params: Any) -> TimestepS
     signature = inspect.signature(DENSITIES.get(name, TIMESTEP_SAMPLERS[name]))
     names = [p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
     if set(params) - set(names):
-        raise ValueError(f"sampler {name!r} has no parameter {sorted(set(params) - set(names))}; it has {names}")
+        raise ValueError(
+            f"sampler {name!r} has no parameter {sorted(set(params) - set(names))}; it has {names}"
+        )
     return TIMESTEP_SAMPLERS[name](schedule, **params).to(schedule.log_snr.device)

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .draws import check_name, check_timesteps
+from .checks import check_name, check_timesteps
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
+
 _ALIASES = {"x0": "sample", "v": "v_prediction", "eps": "epsilon", "flow": "flow_prediction"}
 
 
@@ -33,7 +34,9 @@ def canonical_prediction_type(name: str) -> str:
 _BETAS: dict[str, Callable[..., Tensor]] = {
     "linear": lambda start, end, steps: torch.linspace(start, end, steps, dtype=torch.float64),
     "scaled_linear": lambda start, end, steps: _BETAS["linear"](start**0.5, end**0.5, steps) ** 2,
-    "sigmoid": lambda start, end, steps: _BETAS["linear"](-6, 6, steps).sigmoid() * (end - start) + start,
+    "sigmoid": lambda start, end, steps: (
+        _BETAS["linear"](-6, 6, steps).sigmoid() * (end - start) + start
+    ),
 }
 
 
@@ -69,11 +72,15 @@ class NoiseSchedule(nn.Module):
     alpha: Tensor
     sigma: Tensor
 
-    def __init__(self, alphas_cumprod: Tensor, *, config: dict[str, Any] | None = None, is_flow: bool = False) -> None:
+    def __init__(
+        self, alphas_cumprod: Tensor, *, config: dict[str, Any] | None = None, is_flow: bool = False
+    ) -> None:
         super().__init__()
         bar = torch.as_tensor(alphas_cumprod).detach().to("cpu", torch.float64)
         if bar.ndim != 1 or len(bar) < 2:
-            raise ValueError(f"alphas_cumprod must be (T,) with T >= 2; got shape {tuple(bar.shape)}")
+            raise ValueError(
+                f"alphas_cumprod must be (T,) with T >= 2; got shape {tuple(bar.shape)}"
+            )
         if not (bool((bar.diff() < 0).all()) and bar[0] < 1 and bar[-1] >= 0):
             raise ValueError(
                 f"alphas_cumprod must fall strictly from below 1 to 0 or more; got {len(bar)} values from "
@@ -120,7 +127,9 @@ class NoiseSchedule(nn.Module):
         zero_terminal_snr: bool = False,
     ) -> NoiseSchedule:
         """Square roots of betas linear in t, with the defaults of Stable Diffusion; diffusers "scaled_linear"."""
-        return cls._of_betas("scaled_linear", beta_start, beta_end, num_timesteps, zero_terminal_snr)
+        return cls._of_betas(
+            "scaled_linear", beta_start, beta_end, num_timesteps, zero_terminal_snr
+        )
 
     @classmethod
     def cosine(
@@ -132,7 +141,9 @@ class NoiseSchedule(nn.Module):
         zero_terminal_snr: bool = False,
     ) -> NoiseSchedule:
         """alphas_cumprod a squared cosine of t, betas capped (Nichol, Dhariwal 2021); diffusers "squaredcos_cap_v2"."""
-        config = {"beta_schedule": "squaredcos_cap_v2"} if (offset, max_beta) == (0.008, 0.999) else None
+        config = (
+            {"beta_schedule": "squaredcos_cap_v2"} if (offset, max_beta) == (0.008, 0.999) else None
+        )
         return cls._named(_cosine(num_timesteps, offset, max_beta), config, zero_terminal_snr)
 
     @classmethod
@@ -159,12 +170,18 @@ class NoiseSchedule(nn.Module):
         return cls((1 - s) ** 2 / ((1 - s) ** 2 + s**2), is_flow=True)
 
     @classmethod
-    def _of_betas(cls, name: str, start: float, end: float, steps: int, zero_terminal_snr: bool) -> NoiseSchedule:
+    def _of_betas(
+        cls, name: str, start: float, end: float, steps: int, zero_terminal_snr: bool
+    ) -> NoiseSchedule:
         bar = torch.log1p(-_BETAS[name](start, end, steps)).cumsum(0).exp()
-        return cls._named(bar, {"beta_schedule": name, "beta_start": start, "beta_end": end}, zero_terminal_snr)
+        return cls._named(
+            bar, {"beta_schedule": name, "beta_start": start, "beta_end": end}, zero_terminal_snr
+        )
 
     @classmethod
-    def _named(cls, alphas_cumprod: Tensor, config: dict[str, Any] | None, zero_terminal_snr: bool) -> NoiseSchedule:
+    def _named(
+        cls, alphas_cumprod: Tensor, config: dict[str, Any] | None, zero_terminal_snr: bool
+    ) -> NoiseSchedule:
         if zero_terminal_snr:
             # Passed on as betas: diffusers rescales in float32, which leaves a different last step.
             return cls(_rescale_zero_terminal_snr(alphas_cumprod))
@@ -179,9 +196,15 @@ class NoiseSchedule(nn.Module):
         Raises ValueError for others: EDM has a continuum of levels, some have stages or no levels at all.
         """
         config, table = getattr(scheduler, "config", {}), getattr(scheduler, "alphas_cumprod", None)
-        is_flow = hasattr(scheduler, "scale_noise") if table is None else config.get("use_flow_sigmas")
+        is_flow = (
+            hasattr(scheduler, "scale_noise") if table is None else config.get("use_flow_sigmas")
+        )
         if is_flow and config.get("num_train_timesteps") and not config.get("invert_sigmas"):
-            shift = 1.0 if config.get("use_dynamic_shifting") else config.get("flow_shift", config.get("shift", 1.0))
+            shift = (
+                1.0
+                if config.get("use_dynamic_shifting")
+                else config.get("flow_shift", config.get("shift", 1.0))
+            )
             return cls.flow(config["num_train_timesteps"], shift=shift)
         if is_flow or not isinstance(table, Tensor):
             raise ValueError(
@@ -195,8 +218,15 @@ class NoiseSchedule(nn.Module):
             return cls(torch.cat([bar[:-1], bar.new_zeros(1)]))
         keys = ("beta_schedule", "beta_start", "beta_end", "trained_betas")
         # Where the betas alone do not make the table (CogVideoX shifts its SNR), it is passed on as a table.
-        of_betas = torch.allclose((1 - scheduler.betas.double()).cumprod(0), bar, rtol=1e-3, atol=1e-9)
-        return cls(bar, config={key: config[key] for key in keys if config.get(key) is not None} if of_betas else None)
+        of_betas = torch.allclose(
+            (1 - scheduler.betas.double()).cumprod(0), bar, rtol=1e-3, atol=1e-9
+        )
+        return cls(
+            bar,
+            config={key: config[key] for key in keys if config.get(key) is not None}
+            if of_betas
+            else None,
+        )
 
     def to_diffusers(
         self, scheduler_class: type | None = None, prediction_type: str = "epsilon", **options: Any
@@ -208,7 +238,9 @@ class NoiseSchedule(nn.Module):
         """
         prediction_type = self.canonical(prediction_type)
         if self.is_flow:
-            raise ValueError("a flow has no betas; make a FlowMatchEulerDiscreteScheduler(num_train_timesteps, shift)")
+            raise ValueError(
+                "a flow has no betas; make a FlowMatchEulerDiscreteScheduler(num_train_timesteps, shift)"
+            )
         if scheduler_class is None:
             from diffusers import DDPMScheduler
 
@@ -219,7 +251,9 @@ class NoiseSchedule(nn.Module):
             betas = 1 - bar / torch.cat([bar.new_ones(1), bar[:-1]])
             config = {"trained_betas": betas.tolist()}
         return scheduler_class(
-            num_train_timesteps=self.num_timesteps, prediction_type=prediction_type, **{**config, **options}
+            num_train_timesteps=self.num_timesteps,
+            prediction_type=prediction_type,
+            **{**config, **options},
         )
 
     def canonical(self, prediction_type: str) -> str:
@@ -227,7 +261,9 @@ class NoiseSchedule(nn.Module):
         kind = canonical_prediction_type(prediction_type)
         if kind == ("v_prediction" if self.is_flow else "flow_prediction"):
             path = "a rectified flow" if self.is_flow else "a variance-preserving path"
-            raise ValueError(f"{path} has no {kind}: noise - x0 is flow_prediction, alpha noise - sigma x0 is v")
+            raise ValueError(
+                f"{path} has no {kind}: noise - x0 is flow_prediction, alpha noise - sigma x0 is v"
+            )
         return kind
 
     def _coefficients(self, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,7 +276,9 @@ class NoiseSchedule(nn.Module):
         alpha, sigma = self._coefficients(x0, timesteps)
         return alpha * x0 + sigma * noise
 
-    def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor, prediction_type: str = "epsilon") -> Tensor:
+    def target(
+        self, x0: Tensor, noise: Tensor, timesteps: Tensor, prediction_type: str = "epsilon"
+    ) -> Tensor:
         """What a network of this prediction type must return: noise, x0, v = alpha noise - sigma x0, or noise - x0.
 
         v as in Salimans, Ho 2022. Shapes (B, ...), float32 at least.
@@ -254,7 +292,9 @@ class NoiseSchedule(nn.Module):
         target = noise if prediction_type == "epsilon" else x0
         return target.to(torch.promote_types(target.dtype, torch.float32))
 
-    def to_x0(self, output: Tensor, x_t: Tensor, timesteps: Tensor, prediction_type: str = "epsilon") -> Tensor:
+    def to_x0(
+        self, output: Tensor, x_t: Tensor, timesteps: Tensor, prediction_type: str = "epsilon"
+    ) -> Tensor:
         """The x0 that a network output implies at x_t. For epsilon at zero SNR this is infinite: x_T holds no x0."""
         prediction_type = self.canonical(prediction_type)
         alpha, sigma = self._coefficients(x_t, timesteps)
@@ -273,7 +313,9 @@ SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
 }
 
 
-def make_schedule(name: str, num_timesteps: int = 1000, *, zero_terminal_snr: bool = False) -> NoiseSchedule:
+def make_schedule(
+    name: str, num_timesteps: int = 1000, *, zero_terminal_snr: bool = False
+) -> NoiseSchedule:
     """The named schedule; raises KeyError with the choices for an unknown name."""
     check_name("schedule", name, SCHEDULES)
     return SCHEDULES[name](num_timesteps, zero_terminal_snr=zero_terminal_snr)

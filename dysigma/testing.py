@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from .schedule import PREDICTION_TYPES, NoiseSchedule
-from .weightings import Weighting, make_weighting
+from .weightings.base import Weighting
+from .weightings.registry import make_weighting
 
 NUM_TIMESTEPS, BATCH = 40, 24
+
 _close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-6)
+
 _equal = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
@@ -30,7 +33,9 @@ def _batches(seed: int, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 def _trained(weighting: Weighting, seed: int, steps: int) -> Weighting:
     """The weighting after some steps, so that its state is nothing special."""
-    optimizer = torch.optim.SGD([*weighting.parameters(), torch.zeros(1)], lr=0.1)  # refuses to have nothing to do
+    optimizer = torch.optim.SGD(
+        [*weighting.parameters(), torch.zeros(1)], lr=0.1
+    )  # refuses to have nothing to do
     for batch in _batches(seed, steps):
         if weighting.needs_gramian:
             weighting.observe_gramian(torch.arange(1.0, 1 + weighting.bins.num_bins).diag())
@@ -41,13 +46,19 @@ def _trained(weighting: Weighting, seed: int, steps: int) -> Weighting:
 
 
 def _state(weighting: Weighting) -> dict[str, Tensor]:
-    gradients = {f"gradient of {k}": p.grad for k, p in weighting.named_parameters() if p.grad is not None}
-    return {"weights()": weighting.weights(), **gradients} | {k: v.clone() for k, v in weighting.state_dict().items()}
+    gradients = {
+        f"gradient of {k}": p.grad for k, p in weighting.named_parameters() if p.grad is not None
+    }
+    return {"weights()": weighting.weights(), **gradients} | {
+        k: v.clone() for k, v in weighting.state_dict().items()
+    }
 
 
 def _table(weighting: Weighting, fresh: Weighting) -> None:
     w = weighting.weights()
-    assert w.shape == (NUM_TIMESTEPS,) and w.dtype == torch.float32, f"must be {NUM_TIMESTEPS} float32; got {w}"
+    assert w.shape == (NUM_TIMESTEPS,) and w.dtype == torch.float32, (
+        f"must be {NUM_TIMESTEPS} float32; got {w}"
+    )
     assert not w.requires_grad and bool(w.isfinite().all()), f"must be finite and detached; got {w}"
     assert abs(float(w.mean()) - 1) < 1e-4, f"must have mean 1 when normalize; got {w.mean()}"
 
@@ -78,7 +89,10 @@ def _state_dict(weighting: Weighting, fresh: Weighting) -> None:
 def _same(weighting: Weighting, fresh: Weighting, call: Callable[..., Tensor]) -> None:
     (losses, timesteps, importance), other = next(_batches(4, 1)), copy.deepcopy(weighting)
     importance[-1] = 0  # the first can take its place
-    changed, value = call(other, losses, timesteps, importance), weighting(losses, timesteps, importance)
+    changed, value = (
+        call(other, losses, timesteps, importance),
+        weighting(losses, timesteps, importance),
+    )
     (changed + value).backward()
     _close(changed, value)
     _close(_state(other), _state(weighting))
@@ -90,7 +104,9 @@ def _twice(weighting: Weighting, losses: Tensor, timesteps: Tensor, importance: 
     return weighting(*twice, torch.cat([half, importance[1:-1], half]))
 
 
-def _in_low_precision(weighting: Weighting, losses: Tensor, timesteps: Tensor, importance: Tensor) -> Tensor:
+def _in_low_precision(
+    weighting: Weighting, losses: Tensor, timesteps: Tensor, importance: Tensor
+) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         return weighting.half()(losses.bfloat16(), timesteps, importance)
 
@@ -106,10 +122,14 @@ LAWS: dict[str, Callable[[Weighting, Weighting], None]] = {
     "the gradient of a loss is its weight over the batch size": _gradient,
     "state moves in train() mode alone": _eval_mode,
     "state_dict() is the whole state": _state_dict,
-    "the order of samples does not matter": partial(_same, call=lambda w, *batch: w(*(x.flip(0) for x in batch))),
+    "the order of samples does not matter": partial(
+        _same, call=lambda w, *batch: w(*(x.flip(0) for x in batch))
+    ),
     "a sample that comes twice with half the importance counts once": partial(_same, call=_twice),
     "low precision changes nothing": partial(_same, call=_in_low_precision),
-    "levels of timesteps are those timesteps": partial(_same, call=lambda w, x, t, i: w.at(x, w.log_snr[t], i)),
+    "levels of timesteps are those timesteps": partial(
+        _same, call=lambda w, x, t, i: w.at(x, w.log_snr[t], i)
+    ),
     "nothing waits for the device": _device,
 }
 
@@ -121,10 +141,14 @@ def check_weighting(weighting: str | Callable[..., Any], **params: Any) -> None:
     raises.
     """
     usual = NoiseSchedule(torch.linspace(6, -6, NUM_TIMESTEPS, dtype=torch.float64).sigmoid())
-    cases = [(usual, kind) for kind in PREDICTION_TYPES[:3]] + [(NoiseSchedule.flow(NUM_TIMESTEPS), "flow_prediction")]
+    cases = [(usual, kind) for kind in PREDICTION_TYPES[:3]] + [
+        (NoiseSchedule.flow(NUM_TIMESTEPS), "flow_prediction")
+    ]
     for (schedule, kind), law, steps in product(cases, LAWS, (0, 4)):
         one, fresh = (make_weighting(weighting, schedule, kind, **params) for _ in range(2))
         try:
             LAWS[law](_trained(one, 0, steps), fresh)
         except Exception as error:
-            raise AssertionError(f"{weighting} with {kind} breaks the law '{law}': {error}") from error
+            raise AssertionError(
+                f"{weighting} with {kind} breaks the law '{law}': {error}"
+            ) from error

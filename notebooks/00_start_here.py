@@ -33,13 +33,22 @@ import matplotlib.pyplot as plt
 import torch
 
 from dysigma import plots
+from dysigma.course.lessons import (
+    banner,
+    check,
+    check_environment,
+    exercise,
+    fast,
+    predict,
+    reveal,
+    watermark,
+)
 from dysigma.data import batch, leaves
-from dysigma.draws import generator
 from dysigma.evaluation import evaluation_timesteps, validation_losses
 from dysigma.models import make_model
 from dysigma.objective import sample_losses
+from dysigma.randomness import generator
 from dysigma.schedule import NoiseSchedule
-from dysigma.teaching import banner, check, check_environment, exercise, fast, predict, reveal, watermark
 from dysigma.weightings import make_weighting
 
 NOTEBOOK = "00_start_here"
@@ -95,11 +104,18 @@ ready = check_environment()
 
 # %%
 data, test = leaves(fast(2000, 500), size=16), leaves(32, size=16, split="test")
-order = torch.cat([torch.where(data.labels == label)[0][:4] for label in range(10)]).view(10, 4).T.flatten()
+order = (
+    torch.cat([torch.where(data.labels == label)[0][:4] for label in range(10)])
+    .view(10, 4)
+    .T.flatten()
+)
 
 fig, ax = plt.subplots(figsize=(8, 3.9))
 plots.image_grid(ax, data.images[order], columns=10)
-ax.set_xticks([(i + 0.5) * 17 for i in range(10)], labels=[name.replace(" ", "\n") for name in data.class_names])
+ax.set_xticks(
+    [(i + 0.5) * 17 for i in range(10)],
+    labels=[name.replace(" ", "\n") for name in data.class_names],
+)
 plots.show(
     fig,
     "00_leaves",
@@ -188,18 +204,24 @@ arms, seeds, probes = (*names, "random"), range(fast(3, 2)), evaluation_timestep
 losses = {}
 for name in arms:
     models = [train(name, seed) for seed in seeds]
-    losses[name] = torch.stack([validation_losses(m, test.images, schedule, timesteps=probes) for m in models])
+    losses[name] = torch.stack(
+        [validation_losses(m, test.images, schedule, timesteps=probes) for m in models]
+    )
     print(
         f"{name:10s} loss at t = {', '.join(map(str, probes[::3].tolist()))}:",
         *(f"{v:.3f}" for v in losses[name].mean(0)[::3]),
     )
 
-ratios = {name: losses[name] / losses["const-eps"] for name in arms}  # paired: same seed, same draws
+ratios = {
+    name: losses[name] / losses["const-eps"] for name in arms
+}  # paired: same seed, same draws
 reveal(QUESTION, round(float(ratios["min-snr"].mean(0)[-1]), 2))
 
 # %%
 fig, ax = plt.subplots(figsize=(6.4, 3.8))
-plots.trajectories(ax, probes, {"min-snr": ratios["min-snr"], "random (control)": ratios["random"]}, log=True)
+plots.trajectories(
+    ax, probes, {"min-snr": ratios["min-snr"], "random (control)": ratios["random"]}, log=True
+)
 ax.axhline(1, color="0.3", linewidth=1)
 ax.set_yticks([0.8, 0.9, 1, 1.1, 1.2, 1.3], labels=["0.8", "0.9", "1", "1.1", "1.2", "1.3"])
 ax.minorticks_off()
@@ -226,7 +248,9 @@ plots.show(
 # %%
 tilt = ratios["min-snr"][:, -1] / ratios["min-snr"][:, 0]
 assert (tilt < 1).all(), "in every seed min-snr must trade the clean end for the noisy end"
-assert (losses["const-x0"].mean(0) > losses["const-eps"].mean(0)).all(), "const-x0 must lose everywhere on this network"
+assert (losses["const-x0"].mean(0) > losses["const-eps"].mean(0)).all(), (
+    "const-x0 must lose everywhere on this network"
+)
 share = weights["const-x0"].max() / 1000
 missing = (1 - 1 / 1000) ** BATCH
 print(
@@ -283,7 +307,8 @@ exercise(
     mistakes={
         "That is the plain mean: no weights yet.": losses_of_batch.mean(),
         "That is a sum; take the mean over the batch.": (w[timesteps] * losses_of_batch).sum(),
-        "Weight each loss before averaging, not the average.": w[timesteps].mean() * losses_of_batch.mean(),
+        "Weight each loss before averaging, not the average.": w[timesteps].mean()
+        * losses_of_batch.mean(),
         "Do not divide by the weights of this batch: a batch of light timesteps must count less.": (
             w[timesteps] * losses_of_batch
         ).sum()

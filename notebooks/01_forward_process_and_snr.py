@@ -38,11 +38,11 @@ import numpy as np
 import torch
 
 from dysigma import plots
+from dysigma.course.lessons import banner, check, exercise, fast, predict, reveal, watermark
 from dysigma.data import leaves
-from dysigma.draws import generator
 from dysigma.exact import GaussianMixture
+from dysigma.randomness import generator
 from dysigma.schedule import SCHEDULES, NoiseSchedule
-from dysigma.teaching import banner, check, exercise, fast, predict, reveal, watermark
 
 NOTEBOOK = "01_forward_process_and_snr"
 plots.use_style()
@@ -61,12 +61,18 @@ shown = torch.tensor([0, 100, 200, 300, 400, 600, 800, 999])
 x0 = leaves(3, size=32).images.float() / 127.5 - 1
 noise = torch.randn(x0.shape, generator=generator(0, 0, "noise"))
 strip = torch.cat(
-    [schedule.add_noise(x0[i].expand(8, -1, -1, -1), noise[i].expand(8, -1, -1, -1), shown) for i in range(3)]
+    [
+        schedule.add_noise(x0[i].expand(8, -1, -1, -1), noise[i].expand(8, -1, -1, -1), shown)
+        for i in range(3)
+    ]
 )
 
 fig, ax = plt.subplots(figsize=(8, 3.2))
 plots.image_grid(ax, strip, columns=8)
-ax.set_xticks([(i + 0.5) * 33 for i in range(8)], labels=[f"t = {t}\nλ = {schedule.log_snr[t]:.1f}" for t in shown])
+ax.set_xticks(
+    [(i + 0.5) * 33 for i in range(8)],
+    labels=[f"t = {t}\nλ = {schedule.log_snr[t]:.1f}" for t in shown],
+)
 plots.show(
     fig,
     "01_noising_strip",
@@ -128,13 +134,17 @@ print(f"log-SNR from {mine[0]:.2f} down to {mine[-1]:.2f}; equal to the package'
 bar = torch.sigmoid(schedule.log_snr)
 assert torch.allclose(bar, schedule.alphas_cumprod), "the log-SNR must give alphas_cumprod back"
 power = schedule.alpha**2 + schedule.sigma**2
-assert torch.allclose(power, torch.ones(1000)), "signal and noise power must add up to 1 at every timestep"
+assert torch.allclose(power, torch.ones(1000)), (
+    "signal and noise power must add up to 1 at every timestep"
+)
 
 s, t = 200, 700
 kept = bar[t] / bar[s]  # share of power that survives from s to t
 in_two_steps = kept * (1 - bar[s]) + (1 - kept)
 assert torch.isclose(in_two_steps, 1 - bar[t]), "two steps in a row must add as much noise as one"
-print(f"noise variance at t = {t}: {1 - bar[t]:.4f} in one step, {in_two_steps:.4f} by way of s = {s}")
+print(
+    f"noise variance at t = {t}: {1 - bar[t]:.4f} in one step, {in_two_steps:.4f} by way of s = {s}"
+)
 
 # %% [markdown]
 # Algebra is one thing; does the chain of a thousand small steps really end where the one big step does? We run it on many
@@ -151,10 +161,17 @@ for seed in range(5):
     means.append(x.mean().item())
     stds.append(x.std().item())
 
-for name, values, exact in (("mean", means, schedule.alpha[300]), ("std", stds, schedule.sigma[300])):
-    mean, half = plots.interval(values)  # over the seeds, 95 %
-    print(f"{name} after {checkpoint} steps: {mean:.4f} ± {half:.4f} simulated, {exact:.4f} by the formula")
-    assert abs(mean - exact) < 5 / math.sqrt(5 * copies), f"the simulated {name} must agree with the formula"
+for name, values, exact in (
+    ("mean", means, schedule.alpha[300]),
+    ("std", stds, schedule.sigma[300]),
+):
+    mean, half = plots.t_interval(values)  # over the seeds, 95 %
+    print(
+        f"{name} after {checkpoint} steps: {mean:.4f} ± {half:.4f} simulated, {exact:.4f} by the formula"
+    )
+    assert abs(mean - exact) < 5 / math.sqrt(5 * copies), (
+        f"the simulated {name} must agree with the formula"
+    )
 
 # %% [markdown]
 # Now the prediction. Most people place SNR = 1 near the middle. The linear schedule gets there after a quarter of the way,
@@ -221,10 +238,14 @@ plots.show(
 # much such a weighting can change depends on how many timesteps lie where it changes anything.
 
 # %%
-print(f"{'schedule':14s}{'SNR at t = 0':>14s}{'SNR > 5':>10s}{'SNR < 1':>10s}{'SNR at t = 999':>17s}")
+print(
+    f"{'schedule':14s}{'SNR at t = 0':>14s}{'SNR > 5':>10s}{'SNR < 1':>10s}{'SNR at t = 999':>17s}"
+)
 for name, s in schedules.items():
     snr = s.log_snr.exp()
-    print(f"{name:14s}{snr[0]:14.0f}{(snr > 5).double().mean():10.0%}{(snr < 1).double().mean():10.0%}{snr[-1]:17.1e}")
+    print(
+        f"{name:14s}{snr[0]:14.0f}{(snr > 5).double().mean():10.0%}{(snr < 1).double().mean():10.0%}{snr[-1]:17.1e}"
+    )
 
 # %% [markdown]
 # ## 5 · What can a network do at best?
@@ -240,7 +261,9 @@ for name, s in schedules.items():
 # $L^\epsilon_t=\mathrm{SNR}_t\,L^{x}_t$.
 
 # %%
-two_points = GaussianMixture(torch.tensor([0.5, 0.5]), torch.tensor([[-1.0], [1.0]]), torch.zeros(2))
+two_points = GaussianMixture(
+    torch.tensor([0.5, 0.5]), torch.tensor([[-1.0], [1.0]]), torch.zeros(2)
+)
 x_t = torch.linspace(-3, 3, 7, dtype=torch.float64)[:, None]
 a, b = bar[half_way].sqrt().view(1, 1), (1 - bar[half_way]).sqrt().view(1, 1)
 torch.testing.assert_close(torch.tanh(a * x_t / b**2), two_points.posterior_mean(x_t, a, b))
@@ -268,7 +291,12 @@ samples, seeds = fast(20_000, 4_000), range(5)
 
 def floors(data, prediction_type):
     """(seeds, T) smallest reachable losses, by Monte Carlo with the exact denoiser."""
-    return torch.stack([data.irreducible(grid, prediction_type, num_samples=samples, seed=seed)[0] for seed in seeds])
+    return torch.stack(
+        [
+            data.irreducible(grid, prediction_type, num_samples=samples, seed=seed)[0]
+            for seed in seeds
+        ]
+    )
 
 
 snr = grid.log_snr.exp()
@@ -279,9 +307,15 @@ points_eps, points_x0, gaussian_eps = (
     floors(gaussian, "epsilon"),
 )
 
-torch.testing.assert_close(points_eps, snr * points_x0, rtol=2e-3, atol=1e-6, msg="L_epsilon must be SNR times L_x0")
-assert (points_eps.mean(0) < linear + 0.02).all(), "the exact denoiser must nowhere lose to the linear one"
-assert ((gaussian_eps.mean(0) - linear).abs() < 0.03).all(), "on Gaussian data the linear denoiser must be the best"
+torch.testing.assert_close(
+    points_eps, snr * points_x0, rtol=2e-3, atol=1e-6, msg="L_epsilon must be SNR times L_x0"
+)
+assert (points_eps.mean(0) < linear + 0.02).all(), (
+    "the exact denoiser must nowhere lose to the linear one"
+)
+assert ((gaussian_eps.mean(0) - linear).abs() < 0.03).all(), (
+    "on Gaussian data the linear denoiser must be the best"
+)
 reveal(QUESTION_FLOOR, round(float(points_eps.mean(0)[0]), 3))
 
 # %%
@@ -327,7 +361,9 @@ from diffusers import DDPMScheduler
 every = torch.arange(1000)
 image = torch.full((1000, 1, 1, 1), 0.5)
 unit = torch.ones(1000, 1, 1, 1)
-as_in_the_script = DDPMScheduler(num_train_timesteps=1000).add_noise(image.bfloat16() * 0, unit.bfloat16(), every)
+as_in_the_script = DDPMScheduler(num_train_timesteps=1000).add_noise(
+    image.bfloat16() * 0, unit.bfloat16(), every
+)
 ours = schedule.add_noise(image.bfloat16() * 0, unit.bfloat16(), every)
 silent = int((as_in_the_script == 0).sum())
 reveal(QUESTION_BF16, silent)
@@ -354,12 +390,16 @@ for label, zero in (("as published", False), ("zero terminal SNR", True)):
     s = NoiseSchedule.scaled_linear(1000, zero_terminal_snr=zero)
     correlations = []
     for seed in range(5):
-        x_last = s.add_noise(images, torch.randn(images.shape, generator=generator(seed, 1, "noise")), last)
+        x_last = s.add_noise(
+            images, torch.randn(images.shape, generator=generator(seed, 1, "noise")), last
+        )
         brightness = torch.stack([images.mean((1, 2, 3)), x_last.mean((1, 2, 3))])
         correlations.append(float(torch.corrcoef(brightness)[0, 1]))
-    mean, half = plots.interval(correlations)
+    mean, half = plots.t_interval(correlations)
     print(f"{label:18s} correlation of brightness before and after: {mean:+.2f} ± {half:.2f}")
-    assert (abs(mean) < 0.1) == zero, "only the rescaled schedule may end without a trace of the image"
+    assert (abs(mean) < 0.1) == zero, (
+        "only the rescaled schedule may end without a trace of the image"
+    )
 
 # %% [markdown]
 # A model trained on the first schedule learns to read the brightness off its starting noise, and then always draws images of medium
@@ -414,7 +454,9 @@ exercise(
     expected=2 / math.pi * math.atan(1 / math.sqrt(5)),
     mistakes={
         "That is the share below 5.": 1 - 2 / math.pi * math.atan(1 / math.sqrt(5)),
-        "The logarithm has a factor 2 in front: take the square root of 5.": 2 / math.pi * math.atan(1 / 5),
+        "The logarithm has a factor 2 in front: take the square root of 5.": 2
+        / math.pi
+        * math.atan(1 / 5),
         "u is a share of the whole: divide the angle by π/2.": math.atan(1 / math.sqrt(5)),
     },
 )
@@ -432,7 +474,9 @@ check("1.1", x0_again)
 # %% tags=["solution"]
 share = 2 / math.pi * math.atan(1 / math.sqrt(5))
 check("1.2", share)
-print(f"formula {share:.1%}, table of 1000 steps {(schedules['cosine'].log_snr > math.log(5)).double().mean():.1%}")
+print(
+    f"formula {share:.1%}, table of 1000 steps {(schedules['cosine'].log_snr > math.log(5)).double().mean():.1%}"
+)
 
 # %% [markdown]
 # ## What you can now do

@@ -39,16 +39,23 @@ import torch
 
 from dysigma import plots
 from dysigma.bins import Bins
+from dysigma.course.lessons import banner, check, exercise, fast, predict, reveal, watermark
 from dysigma.data import batch
-from dysigma.draws import generator
 from dysigma.evaluation import evaluation_timesteps
-from dysigma.exact import GaussianField, LinearDenoiser, OptimalDenoiser, field_floor, field_variances, gaussian_fields
+from dysigma.exact import (
+    GaussianField,
+    LinearDenoiser,
+    OptimalDenoiser,
+    field_floor,
+    field_variances,
+    gaussian_fields,
+)
 from dysigma.gradients import conflicts, negative_transfer
 from dysigma.models import make_model
 from dysigma.objective import sample_losses
 from dysigma.pareto import non_dominated
+from dysigma.randomness import generator
 from dysigma.schedule import NoiseSchedule
-from dysigma.teaching import banner, check, exercise, fast, predict, reveal, watermark
 from dysigma.weightings import make_weighting
 
 NOTEBOOK = "02_one_network_many_objectives"
@@ -75,7 +82,10 @@ schedule, bands = NoiseSchedule.cosine(1000), Bins.uniform(1000, 5)
 edges, labels = bands.edges.tolist(), ["cleanest", "clean", "middle", "noisy", "noisiest"]
 data, test = gaussian_fields(8192), gaussian_fields(fast(64, 16), split="test")
 probes = evaluation_timesteps(1000, 40)  # eight in each band
-x0, at = (test.images.float() / 127.5 - 1).repeat(40, 1, 1, 1), probes.repeat_interleave(len(test.images))
+x0, at = (
+    (test.images.float() / 127.5 - 1).repeat(40, 1, 1, 1),
+    probes.repeat_interleave(len(test.images)),
+)
 noise = torch.randn(x0.shape, generator=generator(0, 0, "noise"))
 x_t = schedule.add_noise(x0, noise, at)
 
@@ -95,9 +105,13 @@ def by_band(values):
 best = wiener(x_t, at)
 best_loss = by_band((best - noise).square().mean((1, 2, 3)).unflatten(0, (40, -1)).mean(1))
 floor = by_band(field_floor(schedule)[probes])
-torch.testing.assert_close(best_loss, floor, rtol=0.1, atol=0, msg="the Wiener filter must reach the floor")
+torch.testing.assert_close(
+    best_loss, floor, rtol=0.1, atol=0, msg="the Wiener filter must reach the floor"
+)
 theirs = OptimalDenoiser(GaussianField(), schedule)(x_t, at).double()
-torch.testing.assert_close(theirs, best, rtol=1e-4, atol=1e-4, msg="the package's best denoiser must be this filter")
+torch.testing.assert_close(
+    theirs, best, rtol=1e-4, atol=1e-4, msg="the package's best denoiser must be this filter"
+)
 print("band       ", *(f"{name:>9s}" for name in labels))
 print("log-SNR    ", *(f"{v:9.1f}" for v in by_band(schedule.log_snr[probes])))
 print("floor      ", *(f"{v:9.4f}" for v in floor))
@@ -139,13 +153,22 @@ def train(model, rates, seed, first=0, last=1000, weighting=None):
 @torch.no_grad()
 def excess(model):
     """The loss above the floor at each probe, (40,)."""
-    return (model.eval()(x_t, at).sample - best).square().mean((1, 2, 3)).unflatten(0, (40, -1)).mean(1)
+    return (
+        (model.eval()(x_t, at).sample - best)
+        .square()
+        .mean((1, 2, 3))
+        .unflatten(0, (40, -1))
+        .mean(1)
+    )
 
 
 def show_ratio(name, ratio):
     """Print geometric means over seeds, and the factor by which their 95 % intervals reach up and down."""
-    middle, half = map(np.exp, plots.interval(ratio.log()))
-    print(f"{name}:", ", ".join(f"{k} {m:.2f} ×/÷ {h:.2f}" for k, m, h in zip(labels, middle, half, strict=True)))
+    middle, half = map(np.exp, plots.t_interval(ratio.log()))
+    print(
+        f"{name}:",
+        ", ".join(f"{k} {m:.2f} ×/÷ {h:.2f}" for k, m, h in zip(labels, middle, half, strict=True)),
+    )
 
 
 # %% [markdown]
@@ -158,13 +181,24 @@ predict(QUESTION_TEAM, 5)
 # %%
 STEPS, seeds = fast(300, 50), range(fast(5, 2))
 shared = [train(untrained(seed), fading(STEPS), seed) for seed in seeds]
-loss = sample_losses(shared[0], schedule, x0, noise, at, "epsilon").detach().unflatten(0, (40, -1)).mean(1)
+loss = (
+    sample_losses(shared[0], schedule, x0, noise, at, "epsilon")
+    .detach()
+    .unflatten(0, (40, -1))
+    .mean(1)
+)
 gap = by_band(loss) - best_loss - by_band(excess(shared[0]))
-assert gap.abs().max() < fast(0.01, 0.05), "the loss must be floor plus excess, up to the noise of these draws"
+assert gap.abs().max() < fast(0.01, 0.05), (
+    "the loss must be floor plus excess, up to the noise of these draws"
+)
 
 ours = torch.stack([excess(model) for model in shared])  # (seeds, 40)
-parts = [[train(untrained(s), fading(STEPS // 5), s, *edges[k : k + 2]) for k in range(5)] for s in seeds]
-team = torch.stack([torch.stack([excess(model) for model in models]) for models in parts])  # (seeds, network, 40)
+parts = [
+    [train(untrained(s), fading(STEPS // 5), s, *edges[k : k + 2]) for k in range(5)] for s in seeds
+]
+team = torch.stack(
+    [torch.stack([excess(model) for model in models]) for models in parts]
+)  # (seeds, network, 40)
 own = by_band(team).diagonal(dim1=1, dim2=2)  # each specialist in its own band
 print("excess × 1000", *(f"{name:>10s}" for name in labels))
 print("shared       ", *(f"{1e3 * v:10.1f}" for v in by_band(ours).mean(0)))
@@ -207,7 +241,9 @@ points = torch.cat([by_band(ours).mean(0)[None], by_band(team).mean(0)])  # (6, 
 mine = torch.tensor([not any(dominates(other, point) for other in points) for point in points])
 assert torch.equal(mine, non_dominated(points)), "the definition and the package must agree"
 print(f"{'excess × 1000':22s}", *(f"{name:>9s}" for name in labels))
-for name, point, kept in zip(["shared", *(f"trained on {k}" for k in labels)], points, mine, strict=True):
+for name, point, kept in zip(
+    ["shared", *(f"trained on {k}" for k in labels)], points, mine, strict=True
+):
     print(f"{name:22s}", *(f"{1e3 * v:9.1f}" for v in point), "" if kept else "  dominated")
 assert points.min() > 0, "no network may lie below the floor"
 
@@ -225,19 +261,30 @@ assert points.min() > 0, "no network may lie below the floor"
 # its excess in the band called "clean"?
 
 # %%
-QUESTION_FAR = "Oldest network, a copy tuned on 'noisiest': change of the excess in 'clean', as a share of it?"
+QUESTION_FAR = (
+    "Oldest network, a copy tuned on 'noisiest': change of the excess in 'clean', as a share of it?"
+)
 predict(QUESTION_FAR, -0.1)
 
 # %%
 RATE, TUNE = 3e-4, fast(20, 6)
 tune = partial(
-    negative_transfer, images=data, schedule=schedule, bins=bands, samples_per_bin=fast(128, 32), progress=False
+    negative_transfer,
+    images=data,
+    schedule=schedule,
+    bins=bands,
+    samples_per_bin=fast(128, 32),
+    progress=False,
 )
 adam = partial(torch.optim.Adam, lr=RATE, fused=True)
 ages = {f"{n} steps": n for n in (10, fast(60, 25), STEPS)}
 networks, change, control = {}, {}, {}
 for age, steps in ages.items():
-    networks[age] = shared if steps == STEPS else [train(untrained(seed), fading(steps), seed) for seed in seeds]
+    networks[age] = (
+        shared
+        if steps == STEPS
+        else [train(untrained(seed), fading(steps), seed) for seed in seeds]
+    )
     rows, all_bands = [], []
     for seed, network in zip(seeds, networks[age], strict=True):
         before = by_band(excess(network))
@@ -245,21 +292,28 @@ for age, steps in ages.items():
         rows.append(result.change / before)
         tuned = train(copy.deepcopy(network), [RATE] * TUNE, 1000 + seed)
         all_bands.append(by_band(excess(tuned)) / before - 1)
-    change[age], control[age] = torch.stack(rows), torch.stack(all_bands)  # (seeds, 5, 5), (seeds, 5)
+    change[age], control[age] = (
+        torch.stack(rows),
+        torch.stack(all_bands),
+    )  # (seeds, 5, 5), (seeds, 5)
 
 early, *_, late = ages
 for age in ages:
-    assert (change[age].mean(0).diagonal() < 0).all(), f"{age}: a copy must get better at what it trains on"
+    assert (change[age].mean(0).diagonal() < 0).all(), (
+        f"{age}: a copy must get better at what it trains on"
+    )
 assert (change[early].mean(0) < 0).all(), "at first, training on any band must help every other"
 reveal(QUESTION_FAR, float(change[late].mean(0)[4, 1]))
 
 # %%
 fig, axes = plt.subplots(1, 3, figsize=(12.5, 4.1), sharey=True)
 for ax, (age, values) in zip(axes, change.items(), strict=True):
-    mean, half = plots.interval(values)
+    mean, half = plots.t_interval(values)
     plots.heatmap(ax, mean, labels=labels, unit="change / excess before")
     rows, columns = np.nonzero(abs(mean) < half)
-    ax.scatter(columns + 0.34, rows - 0.34, s=28, facecolors="none", edgecolors="black", linewidths=1)
+    ax.scatter(
+        columns + 0.34, rows - 0.34, s=28, facecolors="none", edgecolors="black", linewidths=1
+    )
     ax.set(title=f"after {age}", xlabel="measured on", ylabel="trained on" if ax is axes[0] else "")
     ax.tick_params(axis="x", labelrotation=30)
 for ax in axes[:2]:
@@ -275,7 +329,7 @@ plots.show(
 
 off = ~torch.eye(5, dtype=torch.bool)
 for age in ages:
-    mean, half = (each[off.numpy()] for each in plots.interval(change[age]))
+    mean, half = (each[off.numpy()] for each in plots.t_interval(change[age]))
     helps, hurts = int((mean + half < 0).sum()), int((mean - half > 0).sum())
     print(f"{age}: of 20 pairs {helps} help, {hurts} hurt; widest interval ± {half.max():.2f}")
 idle = tune(shared[0], steps=1, batch_size=32, optimizer=partial(torch.optim.SGD, lr=0.0))
@@ -296,16 +350,32 @@ assert (idle.change == 0).all(), "the null, a copy with learning rate 0, must no
 # steps; at the last age also for five times as many, which is the work of all five specialised copies together.
 
 # %%
-longer = [train(copy.deepcopy(net), [RATE] * (5 * TUNE), 1000 + seed) for seed, net in zip(seeds, shared, strict=True)]
+longer = [
+    train(copy.deepcopy(net), [RATE] * (5 * TUNE), 1000 + seed)
+    for seed, net in zip(seeds, shared, strict=True)
+]
 after = torch.stack([by_band(excess(net)) for net in longer]) / by_band(ours) - 1
 own = {age: change[age].diagonal(dim1=1, dim2=2) for age in ages}
-table = {f"{early}: own band": own[early], "  all bands": control[early], "  difference": own[early] - control[early]}
-table |= {f"{late}: own band": own[late], "  all bands ": control[late], "  difference ": own[late] - control[late]}
+table = {
+    f"{early}: own band": own[early],
+    "  all bands": control[early],
+    "  difference": own[early] - control[early],
+}
+table |= {
+    f"{late}: own band": own[late],
+    "  all bands ": control[late],
+    "  difference ": own[late] - control[late],
+}
 table |= {"  all bands, five times": after, "  own minus that": own[late] - after}
 print(f"{'change / excess':24s}", *(f"{name:>14s}" for name in labels))
 for name, values in table.items():
-    print(f"{name:24s}", *(f"{m:+7.2f} ± {h:.2f}" for m, h in zip(*plots.interval(values), strict=True)))
-assert (own[late] - control[late]).mean() < (own[early] - control[early]).mean(), "the gain from specialising must grow"
+    print(
+        f"{name:24s}",
+        *(f"{m:+7.2f} ± {h:.2f}" for m, h in zip(*plots.t_interval(values), strict=True)),
+    )
+assert (own[late] - control[late]).mean() < (own[early] - control[early]).mean(), (
+    "the gain from specialising must grow"
+)
 
 # %% [markdown]
 # Early, specialising gains next to nothing over the control. Late it gains 14 to 31 % of the excess, while the control with as many steps stands still. Even at
@@ -334,10 +404,18 @@ def agreement(x, y):
 for age in (early, late):
     rows, cosines[age] = [], []
     for seed, network in zip(seeds, networks[age], strict=True):
-        report = conflicts(network, data, schedule, bands, batch_per_bin=SIZE // 8, seed=seed, progress=False)
+        report = conflicts(
+            network, data, schedule, bands, batch_per_bin=SIZE // 8, seed=seed, progress=False
+        )
         guess, rates = report.lookahead(SGD_RATE) * report.losses, (SGD_RATE, 1000 * SGD_RATE)
         step, leap = (
-            tune(network, steps=1, batch_size=SIZE, seed=seed, optimizer=partial(torch.optim.SGD, lr=rate))
+            tune(
+                network,
+                steps=1,
+                batch_size=SIZE,
+                seed=seed,
+                optimizer=partial(torch.optim.SGD, lr=rate),
+            )
             for rate in rates
         )
         # The step has minibatch noise of its own, about as large as that of the prediction: hence the 2.
@@ -346,8 +424,12 @@ for age in (early, late):
         worse = float((leap.change.diagonal() > 0).double().mean())
         rows.append((*agreement(guess, step.change), inside, worse))
         cosines[age].append(report.cosine_debiased)
-    shown = [f"{m:.2f} ± {h:.2f}" for m, h in zip(*plots.interval(rows), strict=True)]
-    print("{}: slope {}, correlation {}, within 2 SE {}; step × 1000, own band worse {}".format(age, *shown))
+    shown = [f"{m:.2f} ± {h:.2f}" for m, h in zip(*plots.t_interval(rows), strict=True)]
+    print(
+        "{}: slope {}, correlation {}, within 2 SE {}; step × 1000, own band worse {}".format(
+            age, *shown
+        )
+    )
     cosine, moved = torch.stack(cosines[age]).nanmean(0)[off], change[age].mean(0)[off]
     right, hurt = int((cosine * moved < 0).sum()), int((moved > 0).sum())
     print(
@@ -369,12 +451,18 @@ for age in (early, late):
 # a single number; with 40, each has its own. The utopia point is the floor, for any degree.
 
 # %%
-levels, equal = NoiseSchedule(schedule.alphas_cumprod[12::25]), torch.ones(40, dtype=torch.float64) / 40
+levels, equal = (
+    NoiseSchedule(schedule.alphas_cumprod[12::25]),
+    torch.ones(40, dtype=torch.float64) / 40,
+)
 prices = {}
 for degree in (1, 2, 3, 4, 6, 10, 20, 40):
     linear = LinearDenoiser(levels, field_variances(8).flatten(), degree)
     prices[degree] = float((linear.losses(linear.minimiser(equal)) - linear.irreducible()).mean())
-print("mean price of sharing by degree:", ", ".join(f"{degree}: {max(p, 0):.1g}" for degree, p in prices.items()))
+print(
+    "mean price of sharing by degree:",
+    ", ".join(f"{degree}: {max(p, 0):.1g}" for degree, p in prices.items()),
+)
 assert all(np.diff(list(prices.values())) < 1e-12), "more capacity must never cost"
 assert abs(prices[40]) < 1e-9, "with nothing shared there is no price"
 
@@ -393,7 +481,9 @@ predict(QUESTION_WEIGHT, 1.2)
 
 # %%
 weighting = make_weighting("min-snr", schedule)
-theirs = torch.stack([excess(train(untrained(seed), fading(STEPS), seed, weighting=weighting)) for seed in seeds])
+theirs = torch.stack(
+    [excess(train(untrained(seed), fading(STEPS), seed, weighting=weighting)) for seed in seeds]
+)
 ratio = by_band(theirs) / by_band(ours)
 reveal(QUESTION_WEIGHT, float(ratio.mean(0)[0]))
 show_ratio("min-snr / const-eps", ratio)
@@ -441,9 +531,14 @@ plots.show(
 # </details>
 
 # %%
-vectors = torch.tensor([[3.0, 2.0, 2.0], [1.0, 4.0, 2.0], [3.0, 3.0, 2.0], [2.0, 2.0, 4.0], [1.0, 4.0, 2.0]])
+vectors = torch.tensor(
+    [[3.0, 2.0, 2.0], [1.0, 4.0, 2.0], [3.0, 3.0, 2.0], [2.0, 2.0, 4.0], [1.0, 4.0, 2.0]]
+)
 kept = non_dominated(vectors)
-wrong = {"Those are the others.": kept, "Equal rows do not dominate each other.": [False, True, True, False, True]}
+wrong = {
+    "Those are the others.": kept,
+    "Equal rows do not dominate each other.": [False, True, True, False, True],
+}
 wrong["A smaller sum is not dominance."] = [False, False, True, True, False]
 exercise("2.1", expected=~kept, mistakes=wrong)
 dominated = ...
@@ -464,7 +559,10 @@ linear = LinearDenoiser(levels, field_variances(8).flatten(), degree=1)
 halves = torch.block_diag(torch.ones(1, 20), torch.ones(1, 20)).double() / 20  # (2, 40)
 paid = halves @ linear.losses(linear.minimiser(equal))
 from_floor = paid - halves @ linear.irreducible()
-wrong = {"Those are losses.": paid, "That is measured from the floor, not from the utopia point.": from_floor}
+wrong = {
+    "Those are losses.": paid,
+    "That is measured from the floor, not from the utopia point.": from_floor,
+}
 exercise("2.2", expected=paid - linear.utopia(halves), mistakes=wrong)
 price = ...
 check("2.2", price)

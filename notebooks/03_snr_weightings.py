@@ -38,10 +38,10 @@ import torch
 from torch.nn.functional import softplus
 
 from dysigma import plots
-from dysigma.draws import generator
+from dysigma.course.lessons import banner, check, exercise, fast, predict, reveal, watermark
 from dysigma.exact import GaussianMixture, LinearDenoiser
+from dysigma.randomness import generator
 from dysigma.schedule import NoiseSchedule
-from dysigma.teaching import banner, check, exercise, fast, predict, reveal, watermark
 from dysigma.weightings import effective_sample_size, log_conversion, make_weighting, share_changed
 
 NOTEBOOK = "03_snr_weightings"
@@ -74,7 +74,9 @@ for kind, guess in guesses.items():
 print(f"{'t':>5s}{'SNR':>10s}{'loss x0':>10s}{'loss eps':>10s}{'loss v':>10s}")
 for i, t in enumerate(timesteps):
     snr = schedule.log_snr[t].exp()
-    print(f"{t:5d}{snr:10.3g}{losses['sample'][i]:10.3g}{losses['epsilon'][i]:10.3g}{losses['v_prediction'][i]:10.3g}")
+    print(
+        f"{t:5d}{snr:10.3g}{losses['sample'][i]:10.3g}{losses['epsilon'][i]:10.3g}{losses['v_prediction'][i]:10.3g}"
+    )
 
 # %% [markdown]
 # **Where the factors come from.** $x_t$ is given, so the guesses obey $x_t=\alpha\hat x_0+\sigma\hat\epsilon$ too. Subtract the true one:
@@ -105,7 +107,9 @@ snr = schedule.log_snr[timesteps].exp().float()
 torch.testing.assert_close(losses["epsilon"], snr * losses["sample"], rtol=1e-3, atol=0)
 torch.testing.assert_close(losses["v_prediction"], (1 + snr) * losses["sample"], rtol=1e-3, atol=0)
 for target in guesses:
-    torch.testing.assert_close(conversion(schedule.log_snr, target), log_conversion(schedule.log_snr, target))
+    torch.testing.assert_close(
+        conversion(schedule.log_snr, target), log_conversion(schedule.log_snr, target)
+    )
 print("the three losses differ by S and 1 + S; the conversion equals the package's")
 
 # %% [markdown]
@@ -141,7 +145,9 @@ log_w = {
 for name, mine in log_w.items():
     for target in guesses:
         theirs = make_weighting(name, schedule, target, normalize=False).weights()
-        torch.testing.assert_close((mine + conversion(lam, target)).exp().float(), theirs, msg=f"{name} for {target}")
+        torch.testing.assert_close(
+            (mine + conversion(lam, target)).exp().float(), theirs, msg=f"{name} for {target}"
+        )
 print(f"{len(log_w)} weightings × 3 targets: all equal to make_weighting")
 
 # %% [markdown]
@@ -191,7 +197,9 @@ for name in ("const-eps", "min-snr", "soft-min-snr", "p2", "debiased", "edm", "c
     for s in schedules.values():
         w = make_weighting(name, s).weights().double()
         ess.append(w.sum() ** 2 / (len(w) * (w * w).sum()))
-        assert torch.isclose(ess[-1], effective_sample_size(w)), "the formula must agree with the package"
+        assert torch.isclose(ess[-1], effective_sample_size(w)), (
+            "the formula must agree with the package"
+        )
         changed.append(share_changed(w, torch.ones(1000)))
     print(f"{name:15s}{ess[0]:12.3f}{ess[1]:9.3f}{changed[0]:18.0%}{changed[1]:9.0%}")
 reveal(QUESTION_ESS, round(float(ess[0]), 2))
@@ -208,17 +216,26 @@ reveal(QUESTION_ESS, round(float(ess[0]), 2))
 # %%
 def measured_ess(w, seed):
     rng, repeats, batch = np.random.default_rng(seed), fast(20_000, 4_000), 32
-    weighted = np.asarray(w)[rng.integers(0, 1000, (repeats, batch))] * rng.standard_normal((repeats, batch))
+    weighted = np.asarray(w)[rng.integers(0, 1000, (repeats, batch))] * rng.standard_normal(
+        (repeats, batch)
+    )
     return 1 / (batch * weighted.mean(1).var())
 
 
-shuffled = make_weighting("min-snr", schedule).weights()[torch.randperm(1000, generator=generator(0, 0, "shuffle"))]
-cases = {name: make_weighting(name, schedule).weights() for name in ("const-eps", "min-snr", "p2", "debiased")}
+shuffled = make_weighting("min-snr", schedule).weights()[
+    torch.randperm(1000, generator=generator(0, 0, "shuffle"))
+]
+cases = {
+    name: make_weighting(name, schedule).weights()
+    for name in ("const-eps", "min-snr", "p2", "debiased")
+}
 for name, w in {**cases, "min-snr shuffled": shuffled}.items():
     values = [measured_ess(w, seed) for seed in range(5)]
-    mean, half = plots.interval(values)
+    mean, half = plots.t_interval(values)
     print(f"{name:17s} measured {mean:.3f} ± {half:.3f}, formula {effective_sample_size(w):.3f}")
-    assert abs(mean / effective_sample_size(w) - 1) < 0.06, f"{name}: variance must follow the effective sample size"
+    assert abs(mean / effective_sample_size(w) - 1) < 0.06, (
+        f"{name}: variance must follow the effective sample size"
+    )
 
 # %% [markdown]
 # ## 4 · Three names, one weighting
@@ -233,7 +250,9 @@ for name, w in {**cases, "min-snr shuffled": shuffled}.items():
 # %%
 gamma = 4.0
 soft = make_weighting("soft-min-snr", schedule, gamma=gamma).weights()
-torch.testing.assert_close(soft, make_weighting("sigmoid", schedule, bias=math.log(gamma)).weights())
+torch.testing.assert_close(
+    soft, make_weighting("sigmoid", schedule, bias=math.log(gamma)).weights()
+)
 torch.testing.assert_close(soft, make_weighting("p2", schedule, k=gamma, gamma=1.0).weights())
 print("soft-min-snr(γ = 4) = sigmoid(bias = ln 4) = p2(k = 4, γ = 1), all three with mean 1")
 
@@ -259,16 +278,23 @@ edm = make_weighting("edm", few, "sample", normalize=False, sigma_data=0.5).weig
 one, half_ = torch.tensor([1.0]), torch.tensor([0.5])
 kinds = {
     "Gaussian data": GaussianMixture(one, torch.zeros(1, 1), half_),
-    "two points (control)": GaussianMixture(torch.tensor([0.5, 0.5]), torch.tensor([[-0.5], [0.5]]), torch.zeros(2)),
+    "two points (control)": GaussianMixture(
+        torch.tensor([0.5, 0.5]), torch.tensor([[-0.5], [0.5]]), torch.zeros(2)
+    ),
 }
 ratio = {}
 for name, kind in kinds.items():
-    floors = [kind.irreducible(few, "sample", num_samples=fast(20_000, 5_000), seed=seed)[0] for seed in range(5)]
+    floors = [
+        kind.irreducible(few, "sample", num_samples=fast(20_000, 5_000), seed=seed)[0]
+        for seed in range(5)
+    ]
     ratio[name] = (1 / torch.stack(floors)) / edm
     shown = " ".join(f"{v:8.3g}" for v in ratio[name].mean(0)[[24, 12, 6, 3, 1, 0]])
     print(f"{name:22s} 1/L* over EDM's weight, noisy to clean: {shown}")
 
-assert ((ratio["Gaussian data"].mean(0) - 1).abs() < 0.05).all(), "on Gaussian data 1/L* must be EDM's weight"
+assert ((ratio["Gaussian data"].mean(0) - 1).abs() < 0.05).all(), (
+    "on Gaussian data 1/L* must be EDM's weight"
+)
 at_snr_20 = int((few.log_snr - math.log(20)).abs().argmin())
 assert ratio["two points (control)"].mean(0)[at_snr_20] > 1.5, "on structured data it must not be"
 reveal(QUESTION_EDM, round(float(ratio["two points (control)"].mean(0)[at_snr_20]), 1))
@@ -313,7 +339,9 @@ reveal(QUESTION_BUG, round(float(forms["v: min(1,5/S) + 1, wrong"][0] / right_v[
 
 zero = NoiseSchedule.linear(1000, zero_terminal_snr=True)
 package = make_weighting("min-snr", zero, "v_prediction", normalize=False).weights()
-assert package.isfinite().all() and package[-1] == 0, "with zero terminal SNR the v-weight must end at 0, not at NaN"
+assert package.isfinite().all() and package[-1] == 0, (
+    "with zero terminal SNR the v-weight must end at 0, not at NaN"
+)
 try:
     make_weighting("min-snr", zero, "epsilon")
 except ValueError as refusal:
@@ -334,7 +362,10 @@ levels = NoiseSchedule(schedule.alphas_cumprod[12::25])  # 40 levels
 variances = torch.tensor([4.0, 1.0, 0.25, 0.06, 0.015])  # a steep spectrum, as images have
 s40 = levels.log_snr.exp()
 bug_eps = ((5 / s40).clamp(max=1) + 1) * (1 + s40) / s40
-arms = {name: make_weighting(name, levels).weights().double() for name in ("const-eps", "min-snr", "p2", "const-x0")}
+arms = {
+    name: make_weighting(name, levels).weights().double()
+    for name in ("const-eps", "min-snr", "p2", "const-x0")
+}
 arms["min-snr for v, bug B2"] = bug_eps / bug_eps.mean()
 
 excess, control = {}, {}
@@ -346,11 +377,17 @@ for degree, store in ((1, excess), (40, control)):
 worst = max(float(e.abs().max()) for e in control.values())
 assert worst < 1e-9, "without sharing, every weighting must reach every floor"
 means = {name: float(e.mean()) for name, e in excess.items()}
-assert min(means, key=means.get) == "const-eps", "const-eps minimises the mean noise loss by definition"
-assert excess["min-snr"][0] > excess["const-eps"][0] and excess["min-snr"][-1] < excess["const-eps"][-1], (
-    "min-snr trades clean for noisy"
+assert min(means, key=means.get) == "const-eps", (
+    "const-eps minimises the mean noise loss by definition"
 )
-print(f"full degree: largest excess {worst:.0e}. One shared c: mean excess", {k: round(v, 3) for k, v in means.items()})
+assert (
+    excess["min-snr"][0] > excess["const-eps"][0]
+    and excess["min-snr"][-1] < excess["const-eps"][-1]
+), "min-snr trades clean for noisy"
+print(
+    f"full degree: largest excess {worst:.0e}. One shared c: mean excess",
+    {k: round(v, 3) for k, v in means.items()},
+)
 
 # %%
 fig, ax = plt.subplots(figsize=(7, 4))

@@ -41,12 +41,12 @@ import torch
 from torch import nn
 
 from dysigma import pareto, plots
+from dysigma.course.lessons import banner, check, exercise, fast, predict, reveal, watermark
 from dysigma.evaluation import evaluation_timesteps, validation_losses
 from dysigma.exact import field_floor, gaussian_fields
 from dysigma.models import EMA
 from dysigma.samplers import make_sampler
 from dysigma.schedule import NoiseSchedule
-from dysigma.teaching import banner, check, exercise, fast, predict, reveal, watermark
 from dysigma.training import TrainConfig, TrainState, train_step
 from dysigma.weightings import effective_sample_size, fluctuation, make_weighting
 
@@ -67,35 +67,54 @@ banner(NOTEBOOK)
 schedule, shown = NoiseSchedule.linear(1000), evaluation_timesteps(1000, 40)
 images, held_out = gaussian_fields(8192, size=8), gaussian_fields(256, size=8, split="test").images
 log_snr = schedule.log_snr.float()[:, None] / 5
-features = torch.cat([log_snr, *(f(k * log_snr) for k in range(1, 5) for f in (torch.sin, torch.cos))], 1)
+features = torch.cat(
+    [log_snr, *(f(k * log_snr) for k in range(1, 5) for f in (torch.sin, torch.cos))], 1
+)
 
 
 class Denoiser(nn.Sequential):
     """A perceptron that corrects its own input: where there is only noise, the input already is the answer."""
 
     def forward(self, x_t, timesteps):
-        return x_t + super().forward(torch.cat([x_t.flatten(1), features[timesteps]], 1)).view_as(x_t)
+        return x_t + super().forward(torch.cat([x_t.flatten(1), features[timesteps]], 1)).view_as(
+            x_t
+        )
 
 
 def train(name, seed=0, prediction="epsilon", weighting_lr=None, **params):
     """(R, T) weights every ten steps of training, and the losses (40,) on held-out images at the end."""
     torch.manual_seed(seed)
-    net = Denoiser(nn.Linear(73, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 64))
+    net = Denoiser(
+        nn.Linear(73, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 64)
+    )
     weighting, weights = make_weighting(name, schedule, prediction, **params), []
-    groups = [{"params": list(net.parameters()), "lr": 2e-3}, *weighting.parameter_groups(weighting_lr)]
-    optimizer = torch.optim.AdamW([{**group, "base_lr": group["lr"]} for group in groups], weight_decay=0.0)
-    state = TrainState(net, net, EMA(net, 1e5), schedule, weighting, make_sampler("uniform", schedule), optimizer)
-    config = TrainConfig(batch_size=64, seed=seed, prediction=prediction, warmup_images=1280, device="cpu")
+    groups = [
+        {"params": list(net.parameters()), "lr": 2e-3},
+        *weighting.parameter_groups(weighting_lr),
+    ]
+    optimizer = torch.optim.AdamW(
+        [{**group, "base_lr": group["lr"]} for group in groups], weight_decay=0.0
+    )
+    state = TrainState(
+        net, net, EMA(net, 1e5), schedule, weighting, make_sampler("uniform", schedule), optimizer
+    )
+    config = TrainConfig(
+        batch_size=64, seed=seed, prediction=prediction, warmup_images=1280, device="cpu"
+    )
     for step in range(fast(800, 200)):
         weights += [weighting.weights()] if step % 10 == 0 else []
         train_step(state, images, config)
-    return torch.stack(weights), validation_losses(net, held_out, schedule, prediction, timesteps=shown)
+    return torch.stack(weights), validation_losses(
+        net, held_out, schedule, prediction, timesteps=shown
+    )
 
 
 first_look, _ = train("uncertainty")
 fig, ax = plt.subplots()
 plots.weight_curves(
-    ax, schedule.log_snr, {f"after {10 * i} steps": first_look[i] for i in fast((0, 20, 40, 79), (0, 5, 10, 19))}
+    ax,
+    schedule.log_snr,
+    {f"after {10 * i} steps": first_look[i] for i in fast((0, 20, 40, 79), (0, 5, 10, 19))},
 )
 plots.show(
     fig,
@@ -153,9 +172,13 @@ every, floor = torch.arange(1000), field_floor(schedule, "epsilon").float()
 s = torch.zeros(1000, requires_grad=True)
 likelihood(floor, s).mean().backward()
 
-weighting = make_weighting("uncertainty", schedule, bins=1000, clamp=15.0, normalize=False)  # one s per timestep
+weighting = make_weighting(
+    "uncertainty", schedule, bins=1000, clamp=15.0, normalize=False
+)  # one s per timestep
 weighting(floor, every).backward()
-torch.testing.assert_close(weighting.coefficients.grad, s.grad, msg="the package must descend the same objective")
+torch.testing.assert_close(
+    weighting.coefficients.grad, s.grad, msg="the package must descend the same objective"
+)
 
 
 def descend(weighting, losses, timesteps, steps):
@@ -169,10 +192,16 @@ def descend(weighting, losses, timesteps, steps):
 
 
 descend(weighting, floor, every, 600)
-torch.testing.assert_close(weighting.weights(), 1 / floor, rtol=0.02, atol=0, msg="learned weights must be 1 / L")
+torch.testing.assert_close(
+    weighting.weights(), 1 / floor, rtol=0.02, atol=0, msg="learned weights must be 1 / L"
+)
 remains = likelihood(floor, -weighting.weights().log()).mean() - 1
-torch.testing.assert_close(remains, floor.log().mean(), msg="what remains must be the log of the geometric mean of L")
-print(f"weights learned from constant losses are 1 / L to within {(weighting.weights() * floor - 1).abs().max():.0e}")
+torch.testing.assert_close(
+    remains, floor.log().mean(), msg="what remains must be the log of the geometric mean of L"
+)
+print(
+    f"weights learned from constant losses are 1 / L to within {(weighting.weights() * floor - 1).abs().max():.0e}"
+)
 
 # %% [markdown]
 # So the answer to "why there?" is the curve of losses. We know the least loss of this data set exactly, and it falls towards
@@ -186,10 +215,14 @@ print(f"weights learned from constant losses are 1 / L to within {(weighting.wei
 # %%
 inverse = 1 + 1 / (0.5**2 * schedule.log_snr.exp())  # sigma_d = 0.5
 edm = make_weighting("edm", schedule, "epsilon", sigma_data=0.5).weights()
-torch.testing.assert_close((inverse / inverse.mean()).float(), edm, msg="1 / L of white data must be EDM")
+torch.testing.assert_close(
+    (inverse / inverse.mean()).float(), edm, msg="1 / L of white data must be EDM"
+)
 perfect = 1 / floor / (1 / floor).mean()
 for label, w in (("white data: EDM", edm), ("these images: 1 / L*", perfect)):
-    print(f"{label:22s} noisiest tenth {w[900:].mean() / 10:.0%}, effective sample size {effective_sample_size(w):.2f}")
+    print(
+        f"{label:22s} noisiest tenth {w[900:].mean() / 10:.0%}, effective sample size {effective_sample_size(w):.2f}"
+    )
 
 # %% [markdown]
 # A network as good as can be would thus be trained on little but the noisiest timesteps. Our run had not arrived there: its losses
@@ -217,7 +250,9 @@ print(f"{'learning rate of s':>20s}{'|ln L| / lr':>14s}{'measured':>12s}")
 for lr in (2e-4, 1e-3, 1e-2, 2.5e-2):
     bound, measured = abs(math.log(0.03)) / lr, adam_steps(0.03, lr)
     print(f"{lr:20g}{bound:14.0f}{measured:12d}")
-    assert 0.95 * bound < measured < 2 * bound, "s must not outrun Adam's bound, nor lag far behind it"
+    assert 0.95 * bound < measured < 2 * bound, (
+        "s must not outrun Adam's bound, nor lag far behind it"
+    )
 reveal(QUESTION_STEPS, adam_steps(0.03, 2e-4))
 
 # %% [markdown]
@@ -253,10 +288,12 @@ def simulated_cv(c, lr, n, seed):
 print(f"{'samples per step':>18s}{'formula':>12s}{'simulated':>20s}")
 for n in (1, 4, 16, 64):
     formula = 0.5 * math.sqrt(0.05 / (4 * n))
-    mean, half = plots.interval([simulated_cv(0.5, 0.05, n, seed) for seed in range(5)])
+    mean, half = plots.t_interval([simulated_cv(0.5, 0.05, n, seed) for seed in range(5)])
     print(f"{n:18d}{formula:12.2%}{mean:12.2%} ± {half:.2%}")
     assert abs(mean / formula - 1) < 0.1, "the simulation must agree with c sqrt(lr / 4n)"
-assert simulated_cv(0.0, 0.05, 1, seed=0) < 1e-12, "without noise in the losses, weights must not fluctuate"
+assert simulated_cv(0.0, 0.05, 1, seed=0) < 1e-12, (
+    "without noise in the losses, weights must not fluctuate"
+)
 
 # %% [markdown]
 # One $s$ for each of 1000 timesteps sees 0.06 samples per step of a batch of 64; one for each of 20 bins sees 3.2, fifty times more,
@@ -265,8 +302,14 @@ assert simulated_cv(0.0, 0.05, 1, seed=0) < 1e-12, "without noise in the losses,
 # every sample informs every timestep. Is either too coarse for the true curve? We feed both the exact losses.
 
 # %%
-print(f"{'typical error of a weight after':33s}{'600 steps':>12s}{fast('3000', '1200') + ' steps':>15s}")
-for label, params in (("5 bins", {"bins": 5}), ("20 bins", {}), ("Fourier, as in EDM2", {"fourier": True})):
+print(
+    f"{'typical error of a weight after':33s}{'600 steps':>12s}{fast('3000', '1200') + ' steps':>15s}"
+)
+for label, params in (
+    ("5 bins", {"bins": 5}),
+    ("20 bins", {}),
+    ("Fourier, as in EDM2", {"fourier": True}),
+):
     weighting = make_weighting("uncertainty", schedule, clamp=15.0, **params)
     stages = [descend(weighting, floor, every, steps) for steps in (600, fast(2400, 600))]
     print(f"{label:30s}" + "".join(f"{(w / perfect).log().std():15.1%}" for w in stages))
@@ -291,7 +334,9 @@ for label, params in (("5 bins", {"bins": 5}), ("20 bins", {}), ("Fourier, as in
 # $\omega_1=(g_2\!\cdot\!g_2-g_1\!\cdot\!g_2)/\|g_1-g_2\|^2$, if that lies between 0 and 1.
 
 # %%
-g = torch.tensor([[3.0, 0.5], [-0.6, 0.8]], dtype=torch.float64)  # long and short, more than a right angle apart
+g = torch.tensor(
+    [[3.0, 0.5], [-0.6, 0.8]], dtype=torch.float64
+)  # long and short, more than a right angle apart
 gramian = g @ g.T
 closed = (gramian[1, 1] - gramian[0, 1]) / ((g[0] - g[1]) ** 2).sum()
 
@@ -300,13 +345,19 @@ weighting.observe_gramian(gramian)
 descend(weighting, torch.ones(2), torch.tensor([0, 999]), 1000)
 u = weighting.beta.softmax(0).detach().double()
 torch.testing.assert_close(u[0], closed, rtol=1e-3, atol=0, msg="UGD must find the shortest vector")
-torch.testing.assert_close(pareto.min_norm_weights(gramian)[0], closed, msg="so must the exact solver")
-assert (gramian @ u > 0).all() and (gramian.sum(1) < 0).any(), "this step must help both bins; the plain sum must not"
+torch.testing.assert_close(
+    pareto.min_norm_weights(gramian)[0], closed, msg="so must the exact solver"
+)
+assert (gramian @ u > 0).all() and (gramian.sum(1) < 0).any(), (
+    "this step must help both bins; the plain sum must not"
+)
 print(f"shares {u[0]:.3f} and {u[1]:.3f}: the shorter gradient gets more; closed form {closed:.3f}")
 
 balance = make_weighting("loss-balance", schedule, bins=1000, normalize=False)
 balance(floor, every)
-torch.testing.assert_close(balance.weights() * floor / floor.mean(), torch.ones(1000), msg="must be 1 / L")
+torch.testing.assert_close(
+    balance.weights() * floor / floor.mean(), torch.ones(1000), msg="must be 1 / L"
+)
 
 # %% [markdown]
 # ## 7 · How much do learned weights fluctuate?
@@ -345,21 +396,37 @@ for arm, (name, params) in ARMS.items():
 # %%
 def without_trend(weights):
     """Weights (R, T), each divided by the exponential that fits it best."""
-    logs, time = weights.double().log(), torch.linspace(-1, 1, len(weights), dtype=torch.float64)[:, None]
+    logs, time = (
+        weights.double().log(),
+        torch.linspace(-1, 1, len(weights), dtype=torch.float64)[:, None],
+    )
     return torch.exp(logs - time * (time * logs).sum(0) / (time**2).sum())
 
 
 cv = {}
 for arm in ARMS:
     half = [weights[len(weights) // 2 :] for weights, _ in runs[arm]]
-    sets = {"over time": half, "around trend": map(without_trend, half), "between seeds": [torch.stack(half)[:, -1]]}
-    cv[arm] = {column: [float(fluctuation(w).median()) for w in each] for column, each in sets.items()}
-print(f"{'coefficient of variation':24s}{'over time':>18s}{'around its trend':>20s}{'between seeds':>16s}")
+    sets = {
+        "over time": half,
+        "around trend": map(without_trend, half),
+        "between seeds": [torch.stack(half)[:, -1]],
+    }
+    cv[arm] = {
+        column: [float(fluctuation(w).median()) for w in each] for column, each in sets.items()
+    }
+print(
+    f"{'coefficient of variation':24s}{'over time':>18s}{'around its trend':>20s}{'between seeds':>16s}"
+)
 for arm, columns in cv.items():
-    over, around = ("{:9.1%} ± {:5.1%}".format(*plots.interval(columns[c])) for c in ("over time", "around trend"))
+    over, around = (
+        "{:9.1%} ± {:5.1%}".format(*plots.t_interval(columns[c]))
+        for c in ("over time", "around trend")
+    )
     print(f"{arm:24s}{over:>18s}{around:>20s}{columns['between seeds'][0]:16.1%}")
 assert max(map(max, cv["predefined"].values())) == 0, "predefined weights must not fluctuate"
-assert all(max(c["around trend"]) < 0.5 for arm, c in cv.items() if arm != "random"), "the null must shake most"
+assert all(max(c["around trend"]) < 0.5 for arm, c in cv.items() if arm != "random"), (
+    "the null must shake most"
+)
 reveal(QUESTION_SHAKE, 100 * float(np.mean(cv["uncertainty"]["around trend"])))
 
 # %%
@@ -367,16 +434,30 @@ fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.4), width_ratios=(1, 1.1
 for i, arm in enumerate(["random", "predefined", "dy-sigma", "uncertainty", "ugd"]):
     one, colour = runs[arm][0][0][:, 900], "0.7" if i == 0 else f"C{i}"
     left.plot(10 * np.arange(len(one)), one, label=arm, color=colour, linestyle=plots.DASHES[i])
-left.set(yscale="log", ylim=(None, 60), xlabel="training step", ylabel="weight at t = 900", title="One weight, one run")
+left.set(
+    yscale="log",
+    ylim=(None, 60),
+    xlabel="training step",
+    ylabel="weight at t = 900",
+    title="One weight, one run",
+)
 left.legend()
 for row, column in enumerate(cv["ugd"]):
     mean, half = np.array(
-        [plots.interval(c[column]) if len(c[column]) > 1 else (c[column][0], 0) for c in cv.values()]
+        [
+            plots.t_interval(c[column]) if len(c[column]) > 1 else (c[column][0], 0)
+            for c in cv.values()
+        ]
     ).T
     at, bars = np.arange(len(ARMS)) + 0.22 * (row - 1), np.minimum(half, 0.9 * mean)
     right.errorbar(mean, at, xerr=bars, fmt="os^"[row], color=f"C{row}", capsize=3, label=column)
 right.set_xscale("symlog", linthresh=1e-3)
-right.set(xlim=(-5e-4, 3), ylim=(7.6, -0.6), xlabel="coefficient of variation", title="Second half of training")
+right.set(
+    xlim=(-5e-4, 3),
+    ylim=(7.6, -0.6),
+    xlabel="coefficient of variation",
+    title="Second half of training",
+)
 right.set_yticks(range(len(ARMS)), labels=list(ARMS))
 right.legend(loc=(0.03, 0.3), fontsize=8)
 plots.show(
@@ -388,8 +469,12 @@ plots.show(
     notebook=NOTEBOOK,
 )
 travel = np.mean(cv["uncertainty"]["over time"])
-assert travel > 3 * np.mean(cv["uncertainty"]["around trend"]), "uncertainty must travel more than it shakes"
-assert np.mean(cv["dy-sigma"]["over time"]) < fast(travel / 3, 1), "the anchor must end the travel (of a full run)"
+assert travel > 3 * np.mean(cv["uncertainty"]["around trend"]), (
+    "uncertainty must travel more than it shakes"
+)
+assert np.mean(cv["dy-sigma"]["over time"]) < fast(travel / 3, 1), (
+    "the anchor must end the travel (of a full run)"
+)
 
 # %% [markdown]
 # Read the table line by line.
@@ -413,12 +498,17 @@ HERE = ["uncertainty", "uncertainty, lr 0.1", "loss-balance"]
 
 def ratio(arm, baseline, timesteps=slice(None)):
     """(S, ...) held-out loss over that of the baseline with the same seed."""
-    return torch.stack([(a / b)[timesteps] for (_, a), (_, b) in zip(runs[arm], runs[baseline], strict=True)])
+    return torch.stack(
+        [(a / b)[timesteps] for (_, a), (_, b) in zip(runs[arm], runs[baseline], strict=True)]
+    )
 
 
 fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4))
 final = {f"{arm}, learned": torch.stack([w[-1] for w, _ in runs[arm]]) for arm in HERE[:2]}
-final |= {"1 / L* of a perfect network": perfect, "const-x0": make_weighting("const-x0", schedule).weights()}
+final |= {
+    "1 / L* of a perfect network": perfect,
+    "const-x0": make_weighting("const-x0", schedule).weights(),
+}
 plots.trajectories(left, schedule.log_snr, final, log=True)
 left.set(xlabel="log-SNR (noisy → clean)", ylabel="weight", title="Where the weight goes")
 plots.loss_by_timestep(right, shown, {arm: ratio(arm, "predefined") for arm in HERE})
@@ -435,16 +525,30 @@ plots.show(
 
 # %%
 runs["x0 network, equal weights"] = [train("const-x0", seed, "sample") for seed in seeds]
-runs["x0 network, uncertainty, lr 0.1"] = [train("uncertainty", seed, "sample", weighting_lr=0.1) for seed in seeds]
+runs["x0 network, uncertainty, lr 0.1"] = [
+    train("uncertainty", seed, "sample", weighting_lr=0.1) for seed in seeds
+]
 parts = {"clean fifth": slice(0, 8), "middle fifth": slice(16, 24), "noisy fifth": slice(32, 40)}
 print(f"{'loss relative to equal weights':34s}" + "".join(f"{part:>18s}" for part in parts))
 for arm in [*HERE, "x0 network, uncertainty, lr 0.1"]:
     baseline = "x0 network, equal weights" if "x0" in arm else "predefined"
-    logs = [plots.interval(ratio(arm, baseline, part).log().mean(1).numpy()) for part in parts.values()]
-    print(f"{arm:34s}" + "".join(f"{math.exp(mean):10.3f} ×/÷ {math.exp(half):.2f}" for mean, half in logs))
+    logs = [
+        plots.t_interval(ratio(arm, baseline, part).log().mean(1).numpy())
+        for part in parts.values()
+    ]
+    print(
+        f"{arm:34s}"
+        + "".join(f"{math.exp(mean):10.3f} ×/÷ {math.exp(half):.2f}" for mean, half in logs)
+    )
 
-share = {arm: float(np.mean([w[-1, 900:].sum() / w[-1].sum() for w, _ in runs[arm]])) for arm in HERE}
-print("on the noisiest tenth:", ", ".join(f"{arm} {value:.0%}" for arm, value in share.items()), "of the weight")
+share = {
+    arm: float(np.mean([w[-1, 900:].sum() / w[-1].sum() for w, _ in runs[arm]])) for arm in HERE
+}
+print(
+    "on the noisiest tenth:",
+    ", ".join(f"{arm} {value:.0%}" for arm, value in share.items()),
+    "of the weight",
+)
 assert min(share.values()) > fast(0.2, 0.1), "the noisiest tenth must gain weight"
 arrived = ratio("uncertainty, lr 0.1", "predefined", parts["clean fifth"]).log().mean(1)
 assert (arrived > 0).all(), "at the fixed point, every seed must lose on the clean fifth"
@@ -517,12 +621,14 @@ check("4.2", most_bins)
 # %% tags=["solution"]
 half_way = floor**-0.5 / (floor**-0.5).mean()
 check("4.1", half_way)
-print(f"effective sample size: {effective_sample_size(half_way):.2f}, full weight {effective_sample_size(perfect):.2f}")
+print(
+    f"effective sample size: {effective_sample_size(half_way):.2f}, full weight {effective_sample_size(perfect):.2f}"
+)
 
 # %% tags=["solution"]
 most_bins = int(4 * 128 * 0.05**2 / 0.05)  # sqrt(lr K / (4 * 128)) <= 0.05
 check("4.2", most_bins)
-simulated = plots.interval([simulated_cv(1.0, 0.05, 128 / most_bins, seed) for seed in range(5)])
+simulated = plots.t_interval([simulated_cv(1.0, 0.05, 128 / most_bins, seed) for seed in range(5)])
 print("simulated with that many bins: {:.2%} ± {:.2%}".format(*simulated))
 
 # %% [markdown]

@@ -47,11 +47,11 @@ from scipy.special import lambertw
 from scipy.stats import t as student
 
 from dysigma import plots
+from dysigma.course.lessons import banner, check, exercise, fast, predict, reveal, watermark
 from dysigma.evaluation import evaluation_timesteps, validation_losses
 from dysigma.exact import GaussianField, OptimalDenoiser, field_floor, gaussian_fields
-from dysigma.race import Race, load_race, race
+from dysigma.lab.race import Race, load_race, race
 from dysigma.schedule import NoiseSchedule
-from dysigma.teaching import banner, check, exercise, fast, predict, reveal, watermark
 from dysigma.training import train
 from dysigma.weightings import fluctuation, make_weighting
 
@@ -130,7 +130,9 @@ predict(QUESTION_PRIOR, 4.0)
 # %%
 def settle(variant, losses, on=schedule, gramian=None, **params):
     """The weighting after training one s per timestep on losses (T,), or losses(step) if they change."""
-    weighting = make_weighting("dy-sigma", on, variant=variant, bins=on.num_timesteps, clamp=20.0, **params)
+    weighting = make_weighting(
+        "dy-sigma", on, variant=variant, bins=on.num_timesteps, clamp=20.0, **params
+    )
     optimizer = torch.optim.Adam(weighting.parameters(), lr=0.1)
     for step in range(fast(400, 250)):
         if gramian is not None:
@@ -144,7 +146,9 @@ def settle(variant, losses, on=schedule, gramian=None, **params):
 
 def same(weighting, mine, what):
     mine = mean_one(mine).float()
-    torch.testing.assert_close(weighting.weights(), mine, rtol=0.02, atol=1e-6, msg=f"must be {what}")
+    torch.testing.assert_close(
+        weighting.weights(), mine, rtol=0.02, atol=1e-6, msg=f"must be {what}"
+    )
     print(f"{what}: largest difference {(weighting.weights() / mine - 1).abs().max():.0e}")
 
 
@@ -203,20 +207,34 @@ def anchored(z, kappa):
 for kappa in (0.25, 1.0, 4.0):
     learned = settle("anchored", floor, kappa=kappa)
     same(learned, prior * torch.exp(-anchored(z, kappa)), f"anchored, κ = {kappa:g}")
-    torch.testing.assert_close(learned.fixed_point(z), anchored(z, kappa), msg="both must be Lambert's W")
+    torch.testing.assert_close(
+        learned.fixed_point(z), anchored(z, kappa), msg="both must be Lambert's W"
+    )
 same(settle("anchored", floor, kappa=1e6), prior, "κ = 1e6: the prior")
 same(settle("anchored", floor, kappa=1e-3), 1 / floor, "κ = 1e-3: 1 / L")
 
-wide, line = torch.logspace(-6, 4, 200, dtype=torch.float64), torch.linspace(-9, 9, 500, dtype=torch.float64)
+wide, line = (
+    torch.logspace(-6, 4, 200, dtype=torch.float64),
+    torch.linspace(-9, 9, 500, dtype=torch.float64),
+)
 objective = wide[:, None] * torch.exp(-line) + line + 0.5 * line**2  # κ = 1
 assert (objective.diff().diff() > 0).all(), "the objective must be convex in s for every z"
 
 boosts = {kappa: torch.exp(-anchored(wide, kappa)) for kappa in (4.0, 1.0, 0.5, 0.25)}
-assert all((boost < math.exp(1 / kappa)).all() for kappa, boost in boosts.items()), "no boost may exceed e^(1/κ)"
+assert all((boost < math.exp(1 / kappa)).all() for kappa, boost in boosts.items()), (
+    "no boost may exceed e^(1/κ)"
+)
 fig, ax = plt.subplots()
-plots.trajectories(ax, wide, {f"κ = {k:g}": b for k, b in boosts.items()} | {"inside: 1 / z": 1 / wide}, log=True)
+plots.trajectories(
+    ax, wide, {f"κ = {k:g}": b for k, b in boosts.items()} | {"inside: 1 / z": 1 / wide}, log=True
+)
 ax.hlines([math.exp(1 / kappa) for kappa in boosts], 1e-6, 1e4, color="0.5", linewidth=0.8)
-ax.set(xscale="log", ylim=(1e-3, 1e3), xlabel="weighted loss over its mean, z", ylabel="factor on the prior")
+ax.set(
+    xscale="log",
+    ylim=(1e-3, 1e3),
+    xlabel="weighted loss over its mean, z",
+    ylabel="factor on the prior",
+)
 plots.show(
     fig,
     "05_trust_region",
@@ -231,10 +249,17 @@ plots.show(
 # weights then grow together: a rising learning rate in disguise. Here $z$ is relative and weights have mean 1, so smaller losses change nothing.
 
 # %%
-bare, less = (settle("inside", x, half_life=None, normalize=False).weights().mean() for x in (floor, floor / 100))
+bare, less = (
+    settle("inside", x, half_life=None, normalize=False).weights().mean()
+    for x in (floor, floor / 100)
+)
 print(f"bare formula: losses 100 times smaller, weights {less / bare:.0f} times larger")
 assert 95 < less / bare < 105, "without normalisation the mean weight must grow as losses fall"
-same(settle("anchored", floor / 100), prior * torch.exp(-anchored(z, 1.0)), "anchored, losses 100 times smaller")
+same(
+    settle("anchored", floor / 100),
+    prior * torch.exp(-anchored(z, 1.0)),
+    "anchored, losses 100 times smaller",
+)
 
 # %% [markdown]
 # ## 6 · Three ideas of our own
@@ -265,7 +290,9 @@ def falling(step):
 target = mean_one(prior * torch.exp(-anchored(mean_one(prior * c), 1.0))).float()
 for label, known in (("given", floor.tolist()), ("estimated online", "online")):
     off = (settle("excess", falling, floor=known).weights() / target).log().abs()
-    print(f"excess, floor {label}: weights off by {off.mean():.1%} on average, {off.max():.1%} at most")
+    print(
+        f"excess, floor {label}: weights off by {off.mean():.1%} on average, {off.max():.1%} at most"
+    )
     assert off.mean() < 0.05, "weights must follow the learnable loss"
 away = (settle("anchored", falling).weights() / target).log().abs().mean()
 assert away > 2 * off.mean(), "the whole loss must lead to other weights"
@@ -290,7 +317,9 @@ s = learned.log_variances().detach().double().requires_grad_()
 u, equal = (-s).softmax(0), torch.full((10,), 0.1, dtype=torch.float64)
 ((torch.exp(-s) + s + 0.5 * s**2).mean() + 10 * u @ gramian @ u).backward()
 assert s.grad.abs().max() < 1e-4, "where the package ends, the formula must be stationary"
-assert (u[gramian @ equal < 0] > 0.1).all() and (u[:7] < 0.1).all(), "bins hurt by the equal step must gain"
+assert (u[gramian @ equal < 0] > 0.1).all() and (u[:7] < 0.1).all(), (
+    "bins hurt by the equal step must gain"
+)
 print(
     f"squared step {equal @ gramian @ equal:.2f} with shares 0.1; {u @ gramian @ u:.2f} with {u[0]:.3f} and {u[-1]:.3f}"
 )
@@ -305,23 +334,38 @@ print(
 
 # %%
 spec = Race.read(Path("../data/races/weightings-fields.toml"))
-images, seeds, live = fast(6400, 3200), spec.seeds[: fast(3, 1)], {"const-eps": [], "min-snr": [], "dy-sigma": []}
+images, seeds, live = (
+    fast(6400, 3200),
+    spec.seeds[: fast(3, 1)],
+    {"const-eps": [], "min-snr": [], "dy-sigma": []},
+)
 with tempfile.TemporaryDirectory() as scratch:
     for (target, arm, seed), config in spec.entries():
         if target == "epsilon" and arm in live and seed in seeds:
-            run = train(replace(config, images=images), Path(scratch) / f"{arm} {seed}", progress=False, finish=False)
+            run = train(
+                replace(config, images=images),
+                Path(scratch) / f"{arm} {seed}",
+                progress=False,
+                finish=False,
+            )
             live[arm].append(run.metrics.validation_losses.dropna().iloc[-1])
             print(arm, seed, end=", ", flush=True)
 
 at = evaluation_timesteps(1000, spec.base["validation_timesteps"])
 held_out = gaussian_fields(10_000, size=8, split="test").images[: spec.base["validation_images"]]
-best = validation_losses(OptimalDenoiser(GaussianField(), schedule), held_out, schedule, "epsilon", timesteps=at)
-assert ((best / field_floor(schedule)[at]).log().abs() < 0.1).all(), "the filter must reach the exact floor"
+best = validation_losses(
+    OptimalDenoiser(GaussianField(), schedule), held_out, schedule, "epsilon", timesteps=at
+)
+assert ((best / field_floor(schedule)[at]).log().abs() < 0.1).all(), (
+    "the filter must reach the exact floor"
+)
 excess = {arm: torch.tensor(np.array(losses)) - best for arm, losses in live.items()}
 assert min(float(e.min()) for e in excess.values()) > 0, "no network may beat the Wiener filter"
 
 print(f"\nafter {images:,} images{'':14s}" + "".join(f"{f't = {t}':>11s}" for t in at[::9]))
-for label, rows in ({"floor": best[None]} | {f"{arm}, above the floor": e for arm, e in excess.items()}).items():
+for label, rows in (
+    {"floor": best[None]} | {f"{arm}, above the floor": e for arm, e in excess.items()}
+).items():
     print(f"{label:31s}" + "".join(f"{value:11.2g}" for value in rows.mean(0)[::9]))
 
 # %% [markdown]
@@ -354,14 +398,18 @@ for label, name in RACES.items():
     if RECOMPUTE:
         race(Race.read(Path(f"../data/races/{name}.toml")), folder, jobs=2)
     records[label] = table = load_race(folder)
-    print(f"{label}: {len(table)} runs, {table.seed.nunique()} seeds, {table.validation_losses.isna().sum()} diverged")
+    print(
+        f"{label}: {len(table)} runs, {table.seed.nunique()} seeds, {table.validation_losses.isna().sum()} diverged"
+    )
 
 known = records["Gaussian fields"].set_index(["grid", "arm", "seed"]).sort_index()
 for arm, runs in live.items():
     for seed, losses in zip(seeds, runs, strict=True):
         row = known.loc[("epsilon", arm, seed)]
         recorded = row.validation_losses[row.images.index(images)]
-        np.testing.assert_allclose(losses, recorded, rtol=0.05, err_msg="the record must be reproducible")
+        np.testing.assert_allclose(
+            losses, recorded, rtol=0.05, err_msg="the record must be reproducible"
+        )
 
 
 def judge(table, target):
@@ -369,10 +417,17 @@ def judge(table, target):
     rows = table[(table.grid == target) & table.validation_losses.notna()]
     losses = torch.tensor([final[-1] for final in rows.validation_losses], dtype=torch.float64)
     log_snr = schedule.log_snr[torch.tensor(rows.validation_timesteps.iloc[0])]
-    bits = torch.trapezoid(losses * (log_snr.exp() if target == "sample" else 1), -log_snr) / 2 / math.log(2)
+    bits = (
+        torch.trapezoid(losses * (log_snr.exp() if target == "sample" else 1), -log_snr)
+        / 2
+        / math.log(2)
+    )
     cv = [float(fluctuation(torch.tensor(w)[len(w) // 2 :]).median()) for w in rows.bin_weights]
     rows = rows.assign(alike=losses.log().mean(1).numpy(), bits=bits.numpy(), cv=cv)
-    return {name: rows.pivot(index="seed", columns="arm", values=name) for name in ("alike", "bits", "cv")}
+    return {
+        name: rows.pivot(index="seed", columns="arm", values=name)
+        for name in ("alike", "bits", "cv")
+    }
 
 
 def paired(scores, baseline):
@@ -382,30 +437,58 @@ def paired(scores, baseline):
     return difference.mean(), half
 
 
-scores = {(label, target): judge(table, target) for label, table in records.items() for target in ("epsilon", "sample")}
+scores = {
+    (label, target): judge(table, target)
+    for label, table in records.items()
+    for target in ("epsilon", "sample")
+}
 change = paired(scores["Gaussian fields", "epsilon"]["alike"], "min-snr")[0]["dy-sigma"]
 reveal(QUESTION_RACE, 100 * math.expm1(change))
 
 # %%
 BASELINES = ("const-eps", "const-x0", "min-snr")
-print("a ×/÷ b: the 95 % interval reaches from a / b to a b, five paired seeds. CV: fluctuation of the weights.")
+print(
+    "a ×/÷ b: the 95 % interval reaches from a / b to a b, five paired seeds. CV: fluctuation of the weights."
+)
 for (label, target), judges in scores.items():
     columns = [paired(judges["alike"], baseline) for baseline in BASELINES]
     print(f"\n{label}, {target} network: loss relative to ...")
-    print(f"{'':20s}" + "".join(f"{name:>20s}" for name in BASELINES) + f"{'bits/dim − min-snr':>20s}{'CV':>9s}")
+    print(
+        f"{'':20s}"
+        + "".join(f"{name:>20s}" for name in BASELINES)
+        + f"{'bits/dim − min-snr':>20s}{'CV':>9s}"
+    )
     for arm in columns[-1][0].sort_values().index:
-        cells = [f"{math.exp(mean[arm]):.3f} ×/÷ {math.exp(half[arm]):.3f}" for mean, half in columns]
-        cells += ["{:+.3f} ± {:.3f}".format(*(each[arm] for each in paired(judges["bits"], "min-snr")))]
-        print(f"{arm:20s}" + "".join(f"{cell:>20s}" for cell in cells) + f"{judges['cv'][arm].mean():9.1%}")
+        cells = [
+            f"{math.exp(mean[arm]):.3f} ×/÷ {math.exp(half[arm]):.3f}" for mean, half in columns
+        ]
+        cells += [
+            "{:+.3f} ± {:.3f}".format(*(each[arm] for each in paired(judges["bits"], "min-snr")))
+        ]
+        print(
+            f"{arm:20s}"
+            + "".join(f"{cell:>20s}" for cell in cells)
+            + f"{judges['cv'][arm].mean():9.1%}"
+        )
 
 # %%
 for (_, target), judges in scores.items():
-    (alike, half), (bits, bits_half) = (paired(judges[name], "min-snr") for name in ("alike", "bits"))
+    (alike, half), (bits, bits_half) = (
+        paired(judges[name], "min-snr") for name in ("alike", "bits")
+    )
     cv, both = judges["cv"].mean(), np.maximum(alike + half, bits + bits_half) < 0
-    assert (alike + half)[["dy-sigma", "dy-sigma kappa 4"]].max() < 0, "anchored must beat its prior, timesteps alike"
-    assert alike.idxmin() != bits.idxmin() and bits["uncertainty"] > 0, "no arm may win with both judges"
-    assert cv["dy-sigma"] < cv[["uncertainty", "ugd"]].min() / 2, "anchored weights must fluctuate less"
-    assert target == "sample" or list(both.index[both]) == ["dy-sigma excess"], "only excess may beat min-snr with both"
+    assert (alike + half)[["dy-sigma", "dy-sigma kappa 4"]].max() < 0, (
+        "anchored must beat its prior, timesteps alike"
+    )
+    assert alike.idxmin() != bits.idxmin() and bits["uncertainty"] > 0, (
+        "no arm may win with both judges"
+    )
+    assert cv["dy-sigma"] < cv[["uncertainty", "ugd"]].min() / 2, (
+        "anchored weights must fluctuate less"
+    )
+    assert target == "sample" or list(both.index[both]) == ["dy-sigma excess"], (
+        "only excess may beat min-snr with both"
+    )
 
 fig, axes = plt.subplots(2, 2, figsize=(10, 9), sharey=True)
 for ax, ((label, target), judges) in zip(axes.flat, scores.items(), strict=True):
@@ -413,13 +496,26 @@ for ax, ((label, target), judges) in zip(axes.flat, scores.items(), strict=True)
         mean, half = (each[list(spec.arms)[::-1]] for each in paired(judges["alike"], baseline))
         centre, low, high = np.exp(mean), np.exp(mean - half), np.exp(mean + half)
         at_rows, bars = np.arange(len(mean)) + 0.22 * (1 - i), [centre - low, high - centre]
-        ax.errorbar(centre, at_rows, xerr=bars, fmt="os^"[i], color=f"C{i}", markersize=4.5, label=baseline)
+        ax.errorbar(
+            centre, at_rows, xerr=bars, fmt="os^"[i], color=f"C{i}", markersize=4.5, label=baseline
+        )
     ax.axvline(1, color="0.3", linewidth=1)
-    ax.set(xscale="log", title=f"{label}, {target} network", xlabel="loss ratio, every timestep alike (left is better)")
-    ax.set_xticks([0.6, 0.8, 1, 1.5, 2, 3], labels=["0.6", "0.8", "1", "1.5", "2", "3"], minor=False)
+    ax.set(
+        xscale="log",
+        title=f"{label}, {target} network",
+        xlabel="loss ratio, every timestep alike (left is better)",
+    )
+    ax.set_xticks(
+        [0.6, 0.8, 1, 1.5, 2, 3], labels=["0.6", "0.8", "1", "1.5", "2", "3"], minor=False
+    )
     ax.minorticks_off()
     ax.set_yticks(range(len(mean)), labels=mean.index)
-fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, title="relative to")
+fig.legend(
+    *axes[0, 0].get_legend_handles_labels(),
+    loc="outside upper center",
+    ncols=3,
+    title="relative to",
+)
 plots.show(
     fig,
     "05_race",
@@ -434,15 +530,24 @@ plots.show(
 
 # %%
 shown = ("const-eps", "const-x0", "min-snr", "uncertainty", "dy-sigma")
-bands = {"cleanest tenth": slice(0, 4), "middle tenth": slice(18, 22), "noisiest tenth": slice(36, 40)}
+bands = {
+    "cleanest tenth": slice(0, 4),
+    "middle tenth": slice(18, 22),
+    "noisiest tenth": slice(36, 40),
+}
 fig, axes = plt.subplots(2, 3, figsize=(9.5, 5.4))
 for row, target in zip(axes, ("epsilon", "sample"), strict=True):
     exact = field_floor(schedule, target)[at].numpy()
-    rest = {arm: np.array(known.loc[(target, arm)].validation_losses.tolist())[:, 1:] - exact for arm in shown}
+    rest = {
+        arm: np.array(known.loc[(target, arm)].validation_losses.tolist())[:, 1:] - exact
+        for arm in shown
+    }
     for ax, (band, part) in zip(row, bands.items(), strict=True):
         series = {arm: e[..., part].mean(2) for arm, e in rest.items()}
         plots.trajectories(ax, known.images.iloc[0][1:], series, log=True)
-        ax.set(title=f"{target} network, {band}", xlabel="images seen", ylabel="loss above the floor")
+        ax.set(
+            title=f"{target} network, {band}", xlabel="images seen", ylabel="loss above the floor"
+        )
         ax.get_legend().remove()
 fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
 plots.show(
@@ -512,7 +617,10 @@ check("5.1", smallest)
 # </details>
 
 # %%
-wrong = {"That is variant inside, without the prior on s.": math.e, "The sign of s is wrong.": 3 / math.e}
+wrong = {
+    "That is variant inside, without the prior on s.": math.e,
+    "The sign of s is wrong.": 3 / math.e,
+}
 exercise("5.2", expected=3 * math.e, mistakes=wrong)
 z_needed = ...  # a number
 check("5.2", z_needed)

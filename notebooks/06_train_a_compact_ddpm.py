@@ -43,13 +43,13 @@ import torch
 from PIL import Image
 
 from dysigma import plots
+from dysigma.course.lessons import banner, check, exercise, fast, predict, reveal, watermark
 from dysigma.data import batch
-from dysigma.draws import generator
 from dysigma.evaluation import elbo, evaluation_timesteps, sample_images, validation_losses
 from dysigma.models import count_parameters, make_model
+from dysigma.randomness import generator
 from dysigma.runs import load_run
 from dysigma.schedule import NoiseSchedule
-from dysigma.teaching import banner, check, exercise, fast, predict, reveal, watermark
 from dysigma.training import TrainConfig, build, iterate, load_split, train
 
 NOTEBOOK = "06_train_a_compact_ddpm"
@@ -69,7 +69,9 @@ config = TrainConfig(
 )  # fmt: skip
 data = load_split(config, "train", torch.device("cpu"))
 test = load_split(config, "test", torch.device("cpu"))
-print(f"{len(data):,} images {tuple(data.images.shape[1:])}, one uint8 tensor of {data.images.nbytes / 1e6:.1f} MB")
+print(
+    f"{len(data):,} images {tuple(data.images.shape[1:])}, one uint8 tensor of {data.images.nbytes / 1e6:.1f} MB"
+)
 print("classes:", ", ".join(data.class_names))
 
 # %% [markdown]
@@ -126,7 +128,9 @@ mine = [step_by_hand(model, optimizer, NoiseSchedule.linear(), step) for step in
 state = build(config, data)
 theirs = [record.losses for record, _ in zip(iterate(state, data, config), range(3), strict=False)]
 for a, b in zip(mine, theirs, strict=True):
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg="the step by hand and the package's must agree")
+    torch.testing.assert_close(
+        a, b, rtol=1e-4, atol=1e-6, msg="the step by hand and the package's must agree"
+    )
 print(
     f"{count_parameters(model):,} parameters; three steps by hand and three of the package give the same {3 * config.batch_size} losses"
 )
@@ -143,7 +147,9 @@ short = dataclasses.replace(config, images=12 * config.batch_size, weighting="dy
 
 
 def parameters(state):
-    return torch.cat([p.detach().flatten() for p in [*state.model.parameters(), *state.weighting.parameters()]])
+    return torch.cat(
+        [p.detach().flatten() for p in [*state.model.parameters(), *state.weighting.parameters()]]
+    )
 
 
 whole = build(short, data)
@@ -156,11 +162,15 @@ for record in iterate(first, data, short):
         break
 tensors, rest = first.state_dict()
 second = build(dataclasses.replace(short), data)
-second.load_state_dict(first.step, {k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(rest)))
+second.load_state_dict(
+    first.step, {k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(rest))
+)
 for _ in iterate(second, data, short):
     pass
 
-assert torch.equal(parameters(whole), parameters(second)), "resumed and uninterrupted must agree in every bit"
+assert torch.equal(parameters(whole), parameters(second)), (
+    "resumed and uninterrupted must agree in every bit"
+)
 print(f"12 steps and 7 + 5 steps end with the same {len(parameters(whole)):,} numbers, bit for bit")
 
 # %% [markdown]
@@ -202,7 +212,9 @@ for arm in arms:
         curves.setdefault(arm, []).append(curve)
     curves[arm] = torch.stack(curves[arm])
 weights = states["const-x0"].weighting.weights()
-print(f"const-x0: {weights[-100:].sum() / weights.sum():.0%} of the weight lies on the noisiest tenth of the timesteps")
+print(
+    f"const-x0: {weights[-100:].sum() / weights.sum():.0%} of the weight lies on the noisiest tenth of the timesteps"
+)
 print(f"done: {len(seeds)} seeds, {config.num_steps} steps of {config.batch_size} each")
 
 # %%
@@ -254,7 +266,9 @@ rows = []
 for arm in arms:
     judge = make_model("micro", 16)
     states[arm].ema.copy_to(judge)
-    rows.append(sample_images(judge, states[arm].schedule, (12, 3, 16, 16), num_steps=fast(25, 10), seed=1))
+    rows.append(
+        sample_images(judge, states[arm].schedule, (12, 3, 16, 16), num_steps=fast(25, 10), seed=1)
+    )
 roughness = [float((r.float().diff(dim=-1).abs()).mean()) for r in [test.images[:256], *rows]]
 fig, ax = plt.subplots(figsize=(7.5, 2.1))
 plots.image_grid(ax, torch.cat([test.images[:12], *rows]), columns=12, row_labels=["real", *arms])
@@ -287,13 +301,27 @@ assert better.bits_per_dim < bound.bits_per_dim, "the likelihood bound must agre
 
 # %%
 with tempfile.TemporaryDirectory() as scratch:
-    tiny = dataclasses.replace(config, images=10 * config.batch_size, validation_images=8, validation_timesteps=10)
+    tiny = dataclasses.replace(
+        config, images=10 * config.batch_size, validation_images=8, validation_timesteps=10
+    )
     run = train(tiny, Path(scratch) / "first", progress=False)
     print(*sorted(p.name for p in run.path.glob("[!.]*")), sep="  ")
-    print(run.metrics[["step", "images", "mean_loss", "grad_norm"]].dropna().tail(3).round(3).to_string(index=False))
+    print(
+        run.metrics[["step", "images", "mean_loss", "grad_norm"]]
+        .dropna()
+        .tail(3)
+        .round(3)
+        .to_string(index=False)
+    )
     pipeline = run.pipeline()
 assert pipeline.unet.config.sample_size == 16, "the folder must open as a diffusers pipeline"
-print(type(pipeline).__name__, "with", type(pipeline.unet).__name__, "and", type(pipeline.scheduler).__name__)
+print(
+    type(pipeline).__name__,
+    "with",
+    type(pipeline.unet).__name__,
+    "and",
+    type(pipeline.scheduler).__name__,
+)
 
 # %% [markdown]
 # ## 8 · Recorded: CIFAR-10
@@ -308,7 +336,9 @@ print(type(pipeline).__name__, "with", type(pipeline.unet).__name__, "and", type
 # ```
 
 # %%
-RECOMPUTE = False  # True: train again, into a new folder: about an hour, and CIFAR-10 must be at hand
+RECOMPUTE = (
+    False  # True: train again, into a new folder: about an hour, and CIFAR-10 must be at hand
+)
 record = load_run(Path("../data/runs/cifar10-cpu-small"))
 if RECOMPUTE:
     record = train(record.config, record.path.with_name("cifar10-cpu-small-again"))
@@ -322,7 +352,9 @@ print(
 
 fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.2), width_ratios=(1.15, 1))
 plots.loss_by_timestep(
-    left, grid_t, {f"{metrics.images.iloc[i]:,} images": metrics.validation_losses.iloc[i] for i in shown}
+    left,
+    grid_t,
+    {f"{metrics.images.iloc[i]:,} images": metrics.validation_losses.iloc[i] for i in shown},
 )
 left.set(title="CIFAR-10, loss on 64 test images")
 right.imshow(Image.open(record.path / "samples.png"))
@@ -338,7 +370,10 @@ plots.show(
     "Right: a grid of 64 painterly colour images without clear objects.",
     notebook=NOTEBOOK,
 )
-first_loss, last_loss = np.array(metrics.validation_losses.iloc[1]), np.array(metrics.validation_losses.iloc[-1])
+first_loss, last_loss = (
+    np.array(metrics.validation_losses.iloc[1]),
+    np.array(metrics.validation_losses.iloc[-1]),
+)
 gain = 1 - last_loss / first_loss
 assert gain[-5:].mean() > 2 * gain[:5].mean(), (
     "the noisy end must have improved by more than the clean end, as the caption says"
@@ -372,7 +407,8 @@ exercise(
     mistakes={
         "That is what is kept, 1 - a.": 0.5 ** (batch_size / half_life),
         "Close, but that forgets a factor e, not 2, in half_life images.": batch_size / half_life,
-        "The exponent is upside down: batch_size is a small part of half_life.": 1 - 0.5 ** (half_life / batch_size),
+        "The exponent is upside down: batch_size is a small part of half_life.": 1
+        - 0.5 ** (half_life / batch_size),
     },
 )
 a = ...
@@ -395,7 +431,8 @@ exercise(
     "6.2",
     expected=losses_eps / snr,
     mistakes={
-        "Upside down: at the noisy end a small error in the noise is a large one in x0.": losses_eps * snr,
+        "Upside down: at the noisy end a small error in the noise is a large one in x0.": losses_eps
+        * snr,
         "Errors are multiplied by sigma / alpha, losses by its square.": losses_eps / snr.sqrt(),
         "That is for v: its error is 1 + SNR times that of x0.": losses_eps / (1 + snr),
     },

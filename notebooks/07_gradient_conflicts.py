@@ -44,15 +44,15 @@ import torch
 
 from dysigma import plots
 from dysigma.bins import Bins
-from dysigma.convergence import images_to_threshold, speedup
+from dysigma.course.lessons import banner, check, exercise, fast, predict, reveal, watermark
 from dysigma.data import leaves
-from dysigma.draws import generator
 from dysigma.exact import LinearDenoiser
 from dysigma.gradients import bin_gramian, bin_timesteps, conflicts, cosine_matrix
+from dysigma.lab.convergence import images_to_threshold, speedup
+from dysigma.lab.race import Race, load_race, race
 from dysigma.objective import sample_losses
-from dysigma.race import Race, load_race, race
+from dysigma.randomness import generator
 from dysigma.schedule import NoiseSchedule
-from dysigma.teaching import banner, check, exercise, fast, predict, reveal, watermark
 from dysigma.training import TrainConfig, build, iterate
 
 show = functools.partial(plots.show, notebook="07_gradient_conflicts")
@@ -66,7 +66,9 @@ banner("07_gradient_conflicts")
 # they are, and their running average (EMA), which is what one samples from.
 
 # %%
-config = TrainConfig(data="leaves", image_size=8, model="micro", images=fast(16_000, 3_200), lr=2e-3, device="cpu")
+config = TrainConfig(
+    data="leaves", image_size=8, model="micro", images=fast(16_000, 3_200), lr=2e-3, device="cpu"
+)
 data, schedule, seeds = leaves(4096, size=8), NoiseSchedule.linear(1000), range(fast(4, 2))
 STAGES = ("before training", "after 50 steps", "end", "end, averaged")
 
@@ -107,13 +109,27 @@ def gramians(model, cut, timesteps, splits=1):
 
 fig, axes = plt.subplots(1, 3, figsize=(9, 3), sharey=True)
 counts, both = (4, 64, 512), torch.tensor([80, 700])
-plain = [gramians(network, Bins([0, 400, 1000]), lambda _, n=n: both.repeat_interleave(n)) for n in counts]
+plain = [
+    gramians(network, Bins([0, 400, 1000]), lambda _, n=n: both.repeat_interleave(n))
+    for n in counts
+]
 true = plain[-1].mean(0)
 for ax, n, G in zip(axes, counts, plain, strict=True):
     low, high = (G / true).diagonal(dim1=1, dim2=2).sqrt().T
     cosine, best = cosine_matrix(G)[:, 0, 1], cosine_matrix(true)[0, 1]
     for x, y, colour in ((low, 0 * low, "C0"), (high * cosine, high * cosine.arccos().sin(), "C1")):
-        ax.quiver(0 * x, 0 * x, x, y, color=colour, angles="xy", scale_units="xy", scale=1, width=0.007, alpha=0.6)
+        ax.quiver(
+            0 * x,
+            0 * x,
+            x,
+            y,
+            color=colour,
+            angles="xy",
+            scale_units="xy",
+            scale=1,
+            width=0.007,
+            alpha=0.6,
+        )
     ax.plot([1, 0, best], [0, 0, best.arccos().sin()], color="black", linewidth=2.5)
     title = f"{n} samples: cosine {cosine.mean():.2f}".replace("-", "−")
     ax.set(xlim=(-2.4, 4), ylim=(-0.3, 4.6), aspect="equal", title=title)
@@ -177,18 +193,31 @@ gnr, truth = 16 * gramian.diagonal() / trace, pairs(cosine_matrix(gramian))
 shrink = (gnr / (1 + gnr)).sqrt()
 series = {"truth": truth, "naive, predicted": truth * pairs(shrink * shrink[:, None])}
 for kind in ("independent", "shared"):
-    options = {"micro_batches": 8, "batch_per_bin": 2, "paired": kind == "shared", "progress": False}
-    reports = [conflicts(toy, gaussian, ten, 10, seed=seed, **options) for seed in range(fast(60, 20))]
+    options = {
+        "micro_batches": 8,
+        "batch_per_bin": 2,
+        "paired": kind == "shared",
+        "progress": False,
+    }
+    reports = [
+        conflicts(toy, gaussian, ten, 10, seed=seed, **options) for seed in range(fast(60, 20))
+    ]
     series[f"naive, {kind} samples"] = pairs(torch.stack([report.cosine for report in reports]))
     mean = torch.stack([report.gramian for report in reports]).mean(0)
     series[f"debiased, {kind} samples"] = pairs(cosine_matrix(mean))
     off = (series[f"naive, {kind} samples"].mean(0) - series["naive, predicted"]).abs().max()
     gap = (series[f"debiased, {kind} samples"] - truth).abs().max()
-    print(f"{kind} samples, largest error: {off:.2f} of the prediction of the naive cosine, {gap:.2f} debiased")
-    assert (off < 0.1) == (kind == "independent"), "the formula must hold for independent samples, and only for them"
+    print(
+        f"{kind} samples, largest error: {off:.2f} of the prediction of the naive cosine, {gap:.2f} debiased"
+    )
+    assert (off < 0.1) == (kind == "independent"), (
+        "the formula must hold for independent samples, and only for them"
+    )
     assert gap < fast(0.1, 0.2), "the debiased cosine must be the true one"
 fig, ax = plt.subplots(figsize=(8, 4.2))
-plots.trajectories(ax, np.arange(45), {name: values[..., truth.argsort()] for name, values in series.items()})
+plots.trajectories(
+    ax, np.arange(45), {name: values[..., truth.argsort()] for name, values in series.items()}
+)
 ax.set(xlabel="pair of timesteps, sorted by the truth", ylabel="cosine")
 show(
     fig,
@@ -197,7 +226,9 @@ show(
     caption="Independent samples shrink the naive cosine exactly as predicted. Shared ones bend it upwards and hide conflicts. The debiased estimate finds the truth in both cases.",
     alt="The 45 pairs of timesteps in order of their true cosine, a rising step from −1 to 1. Predicted and measured naive cosines of independent samples coincide, closer to 0 than the truth. The naive curve of shared samples lies above them, near 0 where the truth is −0.5. The two debiased curves coincide with the truth.",
 )
-reveal(QUESTION_NAIVE, float(series["naive, independent samples"].mean(0)[2]))  # pair 2 is that of timesteps 0 and 3
+reveal(
+    QUESTION_NAIVE, float(series["naive, independent samples"].mean(0)[2])
+)  # pair 2 is that of timesteps 0 and 3
 
 # %% [markdown]
 # ## 3 · The estimator
@@ -215,16 +246,25 @@ draw, each_alone = generator(0, 0, "estimator"), Bins.uniform(10, 10)
 timesteps = bin_timesteps(each_alone, 16, draw).flatten()  # 16 samples of each timestep
 batch = gaussian[:160], torch.randn(160, 128, generator=draw), timesteps
 losses = sample_losses(toy, ten, *batch).view(10, 2, 8).mean(1)  # eight micro-batches of two
-flat = [torch.autograd.grad(loss, toy.theta, retain_graph=True)[0].flatten() for loss in losses.T.flatten()]
+flat = [
+    torch.autograd.grad(loss, toy.theta, retain_graph=True)[0].flatten()
+    for loss in losses.T.flatten()
+]
 g = torch.stack(flat).view(8, 10, -1)
 
 S, q = g.sum(0), torch.einsum("mip,mjp->ij", g, g)
 streamed = (S @ S.T - q) / (8 * 7)
 by_pairs = sum(g[m] @ g[n].T for m in range(8) for n in range(8) if m != n) / 56
-torch.testing.assert_close(streamed, by_pairs, msg="the streamed sum must be the mean over all pairs")
+torch.testing.assert_close(
+    streamed, by_pairs, msg="the streamed sum must be the mean over all pairs"
+)
 package, naive = (bin_gramian(toy, ten, *batch, each_alone, splits=splits) for splits in (8, 1))
-torch.testing.assert_close(streamed, package, rtol=1e-4, atol=1e-5, msg="the package must compute the same")
-torch.testing.assert_close(S @ S.T / 64, naive, rtol=1e-4, atol=1e-5, msg="one split must be the naive Gramian")
+torch.testing.assert_close(
+    streamed, package, rtol=1e-4, atol=1e-5, msg="the package must compute the same"
+)
+torch.testing.assert_close(
+    S @ S.T / 64, naive, rtol=1e-4, atol=1e-5, msg="one split must be the naive Gramian"
+)
 print("naive over true squared norms:", (naive / gramian).diagonal().numpy().round(1))
 
 # %% [markdown]
@@ -236,7 +276,9 @@ print("naive over true squared norms:", (naive / gramian).diagonal().numpy().rou
 # %%
 low, high = pairs(torch.stack([torch.stack(report.interval()) for report in reports])).unbind(1)
 known, holds = ~low.isnan(), (low <= truth) & (truth <= high)
-print(f"{(~known).float().mean():.0%} undetermined; {(right := holds[known].float().mean()):.0%} of others are right")
+print(
+    f"{(~known).float().mean():.0%} undetermined; {(right := holds[known].float().mean()):.0%} of others are right"
+)
 assert right > 0.9, "intervals of 95 % must hold the truth about as often"
 
 # %% [markdown]
@@ -251,11 +293,18 @@ assert right > 0.9, "intervals of 95 % must hold the truth about as often"
 
 # %%
 apart = torch.tensor([j - i for i in range(10) for j in range(i + 1, 10)])
-for name, theta in {"at the start": 0 * toy.minimiser(equal), "at its minimum": toy.minimiser(equal)}.items():
+for name, theta in {
+    "at the start": 0 * toy.minimiser(equal),
+    "at its minimum": toy.minimiser(equal),
+}.items():
     cosines = pairs(cosine_matrix(toy.gramian(theta)))
     near, far = cosines[apart == 1].mean(), cosines[apart > 5].mean()
-    print(f"{name:15s} mean cosine {cosines.mean():+.2f}, neighbours {near:+.2f}, six or more apart {far:+.2f}")
-assert (toy.gramian(toy.minimiser(equal)).amin(1) < 0).all(), "at a minimum each bin must conflict with some other"
+    print(
+        f"{name:15s} mean cosine {cosines.mean():+.2f}, neighbours {near:+.2f}, six or more apart {far:+.2f}"
+    )
+assert (toy.gramian(toy.minimiser(equal)).amin(1) < 0).all(), (
+    "at a minimum each bin must conflict with some other"
+)
 
 # %% [markdown]
 # The same network goes from full agreement to conflict; that is how it gets to the minimum. A falling mean cosine is no evidence of harm. Better
@@ -270,8 +319,12 @@ assert (toy.gramian(toy.minimiser(equal)).amin(1) < 0).all(), "at a minimum each
 # %%
 bins = Bins.equal_log_snr(schedule.log_snr, 10)
 for name, cut in {"equal t": Bins.uniform(1000, 10), "equal log-SNR": bins}.items():
-    ranges = [float(values[0] - values[-1]) for values in schedule.log_snr.split(cut.counts.tolist())]
-    print(f"{name:14s} a bin spans {min(ranges):.1f} to {max(ranges):.1f} of log-SNR; edges {cut.edges.tolist()}")
+    ranges = [
+        float(values[0] - values[-1]) for values in schedule.log_snr.split(cut.counts.tolist())
+    ]
+    print(
+        f"{name:14s} a bin spans {min(ranges):.1f} to {max(ranges):.1f} of log-SNR; edges {cut.edges.tolist()}"
+    )
 
 # %% [markdown]
 # Equal width in $t$ squeezes seven units of log-SNR into the first bin. To ask *which noise levels conflict*, use equal log-SNR, as below; to ask what the
@@ -298,8 +351,10 @@ def tabulate(names, columns):
     """Print each column's function of a report at these stages: mean over networks, half its 95 % interval."""
     table = {}
     for name in names:
-        values = np.array([[float(value(report)) for value in columns.values()] for report in found[name]])
-        table[name] = [f"{m:.2f} ± {h:.2f}" for m, h in zip(*plots.interval(values), strict=True)]
+        values = np.array(
+            [[float(value(report)) for value in columns.values()] for report in found[name]]
+        )
+        table[name] = [f"{m:.2f} ± {h:.2f}" for m, h in zip(*plots.t_interval(values), strict=True)]
     print(pandas.DataFrame(table, columns).T.to_string(), "\n")
 
 
@@ -307,13 +362,25 @@ share, found = bins.counts.double() / 1000, {}  # training draws timesteps unifo
 options = {"bins": bins, "micro_batches": fast(16, 8), "progress": False}
 measure = functools.partial(conflicts, images=data, schedule=schedule, **options)
 for name, batch in zip(STAGES, (4, 4, fast(16, 8), fast(64, 16)), strict=True):
-    moments = [(kept[name].model, kept[name].optimizer if kept[name].step else None) for kept in states]
-    found[name] = [measure(m, batch_per_bin=batch, optimizer=o, seed=k) for k, (m, o) in enumerate(moments)]
-mean_cosines = {"naive mean cosine": lambda r: pairs(r.cosine).mean(), "debiased": lambda r: r.mean_cosine}
-rates = {"sure conflict": lambda r: r.sure_conflict_rate, "undetermined": lambda r: r.undetermined / 45}
+    moments = [
+        (kept[name].model, kept[name].optimizer if kept[name].step else None) for kept in states
+    ]
+    found[name] = [
+        measure(m, batch_per_bin=batch, optimizer=o, seed=k) for k, (m, o) in enumerate(moments)
+    ]
+mean_cosines = {
+    "naive mean cosine": lambda r: pairs(r.cosine).mean(),
+    "debiased": lambda r: r.mean_cosine,
+}
+rates = {
+    "sure conflict": lambda r: r.sure_conflict_rate,
+    "undetermined": lambda r: r.undetermined / 45,
+}
 tabulate(STAGES, mean_cosines | rates | {"cancelled": cancelled})
 start, last = ([r.sure_conflict_rate for r in found[name]] for name in (STAGES[0], STAGES[-1]))
-assert max(start) == 0 and min(last) > fast(0.3, -1), "conflict must be absent at the start and sure at the end"
+assert max(start) == 0 and min(last) > fast(0.3, -1), (
+    "conflict must be absent at the start and sure at the end"
+)
 reveal(QUESTION_SURE, float(np.mean(last)))
 
 # %% [markdown]
@@ -330,7 +397,9 @@ fig, axes = plt.subplots(2, 2, figsize=(9.6, 8.4))
 labels = [f"{value:.0f}".replace("-", "−") for value in few.log_snr]
 for line, report in zip(axes, (few, many), strict=True):
     n = report.settings["micro_batches"] * report.settings["batch_per_bin"]
-    for ax, kind, matrix in zip(line, ("naive", "debiased"), (report.cosine, report.cosine_debiased), strict=True):
+    for ax, kind, matrix in zip(
+        line, ("naive", "debiased"), (report.cosine, report.cosine_debiased), strict=True
+    ):
         plots.heatmap(ax, matrix, labels=labels).set(title=f"{kind}, {n} samples of each bin")
         ax.set_xlabel("log-SNR of the bin (clean → noisy)")
 show(
@@ -359,12 +428,19 @@ def fresh(per_bin):
     return lambda draw: bin_timesteps(bins, per_bin, draw).flatten()
 
 
-weak, strong = pairs(cosine_matrix(gramians(network, bins, fresh(4)))).abs(), pairs(many.cosine_debiased).abs()
-print(f"4 samples, naive: |cosine| below 0.3 in {(weak < 0.3).double().mean():.0%} of pairs", end="; ")
+weak, strong = (
+    pairs(cosine_matrix(gramians(network, bins, fresh(4)))).abs(),
+    pairs(many.cosine_debiased).abs(),
+)
+print(
+    f"4 samples, naive: |cosine| below 0.3 in {(weak < 0.3).double().mean():.0%} of pairs", end="; "
+)
 print(f"debiased, {n} samples: in {(strong < 0.3).double().mean():.0%}")
 dealt = gramians(network, Dealt(bins.edges), fresh(fast(64, 32)), 4)
 alike = pairs(dealt).mean(1) / dealt.diagonal(dim1=1, dim2=2).mean(1)
-print(f"control: mean cosine of bins that are alike {alike.mean():.2f} ± {2.2 * alike.std() / len(alike) ** 0.5:.2f}")
+print(
+    f"control: mean cosine of bins that are alike {alike.mean():.2f} ± {2.2 * alike.std() / len(alike) ** 0.5:.2f}"
+)
 assert abs(alike.mean() - 1) < fast(0.2, 0.5), "bins with one distribution must agree"
 
 # %% [markdown]
@@ -386,12 +462,21 @@ def training_noise(report):
     return variance / whole, best / variance
 
 
-distance = {f"cosine {2 * k} apart": lambda r, k=k: r.cosine_debiased.diagonal(k).nanmean() for k in (1, 5, 9)}
+distance = {
+    f"cosine {2 * k} apart": lambda r, k=k: r.cosine_debiased.diagonal(k).nanmean()
+    for k in (1, 5, 9)
+}
 scale = {"noise scale, training": lambda r: training_noise(r)[0]}
 scale |= {f"of bin {k}": lambda r, k=k: r.noise_scale[k] for k in (0, 5, 9)}
 tabulate(STAGES, distance | scale | {"best timesteps leave": lambda r: training_noise(r)[1]})
-far = {g: lambda r, k=k: cosine_matrix(r.group_gramian[k])[:4, 6:].nanmean() for k, g in enumerate(many.group_names)}
-shares = {g: lambda r, k=k: (r.group_gramian[k].diagonal() / r.gramian.diagonal()).mean() for k, g in enumerate(far)}
+far = {
+    g: lambda r, k=k: cosine_matrix(r.group_gramian[k])[:4, 6:].nanmean()
+    for k, g in enumerate(many.group_names)
+}
+shares = {
+    g: lambda r, k=k: (r.group_gramian[k].diagonal() / r.gramian.diagonal()).mean()
+    for k, g in enumerate(far)
+}
 tabulate(["end, averaged"], shares)
 tabulate(["end, averaged"], far)
 step = {f"step and bin {k}": lambda r, k=k: r.update_cosine[k] for k in (0, 5, 9)}
@@ -427,18 +512,33 @@ for name in ("conflicts-fields", "conflicts-leaves"):
     records = Path("../data/runs") / (name + "-again" * RECOMPUTE)
     if RECOMPUTE:
         race(Race.read(Path(f"../data/races/{name}.toml")), records, jobs=2)
-    tables |= {f"{name[10:]}, {target} network": rows for target, rows in load_race(records).groupby("grid")}
+    tables |= {
+        f"{name[10:]}, {target} network": rows
+        for target, rows in load_race(records).groupby("grid")
+    }
 fig, axes = plt.subplots(2, 2, figsize=(8.4, 5.6), sharex=True, sharey=True)
 for ax, (title, rows) in zip(axes.flat, tables.items(), strict=True):
     curves, reached, final = {}, {}, {}
     for row in rows.itertuples():
-        images, path = np.array([[report["images"], report["stationarity"]] for report in row.conflicts]).T
+        images, path = np.array(
+            [[report["images"], report["stationarity"]] for report in row.conflicts]
+        ).T
         path = np.maximum(path / path[0], 0.005)
         curves.setdefault(row.arm, []).append(path[1:])
-        reached.setdefault(row.arm, {})[row.seed] = images_to_threshold(images, path, 0.1, slack=0.2)
+        reached.setdefault(row.arm, {})[row.seed] = images_to_threshold(
+            images, path, 0.1, slack=0.2
+        )
         final.setdefault(row.arm, []).append(np.log(row.validation_losses[-1]))
-    plots.trajectories(ax, images[1:], {arm: np.array(paths) for arm, paths in curves.items()}, log=True)
-    ax.set(xscale="log", ylim=(0.004, 3), xlabel="images seen", ylabel="stationarity over its start", title=title)
+    plots.trajectories(
+        ax, images[1:], {arm: np.array(paths) for arm, paths in curves.items()}, log=True
+    )
+    ax.set(
+        xscale="log",
+        ylim=(0.004, 3),
+        xlabel="images seen",
+        ylabel="stationarity over its start",
+        title=title,
+    )
     ax.label_outer()
     print(f"{title}: images; times sooner than {', '.join(BASELINES)}; last loss over min-snr")
     for arm, own in reached.items():
@@ -482,7 +582,10 @@ show(
 # </details>
 
 # %%
-diagnosis = {"That is the naive cosine.": -12 / 960**0.5, "q belongs in the numerator too.": -12 / 216**0.5}
+diagnosis = {
+    "That is the naive cosine.": -12 / 960**0.5,
+    "q belongs in the numerator too.": -12 / 216**0.5,
+}
 exercise("7.1", expected=-14 / 216**0.5, mistakes=diagnosis)
 debiased_cosine = ...  # a number
 check("7.1", debiased_cosine)

@@ -41,12 +41,19 @@ import numpy as np
 import torch
 
 from dysigma import pareto, plots
+from dysigma.course.lessons import banner, check, exercise, fast, predict, reveal, watermark
 from dysigma.distances import extract, frechet_distance, load_features, moments
 from dysigma.evaluation import evaluation_timesteps, sample_images, validation_losses
-from dysigma.exact import GaussianField, LinearDenoiser, OptimalDenoiser, field_floor, field_variances, gaussian_fields
-from dysigma.race import Race, load_race, race
+from dysigma.exact import (
+    GaussianField,
+    LinearDenoiser,
+    OptimalDenoiser,
+    field_floor,
+    field_variances,
+    gaussian_fields,
+)
+from dysigma.lab.race import Race, load_race, race
 from dysigma.schedule import NoiseSchedule
-from dysigma.teaching import banner, check, exercise, fast, predict, reveal, watermark
 from dysigma.weightings import make_weighting
 
 NOTEBOOK = "08_pareto_trade_offs"
@@ -73,7 +80,9 @@ schedule = NoiseSchedule.linear(1000)
 levels = NoiseSchedule(schedule.alphas_cumprod[25::50])
 halves = torch.stack([torch.arange(20) < 10, torch.arange(20) >= 10]).double() / 10
 denoiser = LinearDenoiser(levels, field_variances().flatten())
-torch.testing.assert_close(denoiser.irreducible(), field_floor(levels), msg="the floor must be that of the images")
+torch.testing.assert_close(
+    denoiser.irreducible(), field_floor(levels), msg="the floor must be that of the images"
+)
 
 
 def excess(theta, model=denoiser):
@@ -84,11 +93,17 @@ share = torch.linspace(-8, 8, 401, dtype=torch.float64).sigmoid()
 mixes = torch.stack([share, 1 - share], 1)
 exact_front = denoiser.front(halves, mixes) - halves @ denoiser.irreducible()
 utopia = denoiser.utopia(halves) - halves @ denoiser.irreducible()
-assert pareto.non_dominated(exact_front).all(), "every weighting of the two averages must be Pareto optimal"
+assert pareto.non_dominated(exact_front).all(), (
+    "every weighting of the two averages must be Pareto optimal"
+)
 
 names = ("const-eps", "min-snr", "p2", "debiased", "const-x0")
-thetas = {name: denoiser.minimiser(make_weighting(name, levels).weights().double()) for name in names}
-thetas["1 / L*"] = denoiser.minimiser(1 / denoiser.irreducible())  # what uncertainty weighting leads to
+thetas = {
+    name: denoiser.minimiser(make_weighting(name, levels).weights().double()) for name in names
+}
+thetas["1 / L*"] = denoiser.minimiser(
+    1 / denoiser.irreducible()
+)  # what uncertainty weighting leads to
 landed = {name: excess(theta) for name, theta in thetas.items()}
 
 # %% [markdown]
@@ -108,8 +123,13 @@ def beyond(point, front):
     """Shift along (1, 1) that takes the point (2,) to the front (m, 2), in logarithms of the losses."""
     front = np.asarray(front)[pareto.non_dominated(np.asarray(front))]
     front = front[front[:, 0].argsort()]
-    front = np.vstack([front[0] + [0, 9], front, front[-1] + [9, 0]])  # worse in one objective is attained as well
-    return float(np.interp(point[0] - point[1], front[:, 0] - front[:, 1], front.mean(1)) - (point[0] + point[1]) / 2)
+    front = np.vstack(
+        [front[0] + [0, 9], front, front[-1] + [9, 0]]
+    )  # worse in one objective is attained as well
+    return float(
+        np.interp(point[0] - point[1], front[:, 0] - front[:, 1], front.mean(1))
+        - (point[0] + point[1]) / 2
+    )
 
 
 def pair(theta):
@@ -120,11 +140,17 @@ def pair(theta):
 
 print("            low noise  high noise    beyond   stationarity: 20 levels   2 averages")
 for name, theta in thetas.items():
-    still = [abs(pareto.stationarity(gramian)) for gramian in (denoiser.gramian(theta), pair(theta)[1])]
+    still = [
+        abs(pareto.stationarity(gramian)) for gramian in (denoiser.gramian(theta), pair(theta)[1])
+    ]
     distance = beyond(landed[name].log(), exact_front.log())
-    print(f"{name:12s}{landed[name][0]:9.4f}{landed[name][1]:12.5f}{distance:+10.2%}{still[0]:26.0e}{still[1]:13.0e}")
+    print(
+        f"{name:12s}{landed[name][0]:9.4f}{landed[name][1]:12.5f}{distance:+10.2%}{still[0]:26.0e}{still[1]:13.0e}"
+    )
     assert distance < 1e-4, "no weighting may pass the exact front"
-    assert still[0] < 1e-8, "the minimiser of a weighted sum must be Pareto stationary in the losses it sums"
+    assert still[0] < 1e-8, (
+        "the minimiser of a weighted sum must be Pareto stationary in the losses it sums"
+    )
 
 # %% [markdown]
 # Only const-eps lies exactly *on* this front. Yet all six are optimal: the first stationarity column is 0. **Optimal for what?**
@@ -141,20 +167,33 @@ s, omega, mu = np.linspace(-1.5, 1.5, 6001), np.linspace(0.001, 0.999, 999), 0.0
 f = 1 - np.exp(-np.stack([(s - 1) ** 2, (s + 1) ** 2], 1))
 one, two = omega * f[:, :1], (1 - omega) * f[:, 1:]
 smooth = mu * np.logaddexp(one / mu, two / mu)
-choices = {"weighted sum": one + two, "Tchebycheff": np.maximum(one, two), "smooth Tchebycheff": smooth}
+choices = {
+    "weighted sum": one + two,
+    "Tchebycheff": np.maximum(one, two),
+    "smooth Tchebycheff": smooth,
+}
 fig, (ax, bx) = plt.subplots(1, 2, figsize=(9.5, 4.2))
 ax.plot(*exact_front.T, color="0.4", label="exact front")
 for i, (name, point) in enumerate(landed.items()):
     ax.plot(*point, plots.MARKERS[i], color=f"C{i}", label=name)
 ax.plot(*utopia, "*", color="black", markersize=11, label="utopia: a denoiser per half")
-ax.set(yscale="log", xlim=(0.058, 0.126), xlabel="low-noise excess loss", ylabel="high-noise excess loss")
+ax.set(
+    yscale="log",
+    xlim=(0.058, 0.126),
+    xlabel="low-noise excess loss",
+    ylabel="high-noise excess loss",
+)
 bx.plot(*f[np.abs(s) <= 1].T, color="0.4", label="Fonseca–Fleming front")
 for i, (label, values) in enumerate(choices.items()):
     reached = f[values.argmin(0)]
-    bx.plot(*(reached[::37] + 0.04 * i).T, plots.MARKERS[i], color=f"C{i}", markersize=4.5, label=label)
+    bx.plot(
+        *(reached[::37] + 0.04 * i).T, plots.MARKERS[i], color=f"C{i}", markersize=4.5, label=label
+    )
     widest = np.diff(np.sort(reached[:, 0])).max()
     print(f"{label:18s} 999 weights, widest gap in f1: {widest:.3f}")
-    assert (widest > 0.9) == (label == "weighted sum"), "only the weighted sum may leave out the middle"
+    assert (widest > 0.9) == (label == "weighted sum"), (
+        "only the weighted sum may leave out the middle"
+    )
 bx.set(xlabel="$f_1$", ylabel="$f_2$")
 for each, place in ((ax, "upper right"), (bx, "lower left")):
     each.legend(loc=place)
@@ -188,14 +227,21 @@ for i, degree in enumerate((1, 2, 3, 4, 6, 20)):
     least = halves @ model.irreducible()
     points, ideal = model.front(halves, mixes) - least, model.utopia(halves) - least
     prices[degree] = float(points[200].sum() - ideal.sum())  # mix 200 is (1/2, 1/2)
-    print(f"degree {degree:2d}: two specialists {float(ideal.sum()):8.1e}, price of sharing {prices[degree]:8.1e}")
+    print(
+        f"degree {degree:2d}: two specialists {float(ideal.sum()):8.1e}, price of sharing {prices[degree]:8.1e}"
+    )
     style = {"color": f"C{i}", "marker": plots.MARKERS[i], "linestyle": plots.DASHES[i % 5]}
     ax.plot(*points.T, markevery=50, markersize=4, label=f"degree {degree}", **style)
     ax.plot(*ideal, markersize=9, markerfacecolor="none", **style)
 assert abs(prices[20]) < 1e-15, "a denoiser with parameters for each level must not pay for sharing"
 assert prices[2] > prices[1] > prices[3], "the price must rise before it falls"
 reveal(QUESTION_PRICE, prices[2] / prices[1])
-ax.set(xlim=(-0.003, 0.15), ylim=(-0.002, 0.05), xlabel="low-noise excess loss", ylabel="high-noise excess loss")
+ax.set(
+    xlim=(-0.003, 0.15),
+    ylim=(-0.002, 0.05),
+    xlabel="low-noise excess loss",
+    ylabel="high-noise excess loss",
+)
 ax.legend(title="open: its utopia")
 plots.show(
     fig,
@@ -222,23 +268,32 @@ plots.show(
 
 
 # %%
-draw, step = torch.Generator().manual_seed(0), 32 / (halves @ denoiser.variance).max()  # one over the largest curvature
+draw, step = (
+    torch.Generator().manual_seed(0),
+    32 / (halves @ denoiser.variance).max(),
+)  # one over the largest curvature
 for scale in (0, 0.5, 1, 1.5, 2, 3):
     theta = scale * torch.rand(1, 64, generator=draw, dtype=torch.float64)
     jacobian, gramian = pair(theta)
     (g11, g12), (_, g22) = gramian
     by_hand = ((g22 - g12) / (g11 + g22 - 2 * g12)).clamp(0, 1)
-    assert abs(pareto.min_norm_weights(gramian)[0] - by_hand) < 1e-12, "the package must agree with the closed form"
+    assert abs(pareto.min_norm_weights(gramian)[0] - by_hand) < 1e-12, (
+        "the package must agree with the closed form"
+    )
     assert pareto.stationarity(gramian) > 1e-3, "off the front the shortest mixture must not vanish"
     for _ in range(fast(1000, 600)):
         theta = theta - step * (pareto.min_norm_weights(gramian) @ jacobian).view_as(theta)
         jacobian, gramian = pair(theta)
     end, found = excess(theta), pareto.min_norm_weights(gramian)
-    print(f"MGDA from U(0, {scale:3.1f}): ends at {end[0]:.3f}, {end[1]:.5f}; low-noise weight {found[0]:.2f}")
+    print(
+        f"MGDA from U(0, {scale:3.1f}): ends at {end[0]:.3f}, {end[1]:.5f}; low-noise weight {found[0]:.2f}"
+    )
     assert abs(beyond(end.log(), exact_front.log())) < 1e-3, "MGDA must end on the front"
 for mix in mixes[100:301:25]:
     found = pareto.min_norm_weights(pair(denoiser.minimiser(mix @ halves))[1])
-    torch.testing.assert_close(found, mix, rtol=1e-6, atol=1e-6, msg="on the front they must be the weights of the sum")
+    torch.testing.assert_close(
+        found, mix, rtol=1e-6, atol=1e-6, msg="on the front they must be the weights of the sum"
+    )
 
 # %% [markdown]
 # Six starts, six trade-offs, and each is Pareto stationary. From $\theta=0$ the low-noise half is left with no weight at all:
@@ -270,10 +325,14 @@ held_out = gaussian_fields(10_000, size=8, split="test").images[: spec.base["val
 wiener = OptimalDenoiser(GaussianField(), schedule)
 best = validation_losses(wiener, held_out, schedule, "epsilon", timesteps=at)
 
-swept = {arm: float(arm.split()[1]) for arm in spec.arms if arm.startswith("split") and "lr" not in arm}
+swept = {
+    arm: float(arm.split()[1]) for arm in spec.arms if arm.startswith("split") and "lr" not in arm
+}
 tuned = [arm for arm in spec.arms if arm.startswith("split") and arm not in swept]
 strategies = [arm for arm in spec.arms if arm not in (*swept, *tuned)]
-print(f"{len(table)} runs: {len(swept)} ratios, {len(tuned)} more learning rates, {len(strategies)} strategies")
+print(
+    f"{len(table)} runs: {len(swept)} ratios, {len(tuned)} more learning rates, {len(strategies)} strategies"
+)
 
 # %% [markdown]
 # How many of the strategies end up beyond the swept front, with a 95 % interval of the distance that excludes 0?
@@ -286,36 +345,62 @@ predict(QUESTION_BEYOND, 5)
 # %%
 def distances(arm, rivals):
     """For each seed, beyond the front of the same seed's rivals; nothing is its own rival."""
-    return [beyond(points[arm][i], [points[rival][i] for rival in rivals if rival != arm]) for i in seeds]
+    return [
+        beyond(points[arm][i], [points[rival][i] for rival in rivals if rival != arm])
+        for i in seeds
+    ]
 
 
-final, seeds = torch.tensor(table.validation_losses.tolist(), dtype=torch.float64)[:, -1] - best, range(len(spec.seeds))
-table["low"], table["high"] = (final[:, part].mean(1).log().numpy() for part in (at < 500, at >= 500))
+final, seeds = (
+    torch.tensor(table.validation_losses.tolist(), dtype=torch.float64)[:, -1] - best,
+    range(len(spec.seeds)),
+)
+table["low"], table["high"] = (
+    final[:, part].mean(1).log().numpy() for part in (at < 500, at >= 500)
+)
 assert table[["low", "high"]].notna().all(axis=None), "no network may beat the Wiener filter"
-points = {arm: rows.sort_values("seed")[["low", "high"]].to_numpy() for arm, rows in table.groupby("arm")}
+points = {
+    arm: rows.sort_values("seed")[["low", "high"]].to_numpy() for arm, rows in table.groupby("arm")
+}
 fronts = [np.array([points[arm][i] for arm in swept]) for i in seeds]
-plain, hard = ({arm: plots.interval(distances(arm, rivals)) for arm in points} for rivals in (swept, [*swept, *tuned]))
+plain, hard = (
+    {arm: plots.t_interval(distances(arm, rivals)) for arm in points}
+    for rivals in (swept, [*swept, *tuned])
+)
 past = [arm for arm in strategies if plain[arm][0] > plain[arm][1]]
 behind = [arm for arm in strategies if plain[arm][0] < -plain[arm][1]]
 reveal(QUESTION_BEYOND, len(past))
 print(f"behind, with a 95 % interval: {len(behind)} of {len(strategies)}, {', '.join(behind)}")
-more = plots.interval(points["split 64"] - points["split 1"])
+more = plots.t_interval(points["split 64"] - points["split 1"])
 one, many = (final[[name == arm for name in table.arm]].mean(0) for arm in ("split 1", "split 64"))
-print("split 64 over split 1:", ", ".join(f"t = {t}: {r:.2f}" for t, r in zip(at[::3], (many / one)[::3], strict=True)))
-assert not past and max(hard[arm][0] for arm in strategies) < 0, "the text says that no strategy is beyond a front"
-assert more[0][0] > more[1][0], "more weight on the low-noise half must raise its loss, as the text says"
-assert max(plain[arm] for arm in tuned) > max(plain[arm] for arm in strategies), "learning rate before strategy"
+print(
+    "split 64 over split 1:",
+    ", ".join(f"t = {t}: {r:.2f}" for t, r in zip(at[::3], (many / one)[::3], strict=True)),
+)
+assert not past and max(hard[arm][0] for arm in strategies) < 0, (
+    "the text says that no strategy is beyond a front"
+)
+assert more[0][0] > more[1][0], (
+    "more weight on the low-noise half must raise its loss, as the text says"
+)
+assert max(plain[arm] for arm in tuned) > max(plain[arm] for arm in strategies), (
+    "learning rate before strategy"
+)
 
 # %%
 looks = {arm: {"fmt": "*" if arm in tuned else ".", "color": "0.3"} for arm in [*swept, *tuned]}
 for i, arm in enumerate(strategies):
-    style = {"fmt": plots.MARKERS[i % 10], "color": f"C{i % 10}", "fillstyle": ("none", "full")[i < 10]}
+    style = {
+        "fmt": plots.MARKERS[i % 10],
+        "color": f"C{i % 10}",
+        "fillstyle": ("none", "full")[i < 10],
+    }
     looks[arm] = style | {"label": arm}
 fig, (ax, bx) = plt.subplots(1, 2, figsize=(10.5, 7.4), width_ratios=(5, 4))
 x, attained = pareto.attainment(fronts)
 ax.plot(x, attained.T, drawstyle="steps-post", color="0.6", linewidth=1)
 for row, (arm, look) in enumerate(looks.items()):
-    middle, half = plots.interval(points[arm])
+    middle, half = plots.t_interval(points[arm])
     ax.errorbar(*middle, half[1], half[0], elinewidth=0.6, **look)
     bx.errorbar(plain[arm][0], -row, xerr=plain[arm][1], **look)
     bx.plot(hard[arm][0], -row, "|", color="0", markersize=9)
@@ -357,10 +442,14 @@ plots.show(
 
 # %%
 inner = list(swept)[1:-1]
-control = {"another seed's front": [beyond(points[arm][i], fronts[i - 1]) for arm in inner for i in seeds]}
+control = {
+    "another seed's front": [beyond(points[arm][i], fronts[i - 1]) for arm in inner for i in seeds]
+}
 control["own seed's front"] = [value for arm in inner for value in distances(arm, swept)]
 for label, values in control.items():
-    print(f"{label:22s}{np.mean(np.array(values) > 0):5.0%} beyond; δ {np.mean(values):+.3f}, SD {np.std(values):.3f}")
+    print(
+        f"{label:22s}{np.mean(np.array(values) > 0):5.0%} beyond; δ {np.mean(values):+.3f}, SD {np.std(values):.3f}"
+    )
 
 # %% [markdown]
 # A third of the points lie beyond another seed's front, with an SD of 0.095: a single run beyond a single front is no
@@ -376,15 +465,23 @@ reference = np.concatenate(list(points.values())).max(0) + math.log(1.1)
 whole = [pareto.hypervolume(front, reference) for front in fronts]
 print(
     "the sweep: {:.2f} ± {:.2f}; knee: {}\n".format(
-        *plots.interval(whole), list(swept)[pareto.knee(np.mean(fronts, 0))]
+        *plots.t_interval(whole), list(swept)[pareto.knee(np.mean(fronts, 0))]
     )
 )
 print(f"{'':24s}E low   E high{'beyond':>12s}{'alone':>18s}{'adds':>18s}")
 for arm in sorted(points, key=plain.get)[::-1]:
-    alone = plots.interval([pareto.hypervolume(points[arm][i : i + 1], reference) for i in seeds])
+    alone = plots.t_interval([pareto.hypervolume(points[arm][i : i + 1], reference) for i in seeds])
     joined = [pareto.hypervolume(np.vstack([fronts[i], points[arm][i]]), reference) for i in seeds]
-    values = *np.exp(points[arm].mean(0)), *plain[arm], *alone, *plots.interval(np.subtract(joined, whole))
-    print(f"{arm:22s}" + "{:8.4f}{:9.5f}{:+10.3f} ± {:.3f}{:10.2f} ± {:.2f}{:+10.3f} ± {:.3f}".format(*values))
+    values = (
+        *np.exp(points[arm].mean(0)),
+        *plain[arm],
+        *alone,
+        *plots.t_interval(np.subtract(joined, whole)),
+    )
+    print(
+        f"{arm:22s}"
+        + "{:8.4f}{:9.5f}{:+10.3f} ± {:.3f}{:10.2f} ± {:.2f}{:+10.3f} ± {:.3f}".format(*values)
+    )
 
 # %% [markdown]
 # **Failure on purpose: the reference decides.** Rank the strategies by their own hypervolume: as above, in plain losses, and with
@@ -394,7 +491,10 @@ for arm in sorted(points, key=plain.get)[::-1]:
 nadir = np.max([front[pareto.non_dominated(front)].max(0) for front in fronts], 0)
 views = {"worst run, ln": (reference, np.array), "worst run, plain": (np.exp(reference), np.exp)}
 for label, (corner, scale) in (views | {"nadir, ln": (nadir, np.array)}).items():
-    alone = {arm: np.mean([pareto.hypervolume(scale(p[None]), corner) for p in points[arm]]) for arm in strategies}
+    alone = {
+        arm: np.mean([pareto.hypervolume(scale(p[None]), corner) for p in points[arm]])
+        for arm in strategies
+    }
     print(f"{label:17s}", " > ".join(sorted(strategies, key=alone.get)[:-11:-1]))
 
 # %% [markdown]
@@ -414,12 +514,21 @@ QUESTION_QUALITY = "Distance of samples at R = 1 over that of the perfect denois
 predict(QUESTION_QUALITY, 4.0)
 
 # %%
-quality = {arm: plots.interval(np.log(rows.distances.str[-1].astype(float))) for arm, rows in table.groupby("arm")}
+quality = {
+    arm: plots.t_interval(np.log(rows.distances.str[-1].astype(float)))
+    for arm, rows in table.groupby("arm")
+}
 pixels, shape = load_features("pixels"), (spec.base["distance_images"], 1, 8, 8)
 real = moments(extract(pixels, gaussian_fields(spec.base["train_images"]).images))
 limits = {"held-out images": gaussian_fields(shape[0], split="test").images}
-limits |= {f"Wiener filter, {n} steps": sample_images(wiener, schedule, shape, num_steps=n) for n in (20, 100)}
-limits = {label: frechet_distance(moments(extract(pixels, images)), real) for label, images in limits.items()}
+limits |= {
+    f"Wiener filter, {n} steps": sample_images(wiener, schedule, shape, num_steps=n)
+    for n in (20, 100)
+}
+limits = {
+    label: frechet_distance(moments(extract(pixels, images)), real)
+    for label, images in limits.items()
+}
 print(", ".join(f"{label}: {value:.3f}" for label, value in limits.items()))
 reveal(QUESTION_QUALITY, float(np.exp(quality["split 1"][0]) / list(limits.values())[1]))
 
@@ -430,7 +539,10 @@ trade = [points[arm].mean(0) @ [-1, 1] for arm in swept]
 ax.plot(trade, [quality[arm][0] for arm in swept], color="0.3", label="swept static weights")
 for (label, value), style in zip(limits.items(), plots.DASHES[1:4], strict=True):
     ax.axhline(math.log(value), color="0.5", linewidth=1, linestyle=style, label=label)
-ax.set(xlabel="trade-off: ln of high- over low-noise excess loss", ylabel="ln of squared Fréchet distance")
+ax.set(
+    xlabel="trade-off: ln of high- over low-noise excess loss",
+    ylabel="ln of squared Fréchet distance",
+)
 fig.legend(*ax.get_legend_handles_labels(), loc="outside right center")
 plots.show(
     fig,
@@ -480,7 +592,11 @@ check("8.1", area)
 
 # %%
 mystery = denoiser.minimiser(mixes[230] @ halves)
-exercise("8.2", expected=mixes[230, 0], mistakes={"That is the share of the high-noise half.": mixes[230, 1]})
+exercise(
+    "8.2",
+    expected=mixes[230, 0],
+    mistakes={"That is the share of the high-noise half.": mixes[230, 1]},
+)
 share_found = ...  # a number
 check("8.2", share_found)
 

@@ -42,14 +42,22 @@ import pandas
 import torch
 
 from dysigma import plots
-from dysigma.convergence import holm, images_to_threshold, load_races, log_area, race_curves, race_table, thresholds_at
+from dysigma.course.lessons import banner, check, exercise, fast, predict, reveal, watermark
 from dysigma.distances import extract, frechet_distance, load_features, moments
 from dysigma.evaluation import sample_images
 from dysigma.exact import GaussianField, OptimalDenoiser, gaussian_fields
-from dysigma.race import Race, race
+from dysigma.intervals import holm
+from dysigma.lab.convergence import (
+    images_to_threshold,
+    load_races,
+    log_area,
+    race_curves,
+    race_table,
+    thresholds_at,
+)
+from dysigma.lab.race import Race, race
 from dysigma.runs import read_config
 from dysigma.schedule import NoiseSchedule
-from dysigma.teaching import banner, check, exercise, fast, predict, reveal, watermark
 from dysigma.training import train
 from dysigma.weightings import fluctuation
 
@@ -69,12 +77,17 @@ banner(NOTEBOOK)
 
 # %%
 iterations = [200, 400, 600, 800, 1000]  # thousands
-x0 = [25.93, 15.41, 11.54, 9.52, 8.33], [7.99, 5.34, 4.69, 4.41, 4.28]  # FID of Const, then of Min-SNR
+x0 = (
+    [25.93, 15.41, 11.54, 9.52, 8.33],
+    [7.99, 5.34, 4.69, 4.41, 4.28],
+)  # FID of Const, then of Min-SNR
 noise = [8.55, 5.43, 4.64, 4.35, 4.21], [7.32, 4.98, 4.48, 4.24, 4.14]
 for network, (constant, weighted) in {"x0": x0, "ε": noise}.items():
     for fid in constant[1::3]:
         n = [images_to_threshold(iterations, curve, fid) for curve in (constant, weighted)]
-        print(f"{network}, FID {fid}: {n[0]:.0f}k, {n[1]:.0f}k; R {'>=' if n[1] == 200 else '='} {n[0] / n[1]:.2f}")
+        print(
+            f"{network}, FID {fid}: {n[0]:.0f}k, {n[1]:.0f}k; R {'>=' if n[1] == 200 else '='} {n[0] / n[1]:.2f}"
+        )
 
 # %% [markdown]
 # One weighting, one paper: at least 5, or about 1.2. The factor says more about the constant than about Min-SNR.
@@ -127,7 +140,9 @@ for entry in protocol["races"]:
     if RECOMPUTE:
         race(Race.read(Path("..") / entry["spec"]), folders[-1], jobs=2)
 table = load_races(*folders).sort_values("seed", ignore_index=True)  # so that arms pair up
-print(table.groupby("grid").agg({"arm": "nunique", "seed": "nunique", "images": "count"}).to_string())
+print(
+    table.groupby("grid").agg({"arm": "nunique", "seed": "nunique", "images": "count"}).to_string()
+)
 
 # %%
 own = {"sample": "const-x0", "epsilon": "const-eps"}  # the constant of a network that predicts this
@@ -139,8 +154,12 @@ def plain(axis, ticks):  # logarithmic ticks as a person writes them, those with
     axis.set_ticks([], minor=True)
 
 
-def factors(constant, arm, levels):  # times sooner than Const at each threshold; NaN where one never gets there
-    ratios = np.array([images_to_threshold(*constant, at) / images_to_threshold(*arm, at) for at in levels])
+def factors(
+    constant, arm, levels
+):  # times sooner than Const at each threshold; NaN where one never gets there
+    ratios = np.array(
+        [images_to_threshold(*constant, at) / images_to_threshold(*arm, at) for at in levels]
+    )
     return np.where(np.isfinite(ratios) & (ratios > 0), ratios, np.nan)
 
 
@@ -148,9 +167,13 @@ distance = race_curves(table[table.grid.str.startswith("fields")], "distance")
 const, min_snr, dy = (distance["fields sample", arm] for arm in ("const-x0", "min-snr", "dy-sigma"))
 runs = [*const.values(), *min_snr.values(), *dy.values()]
 levels = np.geomspace(max(v[-1] for _, v in runs), min(v[0] for _, v in runs) * 0.99, 200)
-steep = levels <= thresholds_at(distance, "const-x0", [0.25])["fields sample"][0]  # as hard as the protocol asks
+steep = (
+    levels <= thresholds_at(distance, "const-x0", [0.25])["fields sample"][0]
+)  # as hard as the protocol asks
 chosen = {
-    "const-x0, another seed": [factors(a, b, levels) for a in const.values() for b in const.values() if a is not b],
+    "const-x0, another seed": [
+        factors(a, b, levels) for a in const.values() for b in const.values() if a is not b
+    ],
     "min-snr, same seed": [factors(const[seed], min_snr[seed], levels) for seed in const],
     "dy-sigma, same seed": [factors(const[seed], dy[seed], levels) for seed in const],
 }
@@ -159,7 +182,13 @@ for ax, (name, lines) in zip(axes, chosen.items(), strict=True):
     ax.plot(levels, np.array(lines).T, color="C0", alpha=0.5, linewidth=1)
     ax.hlines([1, 3.7], levels[0], levels[-1], color=["0.3", "C3"], linewidth=1.2)
     ax.axvspan(*levels[steep][[0, -1]], color="0.5", alpha=0.12, linewidth=0)
-    ax.set(title=name, xscale="log", yscale="log", xlabel="threshold (training goes right)", xlim=levels[[-1, 0]])
+    ax.set(
+        title=name,
+        xscale="log",
+        yscale="log",
+        xlabel="threshold (training goes right)",
+        xlim=levels[[-1, 0]],
+    )
     plain(ax.xaxis, (0.6, 0.8, 1, 1.5, 2, 3, 4))
 plain(axes[0].yaxis, (0.03, 0.1, 0.3, 1, 3.7, 10, 30, 100, 300))
 axes[0].set_ylabel("times faster than const-x0")
@@ -174,7 +203,10 @@ plots.show(
     alt=f"Three panels of thin lines: times faster against the threshold, both logarithmic, with lines at 1 and 3.7. Left, const-x0 against itself: symmetric about 1, from {spans[0]}, wide at easy thresholds. Middle and right, min-snr and dy-sigma against const-x0, nearly alike: falling from {spans[1].split()[-1]} through 3.7 to about 2.",
     notebook=NOTEBOOK,
 )
-reveal("Const-x0 against itself, seeds and threshold chosen afterwards: largest factor?", float(np.nanmax(null)))
+reveal(
+    "Const-x0 against itself, seeds and threshold chosen afterwards: largest factor?",
+    float(np.nanmax(null)),
+)
 assert np.nanmax(null) > 3.7, "a choice made afterwards must find a factor where there is none"
 
 # %% [markdown]
@@ -187,9 +219,18 @@ assert np.nanmax(null) > 3.7, "a choice made afterwards must find a factor where
 
 # %%
 analysis = protocol["analysis"]
-print(protocol["question"]["primary"], f"Thresholds: after {analysis['threshold_fractions']} of Const's budget.")
-said = {key: analysis[key] for key in ("crossing", "estimate", "censoring", "multiplicity")} | protocol["success"]
-print(*(f"{key}: {words}" for key, words in said.items()), *protocol["amendments"]["entries"], sep="\n")
+print(
+    protocol["question"]["primary"],
+    f"Thresholds: after {analysis['threshold_fractions']} of Const's budget.",
+)
+said = {
+    key: analysis[key] for key in ("crossing", "estimate", "censoring", "multiplicity")
+} | protocol["success"]
+print(
+    *(f"{key}: {words}" for key, words in said.items()),
+    *protocol["amendments"]["entries"],
+    sep="\n",
+)
 
 # %% [markdown]
 # ## 5 · Can the records be trusted? And can the metric?
@@ -202,7 +243,12 @@ spec, stretch = Race.read(Path("..") / protocol["races"][0]["spec"]), fast(1792,
 planned, recorded = dict(spec.entries()), table.set_index(["grid", "arm", "seed"])
 with tempfile.TemporaryDirectory() as scratch:
     for key in [("fields sample", arm, spec.seeds[0]) for arm in ("const-x0", "dy-sigma")]:
-        run = train(replace(planned[key], images=stretch), Path(scratch) / key[1], progress=False, finish=False)
+        run = train(
+            replace(planned[key], images=stretch),
+            Path(scratch) / key[1],
+            progress=False,
+            finish=False,
+        )
         last, row = run.metrics.dropna(subset="distance").iloc[-1], recorded.loc[key]
         got, at = [last.distance, *last.validation_losses], row.images.index(stretch)
         known = [row.distances[at], *row.validation_losses[at]]
@@ -212,9 +258,14 @@ with tempfile.TemporaryDirectory() as scratch:
 pixels, linear = load_features("pixels"), NoiseSchedule.linear(1000)
 training = moments(extract(pixels, gaussian_fields(spec.base["train_images"], size=8).images))
 shape, steps = (spec.base["distance_images"], 1, 8, 8), spec.base["distance_steps"]
-drawn = [sample_images(OptimalDenoiser(GaussianField(), linear), linear, shape, num_steps=n) for n in (100, steps)]
+drawn = [
+    sample_images(OptimalDenoiser(GaussianField(), linear), linear, shape, num_steps=n)
+    for n in (100, steps)
+]
 ideal, best = (frechet_distance(moments(extract(pixels, images)), training) for images in drawn)
-print(f"best denoiser: distance {ideal:.2f} with 100 sampling steps, {best:.2f} with {steps}, as in the race")
+print(
+    f"best denoiser: distance {ideal:.2f} with 100 sampling steps, {best:.2f} with {steps}, as in the race"
+)
 assert best > 2 * ideal, "twelve steps must cost more than everything else"
 
 # %% [markdown]
@@ -225,7 +276,11 @@ assert best > 2 * ideal, "twelve steps must cost more than everything else"
 
 # %%
 MAIN = ("const-x0", "const-eps", "min-snr", "uncertainty", "dy-sigma", "dy-sigma tuned")
-PANELS = [(f"{k} {to}", m) for to in own for k, m in (("fields", "distance"), ("fields", "bits"), ("leaves", "bits"))]
+PANELS = [
+    (f"{k} {to}", m)
+    for to in own
+    for k, m in (("fields", "distance"), ("fields", "bits"), ("leaves", "bits"))
+]
 fractions, baselines = analysis["threshold_fractions"], analysis["baselines"]
 
 
@@ -234,25 +289,47 @@ def said(row):  # R with its interval, or as the bound that it is
     return {"=": whole, "?": "?"}.get(row.bound, f"{row.bound} {row.ratio:.2f}")
 
 
-def compare(rows, metric, rule, baseline=None):  # every arm against baseline (or rule), where `rule` sets thresholds
+def compare(
+    rows, metric, rule, baseline=None
+):  # every arm against baseline (or rule), where `rule` sets thresholds
     levels = thresholds_at(race_curves(rows, metric), rule, fractions)
     found = race_table(rows, metric, levels, baseline or rule)
     fraction = found.groupby(["grid", "arm"]).cumcount().map(dict(enumerate(fractions)))
-    found = found.assign(metric=metric, rule=rule, fraction=fraction, said=[said(row) for row in found.itertuples()])
+    found = found.assign(
+        metric=metric, rule=rule, fraction=fraction, said=[said(row) for row in found.itertuples()]
+    )
     return found.set_index(["grid", "metric", "rule", "fraction", "arm"])
 
 
-asked = [(table[table.grid.str.startswith(kind)], name) for kind, part in analysis["metrics"].items() for name in part]
-curves = {(*key, metric): runs for rows, metric in asked for key, runs in race_curves(rows, metric).items()}
-results = pandas.concat([compare(rows, metric, rule) for rows, metric in asked for rule in baselines]).sort_index()
-prior = pandas.concat([compare(rows, metric, rule, "min-snr") for rows, metric in asked for rule in baselines])
+asked = [
+    (table[table.grid.str.startswith(kind)], name)
+    for kind, part in analysis["metrics"].items()
+    for name in part
+]
+curves = {
+    (*key, metric): runs
+    for rows, metric in asked
+    for key, runs in race_curves(rows, metric).items()
+}
+results = pandas.concat(
+    [compare(rows, metric, rule) for rows, metric in asked for rule in baselines]
+).sort_index()
+prior = pandas.concat(
+    [compare(rows, metric, rule, "min-snr") for rows, metric in asked for rule in baselines]
+)
 prior = prior.xs("dy-sigma", level="arm").sort_index()
 
 fig, axes = plt.subplots(2, 3, figsize=(10, 6.4), sharex=True)
 for ax, (label, metric) in zip(axes.flat, PANELS, strict=True):
     series = {arm: [v[1:] for _, v in curves[label, arm, metric].values()] for arm in MAIN}
-    plots.trajectories(ax, curves[label, "dy-sigma", metric][spec.seeds[0]][0][1:], series, log=True)
-    ax.axhline(results.threshold[label, metric, own[label.split()[1]], 0.5].iloc[0], color="0.3", linewidth=1)
+    plots.trajectories(
+        ax, curves[label, "dy-sigma", metric][spec.seeds[0]][0][1:], series, log=True
+    )
+    ax.axhline(
+        results.threshold[label, metric, own[label.split()[1]], 0.5].iloc[0],
+        color="0.3",
+        linewidth=1,
+    )
     ax.axhline(best if metric == "distance" else np.nan, color="C3", linewidth=1, linestyle=":")
     ax.set(xscale="log", xlabel="images seen" * ("epsilon" in label), title=f"{label}: {metric}")
     plain(ax.xaxis, (300, 1000, 3000, 10000))
@@ -261,13 +338,19 @@ for ax, (label, metric) in zip(axes.flat, PANELS, strict=True):
 fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
 
 
-def lead(label, metric, arm):  # ln value of dy-sigma over that of an arm, at every evaluation, mean over seeds
-    pairs = zip(curves[label, "dy-sigma", metric].values(), curves[label, arm, metric].values(), strict=True)
+def lead(
+    label, metric, arm
+):  # ln value of dy-sigma over that of an arm, at every evaluation, mean over seeds
+    pairs = zip(
+        curves[label, "dy-sigma", metric].values(), curves[label, arm, metric].values(), strict=True
+    )
     return np.mean([np.log(mine[1:] / other[1:]) for (_, mine), (_, other) in pairs], axis=0)
 
 
 gap = max(abs(lead(*panel, "min-snr")).max() for panel in PANELS)
-assert [panel for panel in PANELS if lead(*panel, own[panel[0].split()[1]]).mean() < 0] == PANELS[:3], "the upper row"
+assert [panel for panel in PANELS if lead(*panel, own[panel[0].split()[1]]).mean() < 0] == PANELS[
+    :3
+], "the upper row"
 plots.show(
     fig,
     "09_curves",
@@ -288,20 +371,30 @@ predict("Dy-Sigma against const-x0, sample network, fields, distance: R?", 3.7)
 # %%
 def verdict(row, p):  # the protocol's words for one primary comparison
     if row.bound != "=":
-        return ("no statement" if row.bound == "?" else "a bound") + ", without interval or p: not shown to be sooner"
-    sooner, claimed = row.low > 1 and p < 0.05, row.name[2] == "const-x0" and row.ratio >= 3.7 and row.low > 1
+        return (
+            "no statement" if row.bound == "?" else "a bound"
+        ) + ", without interval or p: not shown to be sooner"
+    sooner, claimed = (
+        row.low > 1 and p < 0.05,
+        row.name[2] == "const-x0" and row.ratio >= 3.7 and row.low > 1,
+    )
     place = "lies below" if row.high < 3.7 else "contains" if row.low <= 3.7 else "lies above"
     return f"{'' if sooner else 'not '}sooner; {'' if claimed else 'not '}as claimed; the interval {place} 3.7"
 
 
-keys = [(which["grid"], which["metric"], which["baseline"], 0.5, "dy-sigma") for which in protocol["primary"]]
+keys = [
+    (which["grid"], which["metric"], which["baseline"], 0.5, "dy-sigma")
+    for which in protocol["primary"]
+]
 primary = results.loc[keys].assign(p_holm=lambda rows: holm(rows.p))
 primary = primary.assign(verdict=[verdict(row, row.p_holm) for _, row in primary.iterrows()])
 for key, r in primary.iterrows():
     print(f"{', '.join(key[:3])}: R {r.said}, p {r.p:.2g}, Holm {r.p_holm:.2g}\n    {r.verdict}")
     print(f"    never there: {r.censored_baseline} and {r.censored_arm} of {r.pairs}; ", end="")
     print(f"correlation {r.correlation:.2f}; detectable R {r.detectable:.2f}")
-reveal("Dy-Sigma against const-x0, sample network, fields, distance: R?", float(primary.ratio.iloc[0]))
+reveal(
+    "Dy-Sigma against const-x0, sample network, fields, distance: R?", float(primary.ratio.iloc[0])
+)
 
 # %% [markdown]
 # *Detectable* is the smallest $R$ that so many seeds find four times out of five. In words:
@@ -317,27 +410,55 @@ reveal("Dy-Sigma against const-x0, sample network, fields, distance: R?", float(
 arms, half = [*spec.arms], results.xs(0.5, level="fraction")
 
 
-def dots(ax, label, metric):  # R at the middle threshold, against both constants; primary ones have a black edge
+def dots(
+    ax, label, metric
+):  # R at the middle threshold, against both constants; primary ones have a black edge
     for (baseline, arm), row in half.loc[label, metric].iterrows():
         i, key = baselines.index(baseline), (label, metric, baseline, 0.5, arm)
-        at, mark = arms.index(arm) + (0.17, -0.17)[i], {"=": "os"[i], ">=": ">", "<=": "<", "?": "$?$"}[row.bound]
+        at, mark = (
+            arms.index(arm) + (0.17, -0.17)[i],
+            {"=": "os"[i], ">=": ">", "<=": "<", "?": "$?$"}[row.bound],
+        )
         ax.hlines(at, row.low, row.high, color=f"C{i}", linewidth=1.4)
-        x, edge = np.nan_to_num(row.ratio, nan=0.15), "k" if key in primary.index and row.bound != "?" else "none"
-        ax.plot(x, at, marker=mark, color=f"C{i}", markersize=7, markeredgecolor=edge, markeredgewidth=1.5)
+        x, edge = (
+            np.nan_to_num(row.ratio, nan=0.15),
+            "k" if key in primary.index and row.bound != "?" else "none",
+        )
+        ax.plot(
+            x,
+            at,
+            marker=mark,
+            color=f"C{i}",
+            markersize=7,
+            markeredgecolor=edge,
+            markeredgewidth=1.5,
+        )
 
 
 fig, axes = plt.subplots(2, 3, figsize=(10, 7.4), sharex=True, sharey=True)
 for ax, (label, metric) in zip(axes.flat, PANELS, strict=True):
     dots(ax, label, metric)
-    ax.vlines([1, 3.7], -0.5, len(arms) - 0.5, color=["0.3", "C3"], linestyles=["-", "--"], linewidth=1.2)
+    ax.vlines(
+        [1, 3.7], -0.5, len(arms) - 0.5, color=["0.3", "C3"], linestyles=["-", "--"], linewidth=1.2
+    )
     ax.set(xscale="log", xlim=(0.12, 40), ylim=(-0.5, len(arms) - 0.5), title=f"{label}: {metric}")
     plain(ax.xaxis, (0.25, 0.5, 1, 2, 3.7, 10, 30))
 axes[0, 0].set_yticks(range(len(arms)), labels=arms)
-marks = [plt.Line2D([], [], marker="os"[i], color=f"C{i}", label=f"against {name}") for i, name in enumerate(baselines)]
-fig.legend(handles=marks, loc="outside upper center", ncols=2, title="R: times fewer images than Const")
-counts = [sum(primary.verdict.str.contains(word)) for word in ("^sooner", "; as claimed", "lies below", "contains")]
+marks = [
+    plt.Line2D([], [], marker="os"[i], color=f"C{i}", label=f"against {name}")
+    for i, name in enumerate(baselines)
+]
+fig.legend(
+    handles=marks, loc="outside upper center", ncols=2, title="R: times fewer images than Const"
+)
+counts = [
+    sum(primary.verdict.str.contains(word))
+    for word in ("^sooner", "; as claimed", "lies below", "contains")
+]
 gained = (prior.loc[[key[:4] for key in primary.index]].low > 1).sum()
-assert counts == [2, 0, 1, 1] and gained == 0, "the words of section 6 and the claim must be what the records say"
+assert counts == [2, 0, 1, 1] and gained == 0, (
+    "the words of section 6 and the claim must be what the records say"
+)
 plots.show(
     fig,
     "09_race",
@@ -346,11 +467,16 @@ plots.show(
     alt="Six panels with ten arms as rows and R on a logarithmic axis, lines at 1 and 3.7. Sample networks: all arms with min-snr or dy-sigma lie between 1.5 and 5 against both constants, uncertainty near 1 or below, ugd below. Epsilon networks: against const-x0 every arm, const-eps too, is a bound above 3.7; against const-eps nearly every arm is a bound near one half, or a question mark.",
     notebook=NOTEBOOK,
 )
-print("R of dy-sigma, by threshold fraction:\n\n" + results.xs("dy-sigma", level="arm").said.unstack().to_string())
+print(
+    "R of dy-sigma, by threshold fraction:\n\n"
+    + results.xs("dy-sigma", level="arm").said.unstack().to_string()
+)
 flat = results.reset_index().assign(predicts=lambda rows: rows.grid.str.split().str[-1])
 mine = flat[flat.rule == flat.predicts.map(own)]
 every = mine[mine.fraction == 0.5].pivot(index=["grid", "arm"], columns="metric", values="said")
-print("\nR of every arm against the network's own constant, 0.5:\n\n" + every.fillna("").to_string())
+print(
+    "\nR of every arm against the network's own constant, 0.5:\n\n" + every.fillna("").to_string()
+)
 
 # %% [markdown]
 # **The wrong constant loses to everybody.** By distance on fields, with an ε-network, every arm beats const-x0 by more than 3.7, plain const-eps too. With an
@@ -363,14 +489,31 @@ print("\nR of every arm against the network's own constant, 0.5:\n\n" + every.fi
 # Not registered, but a sceptic asks: how much of the factor is the prior's? So Dy-Sigma against Min-SNR, at the same thresholds.
 
 # %%
-wrong = half.ratio["fields epsilon", "distance", "const-x0"], half.ratio["fields sample", "validation", "const-eps"]
-assert min(ratio.min() for ratio in wrong) > 3.7, "against the wrong constant everything is fast, the right one too"
-spots = flat.query("rule == 'const-x0' and predicts == 'sample' and ratio >= 3.7 and arm in ('dy-sigma', 'min-snr')")
+wrong = (
+    half.ratio["fields epsilon", "distance", "const-x0"],
+    half.ratio["fields sample", "validation", "const-eps"],
+)
+assert min(ratio.min() for ratio in wrong) > 3.7, (
+    "against the wrong constant everything is fast, the right one too"
+)
+spots = flat.query(
+    "rule == 'const-x0' and predicts == 'sample' and ratio >= 3.7 and arm in ('dy-sigma', 'min-snr')"
+)
 spots = spots.pivot(index=["grid", "metric", "fraction"], columns="arm", values="said")
-assert spots.notna().all(axis=None), "wherever dy-sigma reaches 3.7 against const-x0, min-snr must, and the reverse"
+assert spots.notna().all(axis=None), (
+    "wherever dy-sigma reaches 3.7 against const-x0, min-snr must, and the reverse"
+)
 print(f"R >= 3.7 against const-x0, sample networks:\n\n{spots.to_string()}\n")
-flat["high"], flat["low"] = (flat.ratio >= 3.7) & (flat.bound != "<="), (flat.ratio < 1) & (flat.bound != ">=")
-tally = flat.groupby(["arm", "predicts", "rule"])[["high", "low"]].sum().astype(str).agg(", ".join, axis=1)
+flat["high"], flat["low"] = (
+    (flat.ratio >= 3.7) & (flat.bound != "<="),
+    (flat.ratio < 1) & (flat.bound != ">="),
+)
+tally = (
+    flat.groupby(["arm", "predicts", "rule"])[["high", "low"]]
+    .sum()
+    .astype(str)
+    .agg(", ".join, axis=1)
+)
 print(f"number of R >= 3.7, and of R < 1:\n\n{tally.unstack([1, 2]).fillna('').to_string()}")
 print("\nR of dy-sigma against min-snr:\n\n" + prior.said.unstack().to_string())
 
@@ -386,22 +529,47 @@ print("\nR of dy-sigma against min-snr:\n\n" + prior.said.unstack().to_string())
 
 # %%
 def ratio(logs):  # geometric mean over seeds, and the factor to either end of its 95 % interval
-    return "{:.2f} ×/÷ {:.2f}".format(*map(np.exp, plots.interval(logs)))
+    return "{:.2f} ×/÷ {:.2f}".format(*map(np.exp, plots.t_interval(logs)))
 
 
-bands = {"cleanest tenth": slice(0, 4), "middle tenth": slice(18, 22), "noisiest tenth": slice(36, 40)}
-ends = {key: np.log([v[-1] for v in rows.validation_losses]) for key, rows in table.groupby(["grid", "arm"])}
-over = {key: end - ends[key[0], own[key[0].split()[-1]]] for key, end in ends.items() if key[1] in MAIN[2:]}
-paid = {key: [ratio(logs[:, band].mean(1)) for band in bands.values()] for key, logs in over.items()}
-print("loss at the end over that of the own constant:\n\n" + pandas.DataFrame(paid, index=bands).T.to_string())
+bands = {
+    "cleanest tenth": slice(0, 4),
+    "middle tenth": slice(18, 22),
+    "noisiest tenth": slice(36, 40),
+}
+ends = {
+    key: np.log([v[-1] for v in rows.validation_losses])
+    for key, rows in table.groupby(["grid", "arm"])
+}
+over = {
+    key: end - ends[key[0], own[key[0].split()[-1]]]
+    for key, end in ends.items()
+    if key[1] in MAIN[2:]
+}
+paid = {
+    key: [ratio(logs[:, band].mean(1)) for band in bands.values()] for key, logs in over.items()
+}
+print(
+    "loss at the end over that of the own constant:\n\n"
+    + pandas.DataFrame(paid, index=bands).T.to_string()
+)
 cv = [100 * float(fluctuation(torch.tensor(w)[len(w) // 2 :]).median()) for w in table.bin_weights]
 shaking = table.assign(cv=cv).pivot_table(index="arm", columns="grid", values="cv")
-print("\nfluctuation of the weights, second half, %:\n\n" + shaking[shaking.max(axis=1) > 0].round(1).to_string())
-assert not (shaking.loc["dy-sigma"] > shaking.loc[["uncertainty", "ugd"]].min()).any(), "dy-sigma must be steadier"
+print(
+    "\nfluctuation of the weights, second half, %:\n\n"
+    + shaking[shaking.max(axis=1) > 0].round(1).to_string()
+)
+assert not (shaking.loc["dy-sigma"] > shaking.loc[["uncertainty", "ugd"]].min()).any(), (
+    "dy-sigma must be steadier"
+)
 area = {key: np.array([log_area(*run) for run in runs.values()]) for key, runs in curves.items()}
-print("\nwhole curve, no threshold: value of dy-sigma over that of the own constant, mean over ln images")
+print(
+    "\nwhole curve, no threshold: value of dy-sigma over that of the own constant, mean over ln images"
+)
 for label, _, metric in [key for key in area if key[1] == "dy-sigma"]:
-    print(f"{label}, {metric}: {ratio(area[label, 'dy-sigma', metric] - area[label, own[label.split()[-1]], metric])}")
+    print(
+        f"{label}, {metric}: {ratio(area[label, 'dy-sigma', metric] - area[label, own[label.split()[-1]], metric])}"
+    )
 
 # %% [markdown]
 # An $x_0$-network pays at high noise for the clean end; an ε-network the other way round. Dy-Sigma's weights fluctuate less than those of
@@ -414,7 +582,11 @@ for label, _, metric in [key for key in area if key[1] == "dy-sigma"]:
 
 # %%
 screening = load_races(Path("../data/runs/screening-fields"))
-tried = [compare(screening, metric, rule).loc[grid] for metric in ("distance", "bits") for grid, rule in own.items()]
+tried = [
+    compare(screening, metric, rule).loc[grid]
+    for metric in ("distance", "bits")
+    for grid, rule in own.items()
+]
 tried = pandas.concat(tried).xs(0.5, level="fraction").sort_index()
 ranking = tried.said.unstack([0, 1]).sort_values(("distance", "const-x0"), ascending=False)
 print(f"R at the middle threshold, ONE seed:\n\n{ranking.to_string()}")
@@ -435,14 +607,33 @@ print(f"R at the middle threshold, ONE seed:\n\n{ranking.to_string()}")
 
 # %%
 small = read_config(Path("../data/protocol-cifar10-cpu.toml"))
-for r in (small["races"][0], small["repeat"], *small["distance"]["races"], small["repeat_epsilon"], small["improved"]):
+for r in (
+    small["races"][0],
+    small["repeat"],
+    *small["distance"]["races"],
+    small["repeat_epsilon"],
+    small["improved"],
+):
     photos = load_races(Path("..") / r["records"]).sort_values("seed", ignore_index=True)
-    rule, judges = own[photos.grid[0].split()[-1]], ["distance"] if "distances" in photos else ["bits", "validation"]
+    rule, judges = (
+        own[photos.grid[0].split()[-1]],
+        ["distance"] if "distances" in photos else ["bits", "validation"],
+    )
     rivals = sorted({rule, "min-snr", "elbo sampled"} & {*photos.arm})
-    rows = [compare(photos, judge, rule, rival).assign(against=rival) for judge in judges for rival in rivals]
+    rows = [
+        compare(photos, judge, rule, rival).assign(against=rival)
+        for judge in judges
+        for rival in rivals
+    ]
     shown = pandas.concat(rows).xs(0.5, level="fraction").set_index("against", append=True).said
-    last = photos.distances.str[-1].groupby(photos.arm).mean().round(1).to_dict() if "distances" in photos else ""
-    print(f"\n{r['records']}:\n\n{shown.unstack(['metric', 'against']).fillna('').to_string()}\n{last}")
+    last = (
+        photos.distances.str[-1].groupby(photos.arm).mean().round(1).to_dict()
+        if "distances" in photos
+        else ""
+    )
+    print(
+        f"\n{r['records']}:\n\n{shown.unstack(['metric', 'against']).fillna('').to_string()}\n{last}"
+    )
 
 # %% [markdown]
 # **Networks for $x_0$**: the abstract's number appears, in bits, $R$ = 4.78 [3.54, 6.47], and by samples, 3.78 [2.23, 6.41]; both *sooner; as claimed; the interval
@@ -463,7 +654,9 @@ cases = [(mine.p_holm < 0.05) & (mine.ratio > 1), mine.p_holm < 0.05, sooner, la
 outcome = np.select(cases, ["sooner", "later", "sooner, a bound", "later, a bound"], "open")
 outcome = pandas.Series(outcome, mine.index, name="")
 bits = (mine.metric == "bits") & (mine.predicts == "epsilon")
-assert not outcome[bits].str.startswith("sooner").any(), "in bits, nothing may be sooner than const-eps with ε"
+assert not outcome[bits].str.startswith("sooner").any(), (
+    "in bits, nothing may be sooner than const-eps with ε"
+)
 print(pandas.crosstab([mine.predicts, mine.arm], outcome).to_string())
 
 # %% [markdown]
@@ -490,7 +683,11 @@ print(pandas.crosstab([mine.predicts, mine.arm], outcome).to_string())
 # </details>
 
 # %%
-wrong = {"That is the ratio of values, not of images.": 1.25, "Turned round.": 0.8**4, "To the power a.": 1.25**0.25}
+wrong = {
+    "That is the ratio of values, not of images.": 1.25,
+    "Turned round.": 0.8**4,
+    "To the power a.": 1.25**0.25,
+}
 exercise("9.1", expected=1.25**4, mistakes=wrong)
 times_faster = ...  # a number
 check("9.1", times_faster)
@@ -507,7 +704,9 @@ check("9.1", times_faster)
 
 # %%
 looks = np.any([factors(const[seed], min_snr[seed], levels) >= 3.7 for seed in const], axis=0)
-exercise("9.2", expected=levels[looks].min(), mistakes={"That is the highest.": levels[looks].max()})
+exercise(
+    "9.2", expected=levels[looks].min(), mistakes={"That is the highest.": levels[looks].max()}
+)
 chosen_threshold = ...  # use factors, const, min_snr, levels
 check("9.2", chosen_threshold)
 
@@ -519,7 +718,9 @@ times_faster = (1 / 0.8) ** (1 / 0.25)
 check("9.1", times_faster)
 
 # %% tags=["solution"]
-chosen_threshold = min(at for at in levels if any(factors(const[k], min_snr[k], [at]) >= 3.7 for k in const))
+chosen_threshold = min(
+    at for at in levels if any(factors(const[k], min_snr[k], [at]) >= 3.7 for k in const)
+)
 check("9.2", chosen_threshold)
 
 # %% [markdown]

@@ -47,9 +47,9 @@ from torch import nn
 
 import dysigma
 from dysigma import plots
-from dysigma.convergence import images_to_threshold, speedup
+from dysigma.course.lessons import banner, check, exercise, fast, predict, reveal, watermark
 from dysigma.evaluation import evaluation_timesteps
-from dysigma.teaching import banner, check, exercise, fast, predict, reveal, watermark
+from dysigma.lab.convergence import images_to_threshold, speedup
 from dysigma.testing import check_weighting
 
 NOTEBOOK = "10_reuse"
@@ -67,12 +67,16 @@ from accelerate import Accelerator
 # %%
 def ramps(count, seed=0):
     """(count, 3, 16, 16) uint8."""
-    left, right = torch.randint(256, (2, count, 3, 1, 1), generator=torch.Generator().manual_seed(seed))
+    left, right = torch.randint(
+        256, (2, count, 3, 1, 1), generator=torch.Generator().manual_seed(seed)
+    )
     return (left + (right - left) * torch.linspace(0, 1, 16)).expand(-1, -1, 16, -1).to(torch.uint8)
 
 
 images = ramps(512).float() / 127.5 - 1
-print(f"{len(images)} images {tuple(images.shape[1:])}, from {images.min():.2f} to {images.max():.2f}")
+print(
+    f"{len(images)} images {tuple(images.shape[1:])}, from {images.min():.2f} to {images.max():.2f}"
+)
 
 # %% [markdown]
 # And this is your loop, in the structure of the example scripts of diffusers: accelerate prepares the network, gradients
@@ -89,15 +93,22 @@ def loop(model, trainable, batch, name, steps):
     """Train in place; returns the weighting and the mean loss of each step."""
     schedule = dysigma.NoiseSchedule.from_diffusers(scheduler)
     weighting = dysigma.make_weighting(name, schedule, scheduler.config.prediction_type)  # 1
-    optimizer = torch.optim.AdamW([{"params": trainable, "lr": 2e-3}, *weighting.parameter_groups()])  # 2
+    optimizer = torch.optim.AdamW(
+        [{"params": trainable, "lr": 2e-3}, *weighting.parameter_groups()]
+    )  # 2
     accelerator = Accelerator(gradient_accumulation_steps=2, cpu=True)
     model, optimizer = accelerator.prepare(model, optimizer)
     draw, seen = torch.Generator().manual_seed(0), []
     for _ in range(steps):
         clean, condition = batch(draw)
-        noise, timesteps = torch.randn(clean.shape, generator=draw), torch.randint(1000, (16,), generator=draw)
+        noise, timesteps = (
+            torch.randn(clean.shape, generator=draw),
+            torch.randint(1000, (16,), generator=draw),
+        )
         with accelerator.accumulate(model):
-            output = model(scheduler.add_noise(clean, noise, timesteps), timesteps, **condition).sample
+            output = model(
+                scheduler.add_noise(clean, noise, timesteps), timesteps, **condition
+            ).sample
             per_sample_mse = F.mse_loss(output, noise, reduction="none").flatten(1).mean(1)
             accelerator.backward(weighting(per_sample_mse, timesteps))  # 3
             optimizer.step()
@@ -108,10 +119,17 @@ def loop(model, trainable, batch, name, steps):
 
 torch.manual_seed(0)
 kinds = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-small = {"sample_size": 16, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
+small = {
+    "sample_size": 16,
+    "block_out_channels": (8, 16),
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+}
 model, scheduler = diffusers.UNet2DModel(**small, **kinds), diffusers.DDPMScheduler()
 weighting, seen = loop(model, list(model.parameters()), any_ramps, "dy-sigma", fast(200, 40))
-print(f"mean loss of the first ten steps {np.mean(seen[:10]):.2f}, of the last ten {np.mean(seen[-10:]):.2f}")
+print(
+    f"mean loss of the first ten steps {np.mean(seen[:10]):.2f}, of the last ten {np.mean(seen[-10:]):.2f}"
+)
 print("dy-sigma's weights at t = 0, 300, 999:", weighting.weights()[[0, 300, 999]].numpy().round(3))
 
 # %% [markdown]
@@ -126,7 +144,12 @@ print("dy-sigma's weights at t = 0, 300, 999:", weighting.weights()[[0, 300, 999
 
 # %%
 def gradients(model, loss):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)])
+    return torch.cat(
+        [
+            g.flatten()
+            for g in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        ]
+    )
 
 
 timesteps, noise = torch.tensor([1, 20, 150, 400, 800, 990]), torch.randn(6, 3, 16, 16)
@@ -136,8 +159,13 @@ losses = F.mse_loss(output, noise, reduction="none").flatten(1).mean(1)
 snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
 by_hand = snr.clamp(max=5) / snr / (snr.clamp(max=5) / snr).mean()
 ours = dysigma.make_weighting("min-snr", dysigma.NoiseSchedule.from_diffusers(scheduler), "epsilon")
-mine, theirs = gradients(model, (by_hand[timesteps] * losses).mean()), gradients(model, ours(losses, timesteps))
-torch.testing.assert_close(theirs, mine, rtol=1e-3, atol=1e-6, msg="the three lines must give the formula's gradient")
+mine, theirs = (
+    gradients(model, (by_hand[timesteps] * losses).mean()),
+    gradients(model, ours(losses, timesteps)),
+)
+torch.testing.assert_close(
+    theirs, mine, rtol=1e-3, atol=1e-6, msg="the three lines must give the formula's gradient"
+)
 print(f"{len(mine):,} gradients agree; the largest difference is {(mine - theirs).abs().max():.0e}")
 
 # %% [markdown]
@@ -151,7 +179,11 @@ QUESTION = "Noise of add_noise at the cleanest timestep, before the scheduler wa
 predict(QUESTION, 0.01)
 
 # %%
-solver, one, zero = diffusers.DPMSolverMultistepScheduler(), torch.ones(1, 1), torch.zeros(1, dtype=torch.int64)
+solver, one, zero = (
+    diffusers.DPMSolverMultistepScheduler(),
+    torch.ones(1, 1),
+    torch.zeros(1, dtype=torch.int64),
+)
 reveal(QUESTION, round(float(solver.add_noise(0 * one, one, zero)), 4))
 ours = float(dysigma.NoiseSchedule.from_diffusers(solver).add_noise(0 * one, one, zero))
 assert abs(ours - 0.01) < 1e-3, "the training table must start clean"
@@ -190,17 +222,26 @@ flow = dysigma.NoiseSchedule.from_diffusers(flow_scheduler)
 index = torch.tensor([100, 400, 700, 900, 990])  # of diffusers, from the noisy end
 s = flow_scheduler.sigmas[index]
 log_snr = 2 * ((1 - s) / s).log()
-torch.testing.assert_close(log_snr.double(), flow.log_snr[999 - index], rtol=1e-3, atol=1e-3, msg="levels must agree")
+torch.testing.assert_close(
+    log_snr.double(), flow.log_snr[999 - index], rtol=1e-3, atol=1e-3, msg="levels must agree"
+)
 
 clean, eps, guess = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0))
 x_t = (1 - s)[:, None] * clean + s[:, None] * eps
 error_x0 = (guess - clean).square().mean(1)
 error_u = ((x_t - guess) / s[:, None] - (eps - clean)).square().mean(1)
-on_x0, on_u = (dysigma.make_weighting("min-snr", flow, kind, normalize=False) for kind in ("sample", "flow_prediction"))
+on_x0, on_u = (
+    dysigma.make_weighting("min-snr", flow, kind, normalize=False)
+    for kind in ("sample", "flow_prediction")
+)
 right = on_x0.at(error_x0, log_snr)
-torch.testing.assert_close(on_u.at(error_u, log_snr), right, rtol=1e-3, atol=1e-6, msg="one objective, two targets")
+torch.testing.assert_close(
+    on_u.at(error_u, log_snr), right, rtol=1e-3, atol=1e-6, msg="one objective, two targets"
+)
 as_v = dysigma.NoiseSchedule(flow.alphas_cumprod)  # negative control: taking u for v
-wrong = dysigma.make_weighting("min-snr", as_v, "v_prediction", normalize=False).at(error_u, log_snr)
+wrong = dysigma.make_weighting("min-snr", as_v, "v_prediction", normalize=False).at(
+    error_u, log_snr
+)
 print(f"min-snr objective: {right:.4f} on x0 and on u; with the conversion of v {wrong:.4f}")
 
 # %% [markdown]
@@ -211,16 +252,23 @@ print(f"min-snr objective: {right:.4f} on x0 and on u; with the conversion of v 
 # the bins of a learned weighting see equally many samples.
 
 # %%
-quantiles = torch.special.ndtri((torch.arange(1000, dtype=torch.float64) + 0.5) / 1000)  # of a standard normal
+quantiles = torch.special.ndtri(
+    (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+)  # of a standard normal
 edm_levels = (1.2 * quantiles - 1.2).exp()  # ln sigma ~ N(-1.2, 1.2^2), clean to noisy
 edm = dysigma.NoiseSchedule((-2 * edm_levels.log()).sigmoid())
 drawn = (1.2 * torch.randn(20_000, generator=torch.Generator().manual_seed(1)) - 1.2).exp()
-for label, levels in (("quantiles of the draws", edm), ("a linear DDPM schedule", dysigma.NoiseSchedule.linear())):
+for label, levels in (
+    ("quantiles of the draws", edm),
+    ("a linear DDPM schedule", dysigma.NoiseSchedule.linear()),
+):
     ones = torch.ones(len(drawn), requires_grad=True)
     dysigma.make_weighting("min-snr", levels, "sample").at(ones, -2 * drawn.log()).backward()
     mean = float(ones.grad.sum())
     print(f"min-snr on {label}: mean weight over the draws {mean:.3f}")
-    assert (abs(mean - 1) < 0.02) == (levels is edm), "only quantiles make the mean of the drawn weights 1"
+    assert (abs(mean - 1) < 0.02) == (levels is edm), (
+        "only quantiles make the mean of the drawn weights 1"
+    )
 
 # %% [markdown]
 # A factor common to all weights is a learning rate in disguise. At levels between timesteps, `at` computes predefined weights from their
@@ -277,8 +325,14 @@ assert "state_dict() is the whole state" in message, "a state outside the buffer
 
 # %%
 np.savez(scratch / "ramps.npz", images=ramps(600).permute(0, 2, 3, 1).numpy())
-own = {"data": str(scratch / "ramps.npz"), "weighting": "my_weightings:Harder", "weighting_params": {"bins": 10}}
-config = dysigma.TrainConfig(model="micro", images=fast(6_400, 1_280), warmup_images=320, device="cpu", **own)
+own = {
+    "data": str(scratch / "ramps.npz"),
+    "weighting": "my_weightings:Harder",
+    "weighting_params": {"bins": 10},
+}
+config = dysigma.TrainConfig(
+    model="micro", images=fast(6_400, 1_280), warmup_images=320, device="cpu", **own
+)
 with chdir(scratch):
     run = dysigma.train(config, scratch / "run", progress=False, finish=False)
     dysigma.make_weighting("dy-sigma", dysigma.NoiseSchedule.linear(), prior="my_weightings:gentle")
@@ -316,17 +370,28 @@ blocks = {
     "in_channels": 3, "out_channels": 3, "cross_attention_dim": 16, "attention_head_dim": 8,
 }  # fmt: skip
 embed, unet = nn.Embedding(len(words), 16), diffusers.UNet2DConditionModel(**small, **blocks)
-frost, known = leaves.labels >= 8, leaves.labels < 8  # "frost discs" and "frost shards" are held out
+frost, known = (
+    leaves.labels >= 8,
+    leaves.labels < 8,
+)  # "frost discs" and "frost shards" are held out
 
 
 def captioned(chosen, draw):
     """A batch of the chosen leaves with the embeddings of their captions."""
     pick = chosen.nonzero().flatten()[torch.randint(int(chosen.sum()), (16,), generator=draw)]
-    return leaves.images[pick].float() / 127.5 - 1, {"encoder_hidden_states": embed(tokens[leaves.labels[pick]])}
+    return leaves.images[pick].float() / 127.5 - 1, {
+        "encoder_hidden_states": embed(tokens[leaves.labels[pick]])
+    }
 
 
 # %%
-loop(unet, [*unet.parameters(), *embed.parameters()], lambda draw: captioned(known, draw), "const-eps", fast(250, 40))
+loop(
+    unet,
+    [*unet.parameters(), *embed.parameters()],
+    lambda draw: captioned(known, draw),
+    "const-eps",
+    fast(250, 40),
+)
 unet.requires_grad_(False)
 for module in [m for m in unet.modules() if type(m).__name__ == "Attention"]:
     for part in ("to_q", "to_k", "to_v"):
@@ -351,8 +416,14 @@ print(f"{sizes[0]:,} parameters trained, {sizes[1]:,} frozen")
 # %%
 rows = {"encoder_hidden_states": embed(tokens[leaves.labels[frost]]).detach()}
 schedule = dysigma.NoiseSchedule.from_diffusers(scheduler)
-report = dysigma.conflicts(unet, leaves.images[frost], schedule, 4, model_kwargs=rows, micro_batches=40, progress=False)
-print(report.table()[["first", "last", "losses", "gnr", "mean_cosine"]].round(3).to_string(index=False))
+report = dysigma.conflicts(
+    unet, leaves.images[frost], schedule, 4, model_kwargs=rows, micro_batches=40, progress=False
+)
+print(
+    report.table()[["first", "last", "losses", "gnr", "mean_cosine"]]
+    .round(3)
+    .to_string(index=False)
+)
 
 # %% [markdown]
 # ## 7 · Recorded: adapting a text-to-image model to a palette it has not seen
@@ -375,42 +446,72 @@ rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().spli
 settings = json.loads((folder / "config.json").read_text())
 arms, seen = settings["arms"], np.array(settings["checkpoints"])
 minus_log_snr = -dysigma.NoiseSchedule.linear().log_snr[at].numpy()
-of_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in arms}  # in the order of the seeds
-losses = {arm: np.array([row["losses"] for row in of_arm[arm]]) for arm in arms}  # (seeds, checkpoints, timesteps)
+of_arm = {
+    arm: [row for row in rows if row["arm"] == arm] for arm in arms
+}  # in the order of the seeds
+losses = {
+    arm: np.array([row["losses"] for row in of_arm[arm]]) for arm in arms
+}  # (seeds, checkpoints, timesteps)
 curves = {arm: np.exp(np.log(x).mean(2)) for arm, x in losses.items()}
-bits = {arm: integrate.trapezoid(x[:, -1], minus_log_snr) / 2 / math.log(2) for arm, x in losses.items()}
+bits = {
+    arm: integrate.trapezoid(x[:, -1], minus_log_snr) / 2 / math.log(2) for arm, x in losses.items()
+}
 
 
 def paired(v):
     """Mean of values (seeds,) with its 95 % interval (Student t)."""
-    mean, half = plots.interval(v)
+    mean, half = plots.t_interval(v)
     return np.array([mean, mean - half, mean + half])
 
 
 def sooner(arm, baseline, share=0.4):
     """Speed-up of an arm to the loss below which the baseline stays from that share of its images on."""
     level = float(np.median(curves[baseline][:, seen >= share * seen[-1]].max(1)))
-    reached = [dict(enumerate(images_to_threshold(seen, c, level) for c in curves[name])) for name in (baseline, arm)]
+    reached = [
+        dict(enumerate(images_to_threshold(seen, c, level) for c in curves[name]))
+        for name in (baseline, arm)
+    ]
     return speedup(*reached, seen[-1])
 
 
-print(f"{len(of_arm['min-snr'])} paired seeds, {seen[-1]:,} images; against const-eps, with 95 % intervals")
+print(
+    f"{len(of_arm['min-snr'])} paired seeds, {seen[-1]:,} images; against const-eps, with 95 % intervals"
+)
 for arm in arms[1:]:
     ratio, more = curves[arm][:, -1] / curves["const-eps"][:, -1], bits[arm] - bits["const-eps"]
-    old = np.exp(np.mean([np.log(row["old_after"]) - np.log(row["before"]["old"]) for row in of_arm[arm]]))
-    print(f"{arm:>11}: loss {np.exp(paired(np.log(ratio))).round(2)}, bits {paired(more).round(3)}, old {old:.2f}")
-tests = [("min-snr", "const-eps", 0.4), ("uncertainty", "const-eps", 0.4), ("const-x0", "const-eps", 0.4)]
-for arm, baseline, share in [*tests, *(("dy-sigma", b, part) for b in ("const-eps", "min-snr") for part in (0.2, 0.4))]:
+    old = np.exp(
+        np.mean([np.log(row["old_after"]) - np.log(row["before"]["old"]) for row in of_arm[arm]])
+    )
+    print(
+        f"{arm:>11}: loss {np.exp(paired(np.log(ratio))).round(2)}, bits {paired(more).round(3)}, old {old:.2f}"
+    )
+tests = [
+    ("min-snr", "const-eps", 0.4),
+    ("uncertainty", "const-eps", 0.4),
+    ("const-x0", "const-eps", 0.4),
+]
+for arm, baseline, share in [
+    *tests,
+    *(("dy-sigma", b, part) for b in ("const-eps", "min-snr") for part in (0.2, 0.4)),
+]:
     s = sooner(arm, baseline, share)
     interval = f"[{s.low:.2f}, {s.high:.2f}]"
     never = f"{s.censored_arm} seeds never get there" if s.censored_arm else ""
-    print(f"speed-up of {arm:>11} over {baseline:>9}, {share:.0%}: {s.bound} {s.ratio:.2f}", never or interval)
+    print(
+        f"speed-up of {arm:>11} over {baseline:>9}, {share:.0%}: {s.bound} {s.ratio:.2f}",
+        never or interval,
+    )
 reveal(QUESTION_SPEED, round(sooner("dy-sigma", "const-eps").ratio, 2))
 
 # %%
 fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
 plots.trajectories(left, seen, curves, log=True)
-left.set(xscale="log", xlabel="images of frost seen", ylabel="geometric mean of losses", title="Along the adaptation")
+left.set(
+    xscale="log",
+    xlabel="images of frost seen",
+    ylabel="geometric mean of losses",
+    title="Along the adaptation",
+)
 by_timestep = {arm: x[:, -1] / losses["const-eps"][:, -1] for arm, x in losses.items()}
 plots.loss_by_timestep(right, at, by_timestep)
 right.set(ylabel="loss / that of const-eps", title="At the end, timestep by timestep")
@@ -477,7 +578,10 @@ plots.show(
 
 # %%
 sigma = torch.tensor([0.002, 0.5, 80.0])
-wrong = {"SNR has squares: that is half of it.": -sigma.log(), "That is noise over signal.": 2 * sigma.log()}
+wrong = {
+    "SNR has squares: that is half of it.": -sigma.log(),
+    "That is noise over signal.": 2 * sigma.log(),
+}
 exercise("10.1", expected=-2 * sigma.log(), mistakes=wrong)
 log_snr_edm = ...
 check("10.1", log_snr_edm)
@@ -499,7 +603,8 @@ share = torch.sigmoid(-at / 2)
 on_u = (2 / math.pi / (1 - 2 * share + 2 * share**2)).log()
 wrong = {
     "That is the log-weight on the velocity: divide the weight by s^2.": on_u,
-    "The conversion goes the other way: a small error in x0 is a large one in u.": on_u + 2 * share.log(),
+    "The conversion goes the other way: a small error in x0 is a large one in u.": on_u
+    + 2 * share.log(),
     "That is the weight, not its log.": on_u.exp() / share**2,
 }
 exercise("10.2", expected=on_u - 2 * share.log(), mistakes=wrong)

@@ -49,7 +49,13 @@ def lucidrains(monkeypatch: pytest.MonkeyPatch) -> Any:
                 raise AttributeError(name)
             return type(name, (), {"__init__": lambda self, *args, **kwargs: None})
 
-    needs = ["torchvision", "torchvision.transforms", "torchvision.utils", "torchvision.datasets", "ema_pytorch"]
+    needs = [
+        "torchvision",
+        "torchvision.transforms",
+        "torchvision.utils",
+        "torchvision.datasets",
+        "ema_pytorch",
+    ]
     for module in [*needs, "pytorch_fid", "pytorch_fid.inception", "pytorch_fid.fid_score"]:
         monkeypatch.setitem(sys.modules, module, Anything(module))
     return pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch")

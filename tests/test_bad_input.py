@@ -1,5 +1,4 @@
 """Bad input: what each bad call is told, word for word; files changed at random are read right or refused."""
-# ruff: noqa: E501  (messages stand as they are told)
 
 from __future__ import annotations
 
@@ -28,13 +27,21 @@ from hypothesis import strategies as st
 
 from dysigma import data, pareto
 from dysigma.bins import Bins
-from dysigma.cli import main
-from dysigma.data import CIFAR10_MD5, ImageData, batch, leaves, load_data
-from dysigma.draws import generator
+from dysigma.cli.main import main
+from dysigma.data import ImageData, batch, leaves, load_data
+from dysigma.data.cifar10 import CIFAR10_MD5
+from dysigma.lab.race import Race, load_race
 from dysigma.models import EMA, PRESETS, make_model
 from dysigma.objective import sample_losses
-from dysigma.race import Race, load_race
-from dysigma.runs import RunError, load_checkpoint, load_run, read_config, save_checkpoint, write_json
+from dysigma.randomness import generator
+from dysigma.runs import (
+    RunError,
+    load_checkpoint,
+    load_run,
+    read_config,
+    save_checkpoint,
+    write_json,
+)
 from dysigma.samplers import TIMESTEP_SAMPLERS, make_sampler
 from dysigma.schedule import PREDICTION_TYPES, SCHEDULES, NoiseSchedule, make_schedule
 from dysigma.training import TrainConfig
@@ -130,7 +137,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_bad_commands_are_told_one_line_and_leave_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_commands_are_told_one_line_and_leave_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = sorted(folder.rglob("*"))
     for command, message in COMMANDS.items():
         assert main(command.split()) == 2, command
@@ -146,7 +155,9 @@ def test_bad_commands_are_told_one_line_and_leave_nothing(folder: Path, capsys: 
         ("sample", "the following arguments are required: RUN"),
     ],
 )
-def test_commands_that_do_not_parse(command: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_that_do_not_parse(
+    command: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(command.split())
     assert stopped.value.code == 2 and capsys.readouterr().err.endswith(f"error: {message}\n")
@@ -269,8 +280,12 @@ CALLS: list[Call] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("call", "kind", "message"), CALLS, ids=[f"{i}" for i in range(len(CALLS))])
-def test_a_bad_call_is_told_in_these_words(folder: Path, call: Any, kind: type[Exception], message: str) -> None:
+@pytest.mark.parametrize(
+    ("call", "kind", "message"), CALLS, ids=[f"{i}" for i in range(len(CALLS))]
+)
+def test_a_bad_call_is_told_in_these_words(
+    folder: Path, call: Any, kind: type[Exception], message: str
+) -> None:
     with pytest.raises(kind) as raised:
         call(folder)
     assert type(raised.value) is kind
@@ -293,7 +308,11 @@ PIXELS, LABELS = np.random.default_rng(0).integers(0, 256, (2, 12), dtype=np.uin
 
 def python2_batch() -> bytes:
     """{'data': (2, 12) uint8, 'labels': [3, 7]} as Python 2 pickled it."""
-    dtype = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNN" + 2 * b"J\xff\xff\xff\xff" + b"K\x00tb"
+    dtype = (
+        b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNN"
+        + 2 * b"J\xff\xff\xff\xff"
+        + b"K\x00tb"
+    )
     array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01K\x02K\x0c\x86"
     raw = b"T" + struct.pack("<i", 24) + PIXELS.tobytes()
     return b"\x80\x02}(U\x06labels](K\x03K\x07eU\x04data" + array + dtype + b"\x89" + raw + b"tbu."
@@ -383,7 +402,9 @@ def blessed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @settings(max_examples=150)
 @given(changed(WHOLE), st.booleans())
-def test_a_changed_batch_is_read_right_or_refused(blessed_folder: Path, raw: bytes, archived: bool) -> None:
+def test_a_changed_batch_is_read_right_or_refused(
+    blessed_folder: Path, raw: bytes, archived: bool
+) -> None:
     root = blessed_folder / "cifar-10-python.tar.gz"
     if archived:
         with tarfile.open(root, "w:gz", compresslevel=1) as tar:
@@ -396,7 +417,9 @@ def test_a_changed_batch_is_read_right_or_refused(blessed_folder: Path, raw: byt
         (root / "data_batch_1").write_bytes(raw)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        patch.setattr(data, "CIFAR10_BATCHES", {"train": {"data_batch_1": hashlib.md5(raw).hexdigest()}})
+        patch.setattr(
+            data, "CIFAR10_BATCHES", {"train": {"data_batch_1": hashlib.md5(raw).hexdigest()}}
+        )
         if archived:
             patch.setattr(data, "CIFAR10_MD5", hashlib.md5(root.read_bytes()).hexdigest())
         try:
@@ -410,7 +433,10 @@ def test_a_changed_batch_is_read_right_or_refused(blessed_folder: Path, raw: byt
                 and got.labels.shape == (len(got),)
                 and 0 <= int(got.labels.min()) <= int(got.labels.max()) < 10
             )
-    assert sorted(path.name for path in blessed_folder.parent.iterdir() if "batches-py" in path.name) == []
+    assert (
+        sorted(path.name for path in blessed_folder.parent.iterdir() if "batches-py" in path.name)
+        == []
+    )
 
 
 # --- run folders with random changes ------------------------------------------------------------------------------------
@@ -426,8 +452,14 @@ class Evil:
         return os.mkdir, (str(self.mark),)
 
 
-STATES = {1: {"a": torch.arange(40.0), "b": torch.tensor(3)}, 2: {"a": torch.arange(40.0) ** 2, "b": torch.tensor(5)}}
-METAS = {1: {"seconds": 1.5, "param_groups": [{"lr": 0.1}]}, 2: {"seconds": 2.5, "param_groups": [{"lr": 0.2}]}}
+STATES = {
+    1: {"a": torch.arange(40.0), "b": torch.tensor(3)},
+    2: {"a": torch.arange(40.0) ** 2, "b": torch.tensor(5)},
+}
+METAS = {
+    1: {"seconds": 1.5, "param_groups": [{"lr": 0.1}]},
+    2: {"seconds": 2.5, "param_groups": [{"lr": 0.2}]},
+}
 
 
 @pytest.fixture(scope="module")
@@ -435,7 +467,9 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("fuzz") / "run"
     write_json(out / "config.json", TrainConfig().to_dict())
     write_json(out / "summary.json", {"status": "running", "step": 2})
-    (out / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "loss": 1 / (i + 1)}) + "\n" for i in range(3)))
+    (out / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": i, "loss": 1 / (i + 1)}) + "\n" for i in range(3))
+    )
     for step, tensors in STATES.items():
         save_checkpoint(out / "checkpoint", step, tensors, METAS[step])
     model = make_model("micro", 8, 1)
@@ -462,7 +496,19 @@ def change_files(out: Path, rng: random.Random, mark: Path) -> list[str]:
             content = bytearray(pickle.dumps(Evil(mark)))
         elif how == 5:
             content = bytearray(
-                rng.choice([b"[]", b"{}", b"null", b"3", b'"x"', b"[" * 99_999, b"NaN", b"1e999", b"{" * 99_999])
+                rng.choice(
+                    [
+                        b"[]",
+                        b"{}",
+                        b"null",
+                        b"3",
+                        b'"x"',
+                        b"[" * 99_999,
+                        b"NaN",
+                        b"1e999",
+                        b"{" * 99_999,
+                    ]
+                )
             )
         path.unlink()
         if how == 6:
@@ -470,12 +516,16 @@ def change_files(out: Path, rng: random.Random, mark: Path) -> list[str]:
         elif how != 7:
             path.write_bytes(content)
     # What diffusers would take in place of absent safetensors.
-    (out / "pipeline" / "unet" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Evil(mark)))
+    (out / "pipeline" / "unet" / "diffusion_pytorch_model.bin").write_bytes(
+        pickle.dumps(Evil(mark))
+    )
     return [str(path.relative_to(out)) for path in chosen]
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_changed_run_folder_is_read_right_or_refused(run_folder: Path, tmp_path: Path, seed: int) -> None:
+def test_a_changed_run_folder_is_read_right_or_refused(
+    run_folder: Path, tmp_path: Path, seed: int
+) -> None:
     rng, mark = random.Random(seed), tmp_path / "mark"
     outcomes = {"right": 0, "the one before": 0, "refused": 0}
     for number in range(75):
@@ -490,7 +540,9 @@ def test_a_changed_run_folder_is_read_right_or_refused(run_folder: Path, tmp_pat
             else:
                 outcomes["right" if step == 2 else "the one before"] += 1
                 assert meta == METAS[step] and tensors.keys() == STATES[step].keys(), harmed
-                assert all(torch.equal(tensors[name], STATES[step][name]) for name in tensors), harmed
+                assert all(torch.equal(tensors[name], STATES[step][name]) for name in tensors), (
+                    harmed
+                )
             try:
                 run = load_run(out)
                 assert isinstance(run.config, dict) and isinstance(run.summary, dict)
@@ -529,9 +581,16 @@ def test_no_shell_no_code_from_data_no_extraction_and_one_address() -> None:
             if isinstance(node, ast.Call):
                 called.setdefault(ast.unparse(node.func), []).append(path.stem)
                 values = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                assert values.get("shell", "False") == "False" and values.get("allow_pickle", "False") == "False"
+                assert (
+                    values.get("shell", "False") == "False"
+                    and values.get("allow_pickle", "False") == "False"
+                )
     assert not NEVER & called.keys()
-    assert called["subprocess.run"] == ["runs"] and called["urlopen"] == ["data"] and called["_ArraysOnly"] == ["data"]
+    assert (
+        called["subprocess.run"] == ["runs"]
+        and called["urlopen"] == ["data"]
+        and called["_ArraysOnly"] == ["data"]
+    )
     assert data.CIFAR10_URL.startswith("https://")
 
 

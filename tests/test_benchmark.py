@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dysigma import benchmark
+from dysigma.lab import benchmark
 from dysigma.models import PRESETS, make_model
 from dysigma.training import TrainConfig, load_split
 
@@ -36,8 +36,12 @@ def test_flops_are_two_for_each_multiply_add_of_convolutions_and_products(monkey
     monkeypatch.setattr(benchmark, "make_model", lambda preset, size: Network())
     assert benchmark.flops_per_image("", 8) == 3 * 2 * (8 * 8 * 5 * 3 * 3 * 3 + 5 * 7)
     monkeypatch.undo()
-    attention = 5 * 2 * 2 * 256 * 256 * 256  # layers at 16 x 16, products, 2 FLOP, tokens, tokens, channels
-    assert benchmark.flops_per_image("ddpm", 32) == pytest.approx(36.32e9 + 3 * attention, rel=0.001)
+    attention = (
+        5 * 2 * 2 * 256 * 256 * 256
+    )  # layers at 16 x 16, products, 2 FLOP, tokens, tokens, channels
+    assert benchmark.flops_per_image("ddpm", 32) == pytest.approx(
+        36.32e9 + 3 * attention, rel=0.001
+    )
 
 
 @pytest.mark.parametrize("name", ["_recipe_step", "_lucidrains_step"])
@@ -77,7 +81,9 @@ def test_a_batch_larger_than_the_number_of_timesteps_is_timed_too(monkeypatch):
 def test_the_record_holds_what_ran_and_why_the_rest_did_not(monkeypatch, tmp_path, capsys):
     pytest.importorskip("accelerate")
     monkeypatch.setattr(benchmark, "MICRO_BATCHES", 6)
-    monkeypatch.setitem(sys.modules, "denoising_diffusion_pytorch.denoising_diffusion_pytorch", None)
+    monkeypatch.setitem(
+        sys.modules, "denoising_diffusion_pytorch.denoising_diffusion_pytorch", None
+    )
     out = tmp_path / "b.json"
     result = benchmark.benchmark("micro", 8, [4, 11], rounds=1, device="cpu", out=out)
     assert json.loads(out.read_text()) == result and out.with_suffix(".png").exists()

@@ -56,7 +56,9 @@ def test_log_snr_bins_are_equally_wide_in_log_snr(name, zero_terminal_snr):
     bins = Bins.equal_log_snr(log_snr, 5)
     # Each timestep stands for the stretch of log SNR between the midpoints to its neighbours.
     middle = (finite[1:] + finite[:-1]) / 2
-    middle = torch.cat([1.5 * finite[:1] - finite[1:2] / 2, middle, 1.5 * finite[-1:] - finite[-2:-1] / 2])
+    middle = torch.cat(
+        [1.5 * finite[:1] - finite[1:2] / 2, middle, 1.5 * finite[-1:] - finite[-2:-1] / 2]
+    )
     edges = bins.edges.clamp(max=len(finite))
     widths, stretches = -middle[edges].diff(), -middle.diff()
     rounding = torch.stack([stretches[max(0, e - 1) : e + 1].max() for e in edges]) / 2
@@ -65,8 +67,12 @@ def test_log_snr_bins_are_equally_wide_in_log_snr(name, zero_terminal_snr):
 
 def test_equal_mass_bins_hold_equal_mass():
     values = torch.rand(500, generator=torch.Generator().manual_seed(0)) + 0.1
-    mass = torch.zeros(10).index_add(0, Bins.equal_mass(values, 10).index(torch.arange(500)), values)
-    torch.testing.assert_close(mass, torch.full((10,), values.sum().item() / 10), rtol=0, atol=values.max().item())
+    mass = torch.zeros(10).index_add(
+        0, Bins.equal_mass(values, 10).index(torch.arange(500)), values
+    )
+    torch.testing.assert_close(
+        mass, torch.full((10,), values.sum().item() / 10), rtol=0, atol=values.max().item()
+    )
     assert torch.equal(Bins.equal_mass(torch.ones(20), 5).edges, Bins.uniform(20, 5).edges)
 
 

@@ -19,7 +19,7 @@ from diffusers import (
 from safetensors.torch import load_file
 
 import dysigma
-from dysigma.cli import main
+from dysigma.cli.main import main
 
 QUICK = [
     f"--{name}={value}"
@@ -35,25 +35,53 @@ def test_train_sample_evaluate_on_ones_own_images(tmp_path, capsys):
     images = np.random.default_rng(0).integers(0, 256, (24, 12, 12, 3), dtype=np.uint8)
     np.savez(tmp_path / "mine.npz", train_images=images, test_images=images[:4])
     out = tmp_path / "run"
-    train = ["train", "--data", str(tmp_path / "mine.npz"), "--out", str(out), *QUICK, "--image-size=12"]
+    train = [
+        "train",
+        "--data",
+        str(tmp_path / "mine.npz"),
+        "--out",
+        str(out),
+        *QUICK,
+        "--image-size=12",
+    ]
     assert main([*train, "--train-images=16"]) == 0
     loss, first = dysigma.load_run(out).summary["validation_loss"], capsys.readouterr().out
     assert first == f"done: 32 images, EMA loss {loss:.4f} on 4 test images, {out}\n"
     assert main(["train", "--out", str(out), "--resume", "--quiet"]) == 0
     again = "finished already (it cannot be extended; train longer in another --out)"
-    assert capsys.readouterr().out == first.replace("done", again), "the same run, and no other word for it"
+    assert capsys.readouterr().out == first.replace("done", again), (
+        "the same run, and no other word for it"
+    )
     sample = ["sample", str(out), "--num-images", "3", "--steps", "4", "--device", "cpu"]
     assert main([*sample, "--npz", str(tmp_path / "s.npz")]) == 0
     assert np.load(tmp_path / "s.npz")["images"].shape == (3, 12, 12, 3)
-    torch.jit.save(torch.jit.trace(torch.nn.Flatten(), torch.zeros(2, 3, 12, 12)), str(tmp_path / "net.pt"))
-    evaluate = ["evaluate", str(out), "--num-images", "4", "--timesteps", "5", "--elbo-timesteps", "4"]
+    torch.jit.save(
+        torch.jit.trace(torch.nn.Flatten(), torch.zeros(2, 3, 12, 12)), str(tmp_path / "net.pt")
+    )
+    evaluate = [
+        "evaluate",
+        str(out),
+        "--num-images",
+        "4",
+        "--timesteps",
+        "5",
+        "--elbo-timesteps",
+        "4",
+    ]
     evaluate += ["--device", "cpu", "--samples", "20", "--nfe", "3", "--metric"]
-    for metric in (["pixels", "--sampler", "heun", "--nfe", "4"], ["own", "--features", str(tmp_path / "net.pt")]):
+    for metric in (
+        ["pixels", "--sampler", "heun", "--nfe", "4"],
+        ["own", "--features", str(tmp_path / "net.pt")],
+    ):
         assert main([*evaluate, *metric]) == 0
     report = json.loads((out / "evaluation.json").read_text())
     assert len(report["losses"]) == 5 and report["elbo"]["bits_per_dim"] > 0
     pixels, own = (report["distances"][name] for name in ("pixels", "fd_own"))
-    assert (pixels["metric"], pixels["sampler"], own["metric"]) == ("pixels (not FID)", "heun", "fd_own (not FID)")
+    assert (pixels["metric"], pixels["sampler"], own["metric"]) == (
+        "pixels (not FID)",
+        "heun",
+        "fd_own (not FID)",
+    )
     assert pixels["nfe"] == 3, "heun evaluates an odd number of times"
     assert (own["images"], own["reference_images"], own["features"], own["nfe"]) == (20, 24, 432, 3)
     assert own["sha256"] == hashlib.sha256((tmp_path / "net.pt").read_bytes()).hexdigest()
@@ -63,19 +91,32 @@ def test_train_sample_evaluate_on_ones_own_images(tmp_path, capsys):
     assert "compare it at equal numbers alone" in said
 
 
-def test_the_reference_leaves_out_images_that_are_not_exact_and_holds_out_what_it_measures(tmp_path, capsys):
+def test_the_reference_leaves_out_images_that_are_not_exact_and_holds_out_what_it_measures(
+    tmp_path, capsys
+):
     """Images that only approximate the originals are black here: one of them would be seen in the mean."""
     images = np.random.default_rng(0).integers(100, 256, (90, 8, 8, 3), dtype=np.uint8)
     exact = np.arange(90) % 3 > 0
     images[~exact] = 0
-    splits = {f"{s}_{k}": v for s in ("train", "test") for k, v in (("images", images), ("exact", exact))}
+    splits = {
+        f"{s}_{k}": v for s in ("train", "test") for k, v in (("images", images), ("exact", exact))
+    }
     np.savez(tmp_path / "d.npz", **splits)
-    common = ["evaluate", "--reference-only", "--data", str(tmp_path / "d.npz"), "--metric", "pixels"]
+    common = [
+        "evaluate",
+        "--reference-only",
+        "--data",
+        str(tmp_path / "d.npz"),
+        "--metric",
+        "pixels",
+    ]
     out = tmp_path / "d.json"
     assert main([*common, "--samples", "20", "25", "--device", "cpu", "--out", str(out)]) == 0
     rows = json.loads(out.read_text())
     assert [(r["of"], r["images"], r["reference_images"]) for r in rows] == [
-        (f"{split} images", count, 35) for count in (20, 25) for split in ("held-out training", "test")
+        (f"{split} images", count, 35)
+        for count in (20, 25)
+        for split in ("held-out training", "test")
     ]
     assert max(r["distance"] for r in rows) < 150  # black images against these: more than 190
     assert main([*common, "--samples", "45"]) == 2
@@ -83,11 +124,31 @@ def test_the_reference_leaves_out_images_that_are_not_exact_and_holds_out_what_i
 
 
 def test_options_come_from_a_file_and_flags_win(tmp_path):
-    (tmp_path / "c.toml").write_text('weighting = "min-snr"\nseed = 3\n[weighting_params]\ngamma = 2.0\n')
+    (tmp_path / "c.toml").write_text(
+        'weighting = "min-snr"\nseed = 3\n[weighting_params]\ngamma = 2.0\n'
+    )
     out = tmp_path / "run"
-    assert main(["train", "--config", str(tmp_path / "c.toml"), "--seed", "5", "--out", str(out), *QUICK]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--config",
+                str(tmp_path / "c.toml"),
+                "--seed",
+                "5",
+                "--out",
+                str(out),
+                *QUICK,
+            ]
+        )
+        == 0
+    )
     config = json.loads((out / "config.json").read_text())
-    assert (config["weighting"], config["seed"], config["weighting_params"]) == ("min-snr", 5, {"gamma": 2.0})
+    assert (config["weighting"], config["seed"], config["weighting_params"]) == (
+        "min-snr",
+        5,
+        {"gamma": 2.0},
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,7 +188,10 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capsys, monkeypatch, argumen
         (["sample", "RUN", "--num-images", "0"], "1 image or more"),
         (["sample", "RUN", "--sampler", "euler"], "dpm-solver"),
         (["sample", "RUN", "--seed", "-1"], "zero or more"),
-        (["sample", "RUN", "--steps", "2", "--num-images", "1", "--out", "none/x.png"], "none/x.png"),
+        (
+            ["sample", "RUN", "--steps", "2", "--num-images", "1", "--out", "none/x.png"],
+            "none/x.png",
+        ),
         (["evaluate", "RUN", "--num-images", "0"], "need --num-images >= 2"),
         (["evaluate", "RUN", "--elbo-timesteps", "0"], "--elbo-timesteps >= 1"),
         (["evaluate", "RUN", "--timesteps", "0"], "from 1 to"),
@@ -139,14 +203,19 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capsys, monkeypatch, argumen
         (["evaluate", "RUN", "--samples", "20", "30"], "for --reference-only"),
         (["evaluate"], "name the run"),
         (["evaluate", "RUN", "--features", "none.pt"], "belongs to a --metric"),
-        (["evaluate", "RUN", "--metric", "pixels", "--features", "none.pt"], "belongs to a --metric"),
+        (
+            ["evaluate", "RUN", "--metric", "pixels", "--features", "none.pt"],
+            "belongs to a --metric",
+        ),
         (["evaluate", "RUN", "--metric", "pixels", "--reference-images", "-5"], "is 20 or more"),
         (["evaluate", "RUN", "--reference-only"], "choose a --metric"),
         (["evaluate", "--reference-only", "--metric", "pixels"], "a RUN or of --data"),
         (["train", "--out", "RUN", "--resume", "--seed", "7"], "seed 0 there, 7 here"),
     ],
 )
-def test_bad_input_about_a_run_is_one_line_and_code_2(a_run, capsys, monkeypatch, arguments, message):
+def test_bad_input_about_a_run_is_one_line_and_code_2(
+    a_run, capsys, monkeypatch, arguments, message
+):
     if not {"-1", "none/x.png"} & {*arguments}:  # the rest is told before the network is loaded
         monkeypatch.setattr(dysigma.runs.Run, "pipeline", None)
     device = [] if arguments[0] == "train" else ["--device", "cpu"]
@@ -183,7 +252,12 @@ def test_sampling_a_folder_that_is_no_run(tmp_path, capsys):
 
 
 SMALL = ["--bins=3", "--micro-batches=6", "--batch-per-bin=2", "--device=cpu"]
-BLOCKS = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 8}
+BLOCKS = {
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "sample_size": 8,
+}
 PLAIN = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
 
 
@@ -195,7 +269,11 @@ def a_pipeline(folder, scheduler=None, network=None, **options):
 
 
 def contents(folder):
-    return {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.rglob("*")) if f.is_file()}
+    return {
+        str(f): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(folder.rglob("*"))
+        if f.is_file()
+    }
 
 
 def reread(out):
@@ -215,25 +293,55 @@ def same(read, expected):
 
 def test_conflicts_of_a_pipeline_are_those_of_its_network(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    scheduler = DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, num_train_timesteps=40)
+    scheduler = DDIMScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, num_train_timesteps=40
+    )
     path, before = a_pipeline(tmp_path / "someones", scheduler)
-    options = ["--num-images=20", "--binning=log-snr", "--seed=3", "--transfer", "--transfer-steps=2"]
+    options = [
+        "--num-images=20",
+        "--binning=log-snr",
+        "--seed=3",
+        "--transfer",
+        "--transfer-steps=2",
+    ]
     assert main(["conflicts", path, *SMALL, *options]) == 0
     assert contents(tmp_path / "someones") == before
     out = tmp_path / "conflicts-someones"
-    assert sorted(f.name for f in out.iterdir()) == ["conflicts.json", "conflicts.png", "transfer.json", "transfer.png"]
+    assert sorted(f.name for f in out.iterdir()) == [
+        "conflicts.json",
+        "conflicts.png",
+        "transfer.json",
+        "transfer.png",
+    ]
     record, report = reread(out)
-    assert str(tmp_path) not in json.dumps(record) and record["provenance"]["torch"] == torch.__version__
-    assert (record["path"], record["data"], record["images"], record["weighting"]) == ("someones", "leaves", 20, None)
+    assert (
+        str(tmp_path) not in json.dumps(record)
+        and record["provenance"]["torch"] == torch.__version__
+    )
+    assert (record["path"], record["data"], record["images"], record["weighting"]) == (
+        "someones",
+        "leaves",
+        20,
+        None,
+    )
 
     schedule, images = dysigma.NoiseSchedule.from_diffusers(scheduler), dysigma.leaves(20, 8).images
     network = UNet2DModel.from_pretrained(path, subfolder="unet")
     common = {"prediction_type": "v_prediction", "seed": 3, "progress": False}
     bins = dysigma.Bins.equal_log_snr(schedule.log_snr, 3)
-    same(report, dysigma.conflicts(network, images, schedule, bins, micro_batches=6, batch_per_bin=2, **common))
+    same(
+        report,
+        dysigma.conflicts(
+            network, images, schedule, bins, micro_batches=6, batch_per_bin=2, **common
+        ),
+    )
     transfer = json.loads((out / "transfer.json").read_text())
-    expected = dysigma.gradients.negative_transfer(network, images, schedule, bins, steps=2, **common)
-    torch.testing.assert_close(torch.tensor(transfer["change"], dtype=torch.float64), expected.change)
+    expected = dysigma.gradients.negative_transfer(
+        network, images, schedule, bins, steps=2, **common
+    )
+    torch.testing.assert_close(
+        torch.tensor(transfer["change"], dtype=torch.float64), expected.change
+    )
     text = capsys.readouterr().out
     assert "someones: v_prediction network, 20 images of leaves, weighting none" in text
     assert all(f"\n{word}: " in text for word in ("Stationarity", "Transfer"))
@@ -244,10 +352,22 @@ def test_conflicts_of_a_run_are_on_its_images_and_averaged_weights(a_run, tmp_pa
     assert main(["conflicts", a_run, *SMALL, "--weighting=min-snr"]) == 0
     run = dysigma.load_run(a_run)
     record, report = reread(run.path / "conflicts")
-    assert (record["images"], record["weighting"], record["report"]["edges"]) == (32, "min-snr", [0, 333, 666, 1000])
-    schedule, options = dysigma.NoiseSchedule.linear(1000), {"micro_batches": 6, "batch_per_bin": 2, "progress": False}
+    assert (record["images"], record["weighting"], record["report"]["edges"]) == (
+        32,
+        "min-snr",
+        [0, 333, 666, 1000],
+    )
+    schedule, options = (
+        dysigma.NoiseSchedule.linear(1000),
+        {"micro_batches": 6, "batch_per_bin": 2, "progress": False},
+    )
     options["weighting"] = dysigma.make_weighting("min-snr", schedule)
-    same(report, dysigma.conflicts(run.pipeline().unet, dysigma.leaves(32, 8).images, schedule, 3, **options))
+    same(
+        report,
+        dysigma.conflicts(
+            run.pipeline().unet, dysigma.leaves(32, 8).images, schedule, 3, **options
+        ),
+    )
     assert main(["conflicts", a_run, *SMALL, "--num-images=8", "--out", str(tmp_path)]) == 0
     assert reread(tmp_path)[0]["images"] == 8
 
@@ -259,38 +379,55 @@ def test_conflicts_of_a_class_conditional_network_use_the_labels(tmp_path):
     data, network = dysigma.leaves(20, 8), UNet2DModel.from_pretrained(path, subfolder="unet")
     options = {"micro_batches": 6, "batch_per_bin": 2, "progress": False}
     schedule = dysigma.NoiseSchedule.from_diffusers(DDPMScheduler())
-    expected = dysigma.conflicts(network, data, schedule, 3, model_kwargs={"class_labels": data.labels}, **options)
+    expected = dysigma.conflicts(
+        network, data, schedule, 3, model_kwargs={"class_labels": data.labels}, **options
+    )
     same(reread(out)[1], expected)
 
 
 def test_sentences_say_what_the_report_does(capsys):
-    from dysigma.cli import _conflict_sentences
+    from dysigma.gradients.report import _conflict_sentences
 
     torch.manual_seed(1)
     network, schedule = torch.nn.Conv2d(3, 3, 3, padding=1), dysigma.NoiseSchedule.linear(30)
     model = Timeless(network)
     images, spans = dysigma.leaves(16, 8).images, ["0-9", "10-19", "20-29"]
-    report = dysigma.conflicts(model, images, schedule, 3, micro_batches=20, batch_per_bin=16, progress=False)
+    report = dysigma.conflicts(
+        model, images, schedule, 3, micro_batches=20, batch_per_bin=16, progress=False
+    )
     assert report.undetermined == 0
     lines = _conflict_sentences(report, spans)
     i, j = divmod(int(report.cosine_debiased.argmin()), 3)
     (low, high), lowest = (end[i, j] for end in report.interval()), report.cosine_debiased[i, j]
-    assert f"of 3 pairs of bins: {report.mean_cosine:.3f} ± {report.mean_cosine_se:.3f} (" in lines[0]
-    assert lines[0].endswith(": -0.500.") and lines[1].startswith(f"Conflict: {round(3 * report.conflict_rate)} pairs")
+    assert (
+        f"of 3 pairs of bins: {report.mean_cosine:.3f} ± {report.mean_cosine_se:.3f} (" in lines[0]
+    )
+    assert lines[0].endswith(": -0.500.") and lines[1].startswith(
+        f"Conflict: {round(3 * report.conflict_rate)} pairs"
+    )
     assert f"{round(3 * report.sure_conflict_rate)} of them for sure" in lines[1]
     assert f"{lowest:.3f} [{low:.3f}, {high:.3f}], timesteps {spans[i]} and {spans[j]}." in lines[2]
-    assert ("every bin's loss" in lines[-1]) == (report.stationarity_interval[0] > 0) and len(lines) == 4
+    assert ("every bin's loss" in lines[-1]) == (report.stationarity_interval[0] > 0) and len(
+        lines
+    ) == 4
     # One pair below 0 with its interval, one with its estimate alone, one with the low end of its interval alone.
     cosine, error = torch.eye(3, dtype=torch.float64), torch.full((3, 3), 0.2, dtype=torch.float64)
     for (i, j), value, se in (((0, 1), -0.5, 0.01), ((0, 2), -0.1, 0.2), ((1, 2), 0.1, 0.2)):
         cosine[i, j] = cosine[j, i] = value
         error[i, j] = error[j, i] = se
     mixed = dataclasses.replace(report, cosine_debiased=cosine, cosine_se=error)
-    assert "Conflict: 2 pairs have a negative cosine, 1 of them for sure" in _conflict_sentences(mixed, spans)[1]
+    assert (
+        "Conflict: 2 pairs have a negative cosine, 1 of them for sure"
+        in _conflict_sentences(mixed, spans)[1]
+    )
     unknown = report.cosine_debiased.clone()
     unknown[2], unknown[:, 2] = float("nan"), float("nan")
-    lines = _conflict_sentences(dataclasses.replace(report, cosine_debiased=unknown, undetermined=2), spans)
-    assert "Undetermined: 2 of 3 pairs. The gradient of timesteps 20-29 does not stand out" in lines[3]
+    lines = _conflict_sentences(
+        dataclasses.replace(report, cosine_debiased=unknown, undetermined=2), spans
+    )
+    assert (
+        "Undetermined: 2 of 3 pairs. The gradient of timesteps 20-29 does not stand out" in lines[3]
+    )
     assert "more --micro-batches (now 20)" in lines[3] and "Mean cosine of 1 pairs" in lines[0]
 
 
@@ -306,15 +443,24 @@ class Timeless(torch.nn.Module):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "takes 4 channels, and leaves has 3: choose another --data; networks on latents are not measured"),
+        (
+            [],
+            "takes 4 channels, and leaves has 3: choose another --data; networks on latents are not measured",
+        ),
         (["--data=NPZ"], "is conditioned on 4 classes; plain.npz has none"),
         (["--data=leaves"], "is conditioned on 4 classes; leaves has 10"),
         (["--bins=1"], "--bins must be from 2 to 64; got 1"),
         (["--bins=65"], "--bins must be from 2 to 64; got 65"),
         (["--micro-batches=5"], "need micro_batches >= 6"),
-        (["--weighting=uncertainty"], "--weighting takes a predefined one; uncertainty learns its weights in training"),
+        (
+            ["--weighting=uncertainty"],
+            "--weighting takes a predefined one; uncertainty learns its weights in training",
+        ),
         (["--weighting=min-srn"], "unknown weighting 'min-srn'"),
-        (["--out=PATH/sub"], "lies in the pipeline's folder, which is left as it is; choose another --out"),
+        (
+            ["--out=PATH/sub"],
+            "lies in the pipeline's folder, which is left as it is; choose another --out",
+        ),
         (["--num-images=0"], "train_images must be positive"),
     ],
 )
@@ -333,8 +479,13 @@ def test_conflicts_refuses_bad_options(tmp_path, monkeypatch, capsys, options, m
 
 def test_conflicts_refuses_other_pipelines_with_the_reason(tmp_path, capsys):
     refused = "only networks on pixels that need timesteps, and classes at most, are measured"
-    cross = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2}
-    prompted = UNet2DConditionModel(**BLOCKS, **cross, cross_attention_dim=8, in_channels=3, out_channels=3)
+    cross = {
+        "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+    }
+    prompted = UNet2DConditionModel(
+        **BLOCKS, **cross, cross_attention_dim=8, in_channels=3, out_channels=3
+    )
     reasons = {
         "prompted": f"needs encoder_hidden_states, as of a prompt; {refused}",
         "latent": f"has a vqvae, for latents or prompts; {refused}",
@@ -363,4 +514,7 @@ def test_conflicts_refuses_other_pipelines_with_the_reason(tmp_path, capsys):
     for name, reason in reasons.items():
         assert main(["conflicts", str(tmp_path / name), *SMALL]) == 2, name
         error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith(f"dysigma: {'' if name == 'edm' else tmp_path / name}") and reason in error, name
+        assert (
+            error.startswith(f"dysigma: {'' if name == 'edm' else tmp_path / name}")
+            and reason in error
+        ), name

@@ -9,10 +9,10 @@ import pytest
 import torch
 from scipy.stats import ttest_rel
 
-from dysigma.cli import main
-from dysigma.compare import COMMON, WITHIN_ARM, compare, draw
-from dysigma.convergence import images_to_threshold, speedup
+from dysigma.cli.main import main
 from dysigma.evaluation import evaluation_timesteps
+from dysigma.lab.compare import COMMON, WITHIN_ARM, compare, draw
+from dysigma.lab.convergence import images_to_threshold, speedup
 from dysigma.pareto import non_dominated
 from dysigma.runs import RunError, append_metrics, load_run, read_json, write_json
 from dysigma.schedule import NoiseSchedule
@@ -24,16 +24,31 @@ T = evaluation_timesteps(1000, 6)
 START = torch.linspace(2, 0.5, 6, dtype=torch.float64).numpy()  # loss per timestep at 1000 images
 
 
-def a_run(folder, weighting="const-eps", seed=0, *, factor=1.0, power=0.5, images=IMAGES, status="done", **fields):
+def a_run(
+    folder,
+    weighting="const-eps",
+    seed=0,
+    *,
+    factor=1.0,
+    power=0.5,
+    images=IMAGES,
+    status="done",
+    **fields,
+):
     """A run folder whose validation losses are factor * START * (images / 1000)^-power."""
-    config = TrainConfig(weighting=weighting, seed=seed, images=8000, validation_timesteps=6, **fields)
+    config = TrainConfig(
+        weighting=weighting, seed=seed, images=8000, validation_timesteps=6, **fields
+    )
     out = folder / f"{weighting}-{seed}-{factor}-{len(list(folder.iterdir()))}"
     write_json(out / "config.json", config.to_dict())
     write_json(out / "summary.json", {"status": status})
     for step, n in enumerate(images):
         losses = factor * START * (max(n, 100) / 1000) ** -power
         row = {"step": step, "images": n, "bin_weights": [1.0 + seed * 0.1 * step, 1.0]}
-        append_metrics(out / "metrics.jsonl", row | {"validation_timesteps": T, "validation_losses": losses.tolist()})
+        append_metrics(
+            out / "metrics.jsonl",
+            row | {"validation_timesteps": T, "validation_losses": losses.tolist()},
+        )
     return load_run(out)
 
 
@@ -62,7 +77,11 @@ def test_the_fields_it_names_are_fields():
 @pytest.mark.parametrize("factor", [0.8, 1.3])
 def test_power_laws_give_their_ratio_speedup_and_bits(tmp_path, factor):
     """c a n^-b against a n^-b: ratio c, and c^(1/b) times as many images to any loss that both reach."""
-    runs = [a_run(tmp_path, w, seed, factor=f) for w, f in (("const-eps", 1.0), ("min-snr", factor)) for seed in (0, 1)]
+    runs = [
+        a_run(tmp_path, w, seed, factor=f)
+        for w, f in (("const-eps", 1.0), ("min-snr", factor))
+        for seed in (0, 1)
+    ]
     table = compare(runs).table
     row, base = table.loc["min-snr"], table.loc["const-eps"]
     for name in ("ratio", "ratio_low", "ratio_high"):
@@ -88,13 +107,17 @@ def test_a_trained_comparison_is_what_ttest_and_speedup_say(trained):
     low, high = ttest_rel(*ends).confidence_interval()
     assert (row.ratio_low, row.ratio_high) == pytest.approx((math.exp(low), math.exp(high)))
     assert (
-        row.ratio == pytest.approx(math.exp((ends[0] - ends[1]).mean())) and row.ratio_low < row.ratio < row.ratio_high
+        row.ratio == pytest.approx(math.exp((ends[0] - ends[1]).mean()))
+        and row.ratio_low < row.ratio < row.ratio_high
     )
     halves = np.array([[x[:, -1, :3].mean(), x[:, -1, 3:].mean()] for x in (base, arm)])
     assert list(result.table.non_dominated) == list(non_dominated(halves))
     n = result.images["uncertainty"]
     reach = [
-        {s: images_to_threshold(n, np.exp(np.log(x[s]).mean(1)), math.exp(ends[1][s])) for s in (0, 1)}
+        {
+            s: images_to_threshold(n, np.exp(np.log(x[s]).mean(1)), math.exp(ends[1][s]))
+            for s in (0, 1)
+        }
         for x in (base, arm)
     ]
     assert row.reached == sum(map(math.isfinite, reach[1].values()))
@@ -115,9 +138,15 @@ def test_a_trained_comparison_is_what_ttest_and_speedup_say(trained):
 def test_bits_do_not_depend_on_the_target_that_the_loss_is_of(tmp_path, prediction, monkeypatch):
     snr = NoiseSchedule.linear(1000).log_snr[T].exp().numpy()
     bits = {}
-    for kind, factor in (("epsilon", np.ones(6)), (prediction, 1 / snr + (prediction == "v_prediction"))):
+    for kind, factor in (
+        ("epsilon", np.ones(6)),
+        (prediction, 1 / snr + (prediction == "v_prediction")),
+    ):
         monkeypatch.setattr(f"{__name__}.START", START * factor)
-        runs = [a_run(tmp_path, prediction=kind), a_run(tmp_path, "min-snr", prediction=kind, factor=0.9)]
+        runs = [
+            a_run(tmp_path, prediction=kind),
+            a_run(tmp_path, "min-snr", prediction=kind, factor=0.9),
+        ]
         bits[kind] = compare(runs).table.bits["min-snr"]
     assert bits[prediction] == pytest.approx(bits["epsilon"])
 
@@ -149,12 +178,18 @@ def test_one_seed_has_no_interval_and_says_not_reached(tmp_path):
     ("change", "message"),
     [
         ({"prediction": "v"}, "differ in prediction epsilon, v_prediction"),
-        ({"schedule": "cosine", "num_timesteps": 500}, "differ in schedule linear, cosine; num_timesteps 1000, 500"),
+        (
+            {"schedule": "cosine", "num_timesteps": 500},
+            "differ in schedule linear, cosine; num_timesteps 1000, 500",
+        ),
         ({"data": "cifar10"}, "differ in data leaves, cifar10"),
         ({"validation_images": 32}, "differ in validation_images 64, 32"),
         ({"status": "interrupted"}, r"is not finished \(status: interrupted\)"),
         ({"weighting": "const-eps"}, "are the same training: arm and seed 0"),
-        ({"weighting": "const-eps", "seed": 1}, "need runs of two arms or more; got 2 of 'const-eps' alone"),
+        (
+            {"weighting": "const-eps", "seed": 1},
+            "need runs of two arms or more; got 2 of 'const-eps' alone",
+        ),
         ({"seed": 1}, "so nothing is paired; seeds: const-eps 0; min-snr 1"),
     ],
 )
@@ -184,14 +219,19 @@ def test_the_command_prints_the_table_and_writes_json_and_figure(trained, tmp_pa
     assert "uncertainty" in text and "left out" not in text
     assert sorted(path.name for path in out.iterdir()) == ["compare.json", "compare.png"]
     record = read_json(out / "compare.json")
-    assert record["runs"] == [path.name for path in trained] and str(tmp_path.parent) not in json.dumps(record)
+    assert record["runs"] == [path.name for path in trained] and str(
+        tmp_path.parent
+    ) not in json.dumps(record)
     assert record["table"] == compare([load_run(path) for path in trained]).to_dict()["table"]
     assert main(["compare", *map(str, trained[:3])]) == 0
     assert "seeds 0: one seed, so no intervals\nleft out: 1 runs" in capsys.readouterr().out
 
 
 def test_bad_input_is_one_line_and_code_2(trained, tmp_path, capsys):
-    for paths, message in (([trained[0]], "two arms or more"), ([trained[0], tmp_path], "not a run folder")):
+    for paths, message in (
+        ([trained[0]], "two arms or more"),
+        ([trained[0], tmp_path], "not a run folder"),
+    ):
         assert main(["compare", *map(str, paths)]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from dysigma.bins import Bins
-from dysigma.draws import generator
 from dysigma.gradients import bin_timesteps
 from dysigma.models import make_model
 from dysigma.objective import sample_losses
+from dysigma.randomness import generator
 from dysigma.schedule import make_schedule
 
 FOLDER = Path(__file__).resolve().parent.parent / "data/races"
@@ -31,7 +31,8 @@ def one_process(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "route", ["bin_gramian", "TorchJD autogram, per sample", "TorchJD jac, bin by bin", "retained graph"]
+    "route",
+    ["bin_gramian", "TorchJD autogram, per sample", "TorchJD jac, bin by bin", "retained graph"],
 )
 def test_every_route_leads_to_the_gramian_of_the_bin_means(route):
     if route.startswith("TorchJD"):
@@ -50,7 +51,9 @@ def test_every_route_leads_to_the_gramian_of_the_bin_means(route):
     torch.testing.assert_close(gramian, expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
 
 
-def test_a_route_that_fails_or_errs_is_listed_with_its_reason_and_not_timed(one_process, monkeypatch, capsys):
+def test_a_route_that_fails_or_errs_is_listed_with_its_reason_and_not_timed(
+    one_process, monkeypatch, capsys
+):
     right = torch.eye(3, dtype=torch.float64)
 
     def broken():
@@ -63,7 +66,9 @@ def test_a_route_that_fails_or_errs_is_listed_with_its_reason_and_not_timed(one_
     found = script.conflict_costs("micro", 8, 2, 2, CPU)["routes"]
     assert list(found) == list(routes)
     assert found["close"]["error"] == pytest.approx(1e-4)
-    assert found["wrong"] == {"fails": "ValueError: its Gramian differs by 10.0% of the largest entry"}
+    assert found["wrong"] == {
+        "fails": "ValueError: its Gramian differs by 10.0% of the largest entry"
+    }
     assert found["broken"] == {"fails": "RuntimeError: no rule for this layer"}
     assert "nan%" in found["nan"]["fails"]
     assert "no rule for this layer" in capsys.readouterr().out
@@ -80,7 +85,9 @@ def test_without_torchjd_its_rows_say_so_and_the_others_stand(one_process, monke
     assert sum("fails" in row for row in found.values()) == 3
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell a process its peak")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="the system does not tell a process its peak"
+)
 def test_the_peak_is_of_the_call_alone():
     """64 MiB held for a moment, in a process whose parent is larger by far."""
     held = torch.ones(2**26)
@@ -90,5 +97,9 @@ def test_the_peak_is_of_the_call_alone():
         "b._routes = lambda preset, size, count, device: {'x': lambda: torch.ones(count).fill_(2)}\n"
         "print(b._peak_memory('x', 'micro', 8, 2**24, cpu))"
     )
-    peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    peak = int(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+    )
     assert held[0] == 1 and 2**26 <= peak < 2**26 + 2**23

@@ -11,8 +11,8 @@ import pytest
 import torch
 from scipy import stats
 
-from dysigma.convergence import (
-    holm,
+from dysigma.intervals import holm
+from dysigma.lab.convergence import (
     images_to_threshold,
     load_races,
     log_area,
@@ -30,7 +30,9 @@ RECORDED = Path(__file__).resolve().parent.parent / "data" / "runs" / "weighting
 @pytest.mark.parametrize("threshold", [7.0, 4.0, 2**1.5, 2.0])
 def test_a_power_law_is_crossed_where_it_crosses(threshold):
     images = np.array([1.0, 2.0, 4.0])
-    assert images_to_threshold(images, 8 / images, threshold) == pytest.approx(8 / threshold, rel=1e-12)
+    assert images_to_threshold(images, 8 / images, threshold) == pytest.approx(
+        8 / threshold, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -51,14 +53,21 @@ def test_a_power_law_is_crossed_where_it_crosses(threshold):
     ],
 )
 def test_thresholds_by_hand(images, values, threshold, slack, expected):
-    assert images_to_threshold(images, values, threshold, slack=slack) == pytest.approx(expected, rel=1e-12)
+    assert images_to_threshold(images, values, threshold, slack=slack) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_a_crossing_is_sustained_and_an_easier_threshold_is_never_later():
     rng = np.random.default_rng(0)
     for _ in range(300):
-        images, values = np.cumsum(rng.uniform(0.5, 2, 8)), np.exp(-0.3 * np.arange(8) + rng.normal(0, 0.3, 8))
-        hard, easy = (images_to_threshold(images, values, level, slack=0.1) for level in (0.4, 0.4 * 1.2))
+        images, values = (
+            np.cumsum(rng.uniform(0.5, 2, 8)),
+            np.exp(-0.3 * np.arange(8) + rng.normal(0, 0.3, 8)),
+        )
+        hard, easy = (
+            images_to_threshold(images, values, level, slack=0.1) for level in (0.4, 0.4 * 1.2)
+        )
         strict = images_to_threshold(images, values, 0.4)
         assert easy <= images_to_threshold(images, values, 0.4 * 1.2)
         assert hard <= strict and images_to_threshold(images, values, 0.48) <= strict
@@ -74,7 +83,10 @@ def test_a_curve_that_is_2_5_times_as_fast_is_found_to_be(start):
     images = np.array([start, 400, 900, 1500, 4000, 10_000])
     values = np.array([3.0, 2.0, 1.1, 0.7, 0.3, 0.2])
     for threshold in (1.9, 1.0, 0.5, 0.25):
-        reached = images_to_threshold(images, values, threshold), images_to_threshold(images / 2.5, values, threshold)
+        reached = (
+            images_to_threshold(images, values, threshold),
+            images_to_threshold(images / 2.5, values, threshold),
+        )
         result = speedup({1: reached[0]}, {1: reached[1]})
         assert result.ratio == pytest.approx(2.5, rel=1e-12)
         assert result.bound == "=" and math.isnan(result.p) and math.isnan(result.low)
@@ -153,7 +165,9 @@ def test_the_detectable_ratio_is_found_four_times_in_five(pairs):
     ln_ratio = standard / standard.std(ddof=1)  # spread exactly 1
     result = speedup(dict(enumerate(np.exp(ln_ratio))), dict.fromkeys(range(pairs), 1.0))
     studies = np.random.default_rng(3).normal(math.log(result.detectable), 1, (40_000, pairs))
-    assert (stats.ttest_1samp(studies, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.01)
+    assert (stats.ttest_1samp(studies, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(
+        0.8, abs=0.01
+    )
 
 
 def test_censored_pairs_give_bounds_and_no_interval():
@@ -166,21 +180,32 @@ def test_censored_pairs_give_bounds_and_no_interval():
     assert all(speedup(late | {2: truth}, soon).ratio >= lower.ratio for truth in (1000, 1500, 1e9))
     upper = speedup(late, soon | {1: never, 3: never}, budget=1000)
     assert upper.bound == "<=" and (upper.censored_baseline, upper.censored_arm) == (0, 2)
-    assert all(speedup(late, soon | {1: a, 3: b}).ratio <= upper.ratio for a in (1000, 1e9) for b in (1000, 5000))
-    for baseline, arm in ((late | {2: never}, soon | {2: never}), (late | {1: never}, soon | {2: never})):
+    assert all(
+        speedup(late, soon | {1: a, 3: b}).ratio <= upper.ratio
+        for a in (1000, 1e9)
+        for b in (1000, 5000)
+    )
+    for baseline, arm in (
+        (late | {2: never}, soon | {2: never}),
+        (late | {1: never}, soon | {2: never}),
+    ):
         unknown = speedup(baseline, arm, budget=1000)
         assert unknown.bound == "?" and math.isnan(unknown.ratio)
     # Without a budget there is no bound either.
     assert math.isnan(speedup(late | {2: never}, soon).ratio)
     # The correlation is that of the pairs that both reach.
     four = speedup(late | {4: never}, soon | {4: 5.0}, budget=1000)
-    assert four.correlation == pytest.approx(speedup(late, soon).correlation) and math.isnan(lower.correlation)
+    assert four.correlation == pytest.approx(speedup(late, soon).correlation) and math.isnan(
+        lower.correlation
+    )
 
 
 def test_a_threshold_that_an_untrained_network_meets_says_nothing():
     for pair in (({1: 0.0, 2: 4.0}, {1: 5.0, 2: 2.0}), ({1: 8.0, 2: 4.0}, {1: 0.0, 2: 2.0})):
         found = speedup(*pair, 10)
-        assert found.bound == "?" and all(math.isnan(x) for x in (found.ratio, found.low, found.p, found.detectable))
+        assert found.bound == "?" and all(
+            math.isnan(x) for x in (found.ratio, found.low, found.p, found.detectable)
+        )
 
 
 @pytest.mark.parametrize(
@@ -202,7 +227,13 @@ def test_holm_by_hand():
         holm([0.5, 1.5])
 
 
-BASE = {"data": "gaussian-fields", "image_size": 8, "model": "micro", "images": 1000, "batch_size": 10}
+BASE = {
+    "data": "gaussian-fields",
+    "image_size": 8,
+    "model": "micro",
+    "images": 1000,
+    "batch_size": 10,
+}
 ARMS = {"const-x0": {"weighting": "const-x0"}, "dy-sigma": {"weighting": "dy-sigma"}}
 TIMESTEPS = [100, 300, 500, 700, 900]
 LEVELS = np.linspace(3, 1, len(TIMESTEPS))
@@ -219,7 +250,13 @@ def write_race(folder, *, base=BASE, arms=ARMS, predictions=("epsilon",), seeds=
     for label, arm, seed in itertools.product(predictions, arms, seeds):
         speed = 2.5 * math.exp(0.05 * (seed - 2)) if arm == "dy-sigma" else 1
         n = np.maximum(IMAGES, 1) * speed * math.exp(0.02 * seed)
-        row = {"grid": label, "arm": arm, "seed": seed, "images": IMAGES.tolist(), "validation_timesteps": TIMESTEPS}
+        row = {
+            "grid": label,
+            "arm": arm,
+            "seed": seed,
+            "images": IMAGES.tolist(),
+            "validation_timesteps": TIMESTEPS,
+        }
         rows.append(row | {"validation_losses": (n[:, None] ** -0.5 * LEVELS).tolist()})
     write_rows(folder, rows)
     return folder
@@ -234,10 +271,14 @@ def test_a_race_whose_ratio_is_known(tmp_path):
     curves = race_curves(table, "validation")
     thresholds = thresholds_at(curves, "const-x0", [0.05, 0.5])
     # A power law: the median seed's value at that fraction, times the geometric mean of the levels.
-    expected = [(part * 1000 * math.exp(0.04)) ** -0.5 * stats.gmean(LEVELS) for part in (0.05, 0.5)]
+    expected = [
+        (part * 1000 * math.exp(0.04)) ** -0.5 * stats.gmean(LEVELS) for part in (0.05, 0.5)
+    ]
     assert thresholds == {"epsilon": pytest.approx(expected)}
     result = race_table(table, "validation", thresholds, "const-x0")
-    assert list(result.arm) == ["dy-sigma"] * 2 and result.threshold.tolist() == thresholds["epsilon"]
+    assert (
+        list(result.arm) == ["dy-sigma"] * 2 and result.threshold.tolist() == thresholds["epsilon"]
+    )
     in_bits = thresholds_at(race_curves(table, "bits"), "const-x0", [0.5])
     result = pandas.concat([result, race_table(table, "bits", in_bits, "const-x0")])
     assert result.ratio.to_numpy() == pytest.approx(2.5, rel=1e-9)
@@ -262,7 +303,11 @@ def test_a_training_that_diverged_never_gets_there(tmp_path):
             row["diverged"] = "loss is nan"
     write_rows(folder, rows)
     table = load_races(folder)
-    assert [len(n) for n, _ in race_curves(table, "validation")["epsilon", "ugd"].values()] == [6, 0, 6]
+    assert [len(n) for n, _ in race_curves(table, "validation")["epsilon", "ugd"].values()] == [
+        6,
+        0,
+        6,
+    ]
     result = race_table(table, "validation", {"epsilon": [0.2]}, "const-x0").set_index("arm")
     assert result.bound["ugd"] == "<=" and result.censored_arm["ugd"] == 1
     assert result.bound["dy-sigma"] == "="
@@ -274,7 +319,10 @@ def test_a_training_that_diverged_never_gets_there(tmp_path):
 
 def test_distances_are_read_where_there_are_any(tmp_path):
     folder = write_race(tmp_path / "race", base=BASE | {"distance_images": 16})
-    write_rows(folder, [row | {"distances": [9, 7, 5, 3, 2, 1]} for row in read_metrics(folder / "records.jsonl")])
+    write_rows(
+        folder,
+        [row | {"distances": [9, 7, 5, 3, 2, 1]} for row in read_metrics(folder / "records.jsonl")],
+    )
     curves = race_curves(load_races(folder), "distance")
     assert images_to_threshold(*curves["epsilon", "dy-sigma"][1], 3) == 100
 
@@ -286,7 +334,9 @@ def test_bits_are_half_the_area_under_the_epsilon_loss_whatever_the_target(tmp_p
     per_epsilon = {"epsilon": 1, "sample": np.exp(-log_snr), "v_prediction": 1 + np.exp(-log_snr)}
     rows = read_metrics(folder / "records.jsonl")
     for row in rows:
-        row["validation_losses"] = (np.array(row["validation_losses"]) * per_epsilon[row["grid"]]).tolist()
+        row["validation_losses"] = (
+            np.array(row["validation_losses"]) * per_epsilon[row["grid"]]
+        ).tolist()
     write_rows(folder, rows)
     curves = race_curves(load_races(folder), "bits")
     losses = torch.tensor(rows[0]["validation_losses"], dtype=torch.float64)
@@ -305,7 +355,9 @@ def test_recorded_races_are_read_and_the_rule_gives_thresholds_that_the_baseline
 
 
 def test_races_of_one_protocol_are_put_together(tmp_path):
-    one = write_race(tmp_path / "one", arms={"const-x0": ARMS["const-x0"]}, predictions=("epsilon", "sample"))
+    one = write_race(
+        tmp_path / "one", arms={"const-x0": ARMS["const-x0"]}, predictions=("epsilon", "sample")
+    )
     # Defaults spelled out, another machine, other seeds and arms are the same protocol.
     base = BASE | {"device": "cpu", "schedule": "linear", "grad_clip": 1.0}
     other = write_race(tmp_path / "other", base=base, seeds=(4, 5))
@@ -317,17 +369,29 @@ def test_races_of_one_protocol_are_put_together(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"base": BASE | {"lr": 0.5}}, "lr of epsilon, const-x0 is 0.5 in .*two and 0.001 in .*one"),
+        (
+            {"base": BASE | {"lr": 0.5}},
+            "lr of epsilon, const-x0 is 0.5 in .*two and 0.001 in .*one",
+        ),
         ({"base": BASE | {"schedule": "cosine"}}, "schedule of .*'cosine'"),
         ({"base": BASE | {"images": 500}}, "images of .*500"),
         ({"base": BASE | {"validation_images": 8}}, "validation_images of"),
-        ({"arms": {"dy-sigma": {"weighting": "dy-sigma", "weighting_params": {"kappa": 4.0}}}}, "weighting_params of"),
-        ({"arms": {"new": {"weighting": "min-snr", "batch_size": 20}}}, "batch_size of epsilon, new is 20"),
+        (
+            {"arms": {"dy-sigma": {"weighting": "dy-sigma", "weighting_params": {"kappa": 4.0}}}},
+            "weighting_params of",
+        ),
+        (
+            {"arms": {"new": {"weighting": "min-snr", "batch_size": 20}}},
+            "batch_size of epsilon, new is 20",
+        ),
         ({"seeds": (3, 4)}, "once"),
     ],
 )
 def test_races_of_different_protocols_are_refused(tmp_path, change, message):
-    one, two = write_race(tmp_path / "one"), write_race(tmp_path / "two", **({"seeds": (7, 8)} | change))
+    one, two = (
+        write_race(tmp_path / "one"),
+        write_race(tmp_path / "two", **({"seeds": (7, 8)} | change)),
+    )
     with pytest.raises(RunError, match=message):
         load_races(one, two)
 

@@ -24,7 +24,15 @@ from dysigma import data
 from dysigma.data import ImageData, batch, leaves, load_data
 
 # The official archive's own order, which is not that of the batches.
-MEMBERS = ["data_batch_4", "readme.html", "test_batch", "data_batch_3", "batches.meta", "data_batch_2", "data_batch_5"]
+MEMBERS = [
+    "data_batch_4",
+    "readme.html",
+    "test_batch",
+    "data_batch_3",
+    "batches.meta",
+    "data_batch_2",
+    "data_batch_5",
+]
 MEMBERS += ["data_batch_1"]
 
 
@@ -44,11 +52,19 @@ def test_a_leaves_image_depends_on_seed_split_and_index_alone() -> None:
     assert torch.equal(leaves(7, 8).images, many.images[:7])
     assert torch.equal(leaves(1001, 8).images, many.images[:1001])
     assert many.labels is not None and many.labels.tolist() == [i % 10 for i in range(1003)]
-    assert many.num_classes == 10 and many.class_names is not None and many.class_names[3] == "lagoon shards"
+    assert (
+        many.num_classes == 10
+        and many.class_names is not None
+        and many.class_names[3] == "lagoon shards"
+    )
 
 
 def test_splits_seeds_and_blocks_of_leaves_share_no_image() -> None:
-    sets = [load_data("leaves", split=split, size=8, num_images=1100, seed=s) for split in data.SPLITS for s in (0, 1)]
+    sets = [
+        load_data("leaves", split=split, size=8, num_images=1100, seed=s)
+        for split in data.SPLITS
+        for s in (0, 1)
+    ]
     assert len(set().union(*(rows(d.images) for d in sets))) == 4400
 
 
@@ -126,7 +142,9 @@ def small() -> ImageData:
 
 @pytest.mark.parametrize("batch_size", [1, 7, 23, 50])
 def test_every_epoch_is_a_new_permutation(small: ImageData, batch_size: int) -> None:
-    stream = torch.cat([batch(small, 3, step, batch_size)[2] for step in range(-(-5 * 23 // batch_size))])
+    stream = torch.cat(
+        [batch(small, 3, step, batch_size)[2] for step in range(-(-5 * 23 // batch_size))]
+    )
     epochs = stream[: 5 * 23].view(5, 23)
     assert torch.equal(epochs.sort(1).values, torch.arange(23).expand(5, 23))
     assert len({tuple(e) for e in epochs.tolist()}) == 5
@@ -187,9 +205,20 @@ def text(value: bytes) -> bytes:
 
 def python2_pickle(pixels: np.ndarray, labels: list[int]) -> bytes:
     """The bytes that Python 2 wrote for {'batch_label', 'labels', 'data', 'filenames'}, protocol 2."""
-    dtype = b"cnumpy\ndtype\n" + text(b"u1") + b"K\x00K\x01\x87R(K\x03" + text(b"|") + b"NNN" + 2 * b"J\xff\xff\xff\xff"
-    shape = b"J" + struct.pack("<i", len(pixels)) + b"M" + struct.pack("<H", pixels.shape[1]) + b"\x86"
-    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + text(b"b") + b"\x87R"
+    dtype = (
+        b"cnumpy\ndtype\n"
+        + text(b"u1")
+        + b"K\x00K\x01\x87R(K\x03"
+        + text(b"|")
+        + b"NNN"
+        + 2 * b"J\xff\xff\xff\xff"
+    )
+    shape = (
+        b"J" + struct.pack("<i", len(pixels)) + b"M" + struct.pack("<H", pixels.shape[1]) + b"\x86"
+    )
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + text(b"b") + b"\x87R"
+    )
     array += b"(K\x01" + shape + dtype + b"K\x00tb\x89" + text(pixels.tobytes()) + b"tb"
     marks = b"](" + b"".join(b"K" + bytes([i]) for i in labels) + b"e"
     names = b"](" + b"".join(text(b"tabby_%d.png" % i) for i in labels) + b"e"
@@ -219,14 +248,22 @@ class Official:
         names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
         self.images = random_images(6, 20, 3072)
         self.labels = np.random.default_rng(1).integers(0, 10, (6, 20))
-        self.files = {n: python2_pickle(x, y.tolist()) for n, x, y in zip(names, self.images, self.labels, strict=True)}
-        self.files |= {"readme.html": b"<html>", "batches.meta": pickle.dumps({"label_names": []}, protocol=2)}
+        self.files = {
+            n: python2_pickle(x, y.tolist())
+            for n, x, y in zip(names, self.images, self.labels, strict=True)
+        }
+        self.files |= {
+            "readme.html": b"<html>",
+            "batches.meta": pickle.dumps({"label_names": []}, protocol=2),
+        }
         self.bless()
 
     def bless(self) -> None:
         """Make the present files the official ones."""
         self.archive = make_archive(self.files)
-        batches = {s: {n: md5(self.files[n]) for n in names} for s, names in data.CIFAR10_BATCHES.items()}
+        batches = {
+            s: {n: md5(self.files[n]) for n in names} for s, names in data.CIFAR10_BATCHES.items()
+        }
         self.patch.setattr(data, "CIFAR10_BATCHES", batches)
         self.bless_archive(self.archive)
 
@@ -243,8 +280,13 @@ class Official:
         for split, part in (("train", slice(0, 5)), ("test", slice(5, 6))):
             got = load_data("cifar10", root=root, split=split)
             assert got.images.numpy().tobytes() == self.images[part].tobytes()
-            assert got.images.shape[1:] == (3, 32, 32) and got.images.untyped_storage().nbytes() == got.images.numel()
-            assert got.labels is not None and got.labels.tolist() == self.labels[part].ravel().tolist()
+            assert (
+                got.images.shape[1:] == (3, 32, 32)
+                and got.images.untyped_storage().nbytes() == got.images.numel()
+            )
+            assert (
+                got.labels is not None and got.labels.tolist() == self.labels[part].ravel().tolist()
+            )
             assert (got.name, got.num_classes, got.exact) == ("cifar10", 10, None)
 
 
@@ -257,10 +299,15 @@ def official(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Official:
     return Official(monkeypatch)
 
 
-def test_the_pickles_of_these_tests_are_read_by_others_as_the_official_ones_are(official: Official) -> None:
+def test_the_pickles_of_these_tests_are_read_by_others_as_the_official_ones_are(
+    official: Official,
+) -> None:
     content = pickle.loads(official.files["data_batch_2"], encoding="latin1")
     assert sorted(content) == ["batch_label", "data", "filenames", "labels"]
-    assert np.array_equal(content["data"], official.images[1]) and content["labels"] == official.labels[1].tolist()
+    assert (
+        np.array_equal(content["data"], official.images[1])
+        and content["labels"] == official.labels[1].tolist()
+    )
 
 
 def test_cifar10_is_read_from_archive_folder_environment_and_cache(
@@ -296,7 +343,9 @@ def test_damaged_archives_and_batches_are_refused_before_they_are_unpickled(
     rng = np.random.default_rng(0)
     for raw in damaged(official.archive, rng, 12):
         archive.write_bytes(raw)
-        with pytest.raises(ValueError, match=r"not the official CIFAR-10 .*MD5.* delete it and run again") as caught:
+        with pytest.raises(
+            ValueError, match=r"not the official CIFAR-10 .*MD5.* delete it and run again"
+        ) as caught:
             load_data("cifar10", root=tmp_path)
         assert str(archive) in str(caught.value) and "\n" not in str(caught.value)
     official.write(folder)
@@ -310,12 +359,18 @@ def damaged(raw: bytes, rng: np.random.Generator, count: int) -> Iterator[bytes]
     """Truncations, single flipped bits and appended bytes."""
     for i in range(count):
         place = int(rng.integers(len(raw)))
-        yield raw[:place] if i % 2 else raw[:place] + bytes([raw[place] ^ (1 << i % 8)]) + raw[place + 1 :]
+        yield (
+            raw[:place]
+            if i % 2
+            else raw[:place] + bytes([raw[place] ^ (1 << i % 8)]) + raw[place + 1 :]
+        )
     yield raw + b"\0"
     yield b""
 
 
-def test_damage_that_the_hashes_vouch_for_still_ends_in_one_clear_error(official: Official, tmp_path: Path) -> None:
+def test_damage_that_the_hashes_vouch_for_still_ends_in_one_clear_error(
+    official: Official, tmp_path: Path
+) -> None:
     archive = tmp_path / "cifar-10-python.tar.gz"
     rng = np.random.default_rng(1)
     refused = 0
@@ -345,8 +400,12 @@ HOSTILE: dict[str, Callable[[bytes], bytes]] = {
         b"\x8c\x08builtins\x8c\x04exec\x93" + text(b"open('%s','w').close()" % mark) + b"\x85R."
     ),
     "numpy's functions": lambda mark: b"cnumpy\nsave\n" + text(mark) + b"K\x01\x86R.",
-    "an attribute": lambda mark: b"\x8c\x05numpy\x8c\x0endarray.tofile\x93" + text(mark) + b"\x85R.",
-    "a subclass": lambda mark: b"cnumpy\nmemmap\n(" + text(mark) + text(b"u1") + text(b"w+") + b"K\x00K\x09tR.",
+    "an attribute": lambda mark: (
+        b"\x8c\x05numpy\x8c\x0endarray.tofile\x93" + text(mark) + b"\x85R."
+    ),
+    "a subclass": lambda mark: (
+        b"cnumpy\nmemmap\n(" + text(mark) + text(b"u1") + text(b"w+") + b"K\x00K\x09tR."
+    ),
     "a codec": lambda mark: b"c_codecs\nencode\n" + text(mark) + b"\x85R.",
 }
 
@@ -405,7 +464,9 @@ class Server:
             def do_GET(self) -> None:
                 asked = self.headers["Range"]
                 outer.asked.append(asked)
-                start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and outer.ranges else 0
+                start = (
+                    int(asked.removeprefix("bytes=").rstrip("-")) if asked and outer.ranges else 0
+                )
                 rest = outer.body[start:]
                 self.send_response(206 if asked and outer.ranges else 200)
                 self.send_header("Content-Length", str(len(rest)))
@@ -429,14 +490,18 @@ def server(official: Official, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serv
     server.http.server_close()
 
 
-def test_an_absent_archive_is_downloaded_once(official: Official, server: Server, tmp_path: Path) -> None:
+def test_an_absent_archive_is_downloaded_once(
+    official: Official, server: Server, tmp_path: Path
+) -> None:
     official.check(tmp_path / "new")
     assert server.asked == ["bytes=0-"]
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["cifar-10-python.tar.gz"]
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_broken_off_download_is_continued(official: Official, server: Server, tmp_path: Path, ranges: bool) -> None:
+def test_a_broken_off_download_is_continued(
+    official: Official, server: Server, tmp_path: Path, ranges: bool
+) -> None:
     server.ranges, server.breaks_after = ranges, 5000
     with pytest.raises(ConnectionError, match=r"broke off after 5000 of \d+ bytes.*run again"):
         load_data("cifar10", root=tmp_path)
@@ -462,7 +527,9 @@ def test_a_tampered_download_is_removed(official: Official, server: Server, tmp_
 
 
 def test_offline_the_error_says_what_to_do(official: Official, tmp_path: Path) -> None:
-    with pytest.raises(ConnectionError, match=r"http.*failed.*put that file there.*--data-root or DYSIGMA_DATA"):
+    with pytest.raises(
+        ConnectionError, match=r"http.*failed.*put that file there.*--data-root or DYSIGMA_DATA"
+    ):
         load_data("cifar10", root=tmp_path / "none")
     with pytest.raises(ValueError, match="no CIFAR-10 file"):
         load_data("cifar10", root=tmp_path / "mistyped.tar.gz")
@@ -470,7 +537,11 @@ def test_offline_the_error_says_what_to_do(official: Official, tmp_path: Path) -
 
 def test_the_address_is_https_and_every_official_file_has_a_hash() -> None:
     assert data.CIFAR10_URL.startswith("https://")
-    hashes = [data.CIFAR10_MD5, *data.CIFAR10_BATCHES["train"].values(), *data.CIFAR10_BATCHES["test"].values()]
+    hashes = [
+        data.CIFAR10_MD5,
+        *data.CIFAR10_BATCHES["train"].values(),
+        *data.CIFAR10_BATCHES["test"].values(),
+    ]
     assert len(set(hashes)) == 7 and all(len(h) == 32 and int(h, 16) for h in hashes)
 
 
@@ -481,10 +552,22 @@ def test_npz_with_both_splits(tmp_path: Path) -> None:
     train, test = random_images(40, 6, 6, 3), random_images(10, 6, 6, 3, seed=1)
     exact = np.arange(40) % 7 > 0
     path = tmp_path / "mine.npz"
-    np.savez(path, train_images=train, train_labels=np.arange(40) % 3, train_exact=exact, test_images=test)
+    np.savez(
+        path,
+        train_images=train,
+        train_labels=np.arange(40) % 3,
+        train_exact=exact,
+        test_images=test,
+    )
     got = load_data(path)
-    assert got.images.is_contiguous() and np.array_equal(got.images.permute(0, 2, 3, 1).numpy(), train)
-    assert got.labels is not None and got.labels.tolist() == [i % 3 for i in range(40)] and got.num_classes == 3
+    assert got.images.is_contiguous() and np.array_equal(
+        got.images.permute(0, 2, 3, 1).numpy(), train
+    )
+    assert (
+        got.labels is not None
+        and got.labels.tolist() == [i % 3 for i in range(40)]
+        and got.num_classes == 3
+    )
     assert got.exact is not None and got.exact.tolist() == exact.tolist()
     got = load_data(path, split="test")
     assert np.array_equal(got.images.permute(0, 2, 3, 1).numpy(), test)
@@ -497,7 +580,9 @@ def test_npz_with_both_splits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 9, 10, 57])
-def test_images_without_splits_give_every_tenth_to_the_test_split(tmp_path: Path, count: int) -> None:
+def test_images_without_splits_give_every_tenth_to_the_test_split(
+    tmp_path: Path, count: int
+) -> None:
     images = random_images(count, 5, 5)
     np.savez(tmp_path / "a.npz", images=images, labels=np.arange(count))
     parts = [load_data(tmp_path / "a.npz", split=split) for split in data.SPLITS]
@@ -529,13 +614,25 @@ def test_one_copy_of_the_images_is_ever_in_memory(tmp_path: Path) -> None:
 
 BAD_ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
     "float images": ({"images": np.zeros((4, 8, 8, 3))}, r"uint8 \(N, H, W\[, 1 or 3\]\).*float64"),
-    "channels first": ({"images": np.zeros((4, 3, 8, 8), np.uint8)}, r"uint8 \(N, H, W\[, 1 or 3\]\).*\(4, 3, 8, 8\)"),
+    "channels first": (
+        {"images": np.zeros((4, 3, 8, 8), np.uint8)},
+        r"uint8 \(N, H, W\[, 1 or 3\]\).*\(4, 3, 8, 8\)",
+    ),
     "one image": ({"images": np.zeros((8, 8), np.uint8)}, "uint8"),
     "none": ({"images": np.zeros((0, 8, 8, 3), np.uint8)}, "none of them 0"),
     "other keys": ({"x_train": np.zeros((4, 8, 8), np.uint8)}, "no train images.*x_train"),
-    "too few labels": ({"images": np.zeros((4, 8, 8), np.uint8), "labels": np.zeros(3, int)}, r"labels .*\(4,\)"),
-    "real labels": ({"images": np.zeros((4, 8, 8), np.uint8), "labels": np.zeros(4)}, "labels must be integers"),
-    "negative": ({"images": np.zeros((4, 8, 8), np.uint8), "labels": np.full(4, -1)}, r"labels must lie in \[0"),
+    "too few labels": (
+        {"images": np.zeros((4, 8, 8), np.uint8), "labels": np.zeros(3, int)},
+        r"labels .*\(4,\)",
+    ),
+    "real labels": (
+        {"images": np.zeros((4, 8, 8), np.uint8), "labels": np.zeros(4)},
+        "labels must be integers",
+    ),
+    "negative": (
+        {"images": np.zeros((4, 8, 8), np.uint8), "labels": np.full(4, -1)},
+        r"labels must lie in \[0",
+    ),
     "exact": ({"images": np.zeros((4, 8, 8), np.uint8), "exact": np.ones(4)}, "exact bool"),
     "objects": ({"images": np.array([None, {}])}, "allow_pickle"),
 }
@@ -579,17 +676,25 @@ def test_folders_name_the_classes_and_files_come_in_order(tmp_path: Path) -> Non
     train, test = load_data(tmp_path), load_data(tmp_path, split="test")
     order = [i for i in range(20) if i not in (9, 19)]
     assert np.array_equal(train.images.permute(0, 2, 3, 1).numpy(), images[order])
-    assert train.class_names == ("a", "b") and train.labels is not None and train.labels.tolist() == [0] * 9 + [1] * 9
+    assert (
+        train.class_names == ("a", "b")
+        and train.labels is not None
+        and train.labels.tolist() == [0] * 9 + [1] * 9
+    )
     assert np.array_equal(test.images.permute(0, 2, 3, 1).numpy(), images[[9, 19]])
     few = load_data(str(tmp_path), num_images=4)
     assert few.labels is not None and few.labels.tolist() == [0, 0, 1, 1]
 
 
 def test_train_and_test_folders_are_the_splits_and_share_their_classes(tmp_path: Path) -> None:
-    for i, name in enumerate(("train/cat/0.png", "train/dog/1.png", "train/eel/2.jpg", "test/dog/3.png")):
+    for i, name in enumerate(
+        ("train/cat/0.png", "train/dog/1.png", "train/eel/2.jpg", "test/dog/3.png")
+    ):
         save(tmp_path / name, np.full((8, 8, 3), i, np.uint8))
     train, test = load_data(tmp_path), load_data(tmp_path, split="test")
-    assert train.images.amax((1, 2, 3)).tolist() == [0, 1, 2] and test.images.amax((1, 2, 3)).tolist() == [3]
+    assert train.images.amax((1, 2, 3)).tolist() == [0, 1, 2] and test.images.amax(
+        (1, 2, 3)
+    ).tolist() == [3]
     assert train.class_names == test.class_names == ("cat", "dog", "eel")
     assert train.labels is not None and train.labels.tolist() == [0, 1, 2]
     assert test.labels is not None and test.labels.tolist() == [1]
@@ -616,21 +721,27 @@ def test_pictures_are_cropped_turned_and_put_on_white(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("side", "size"), [(32, 16), (24, 8), (20, 16), (10, 16)])
-def test_resizing_is_the_block_mean_or_agrees_with_pillow(tmp_path: Path, side: int, size: int) -> None:
+def test_resizing_is_the_block_mean_or_agrees_with_pillow(
+    tmp_path: Path, side: int, size: int
+) -> None:
     # Far from 0 and 255, where Pillow would clip between rows and columns.
     pixels = leaves(10, 48).images[:, :, :side, :side].permute(0, 2, 3, 1).numpy() // 2 + 64
     for i, image in enumerate(pixels):
         save(tmp_path / f"{i}.png", image)
     np.savez(tmp_path / "a.npz", train_images=pixels)
     got = load_data(tmp_path / "a.npz", size=size).images.permute(0, 2, 3, 1).numpy().astype(float)
-    assert np.array_equal(got[:9], load_data(tmp_path, size=size).images.permute(0, 2, 3, 1).numpy())
+    assert np.array_equal(
+        got[:9], load_data(tmp_path, size=size).images.permute(0, 2, 3, 1).numpy()
+    )
     if side % size == 0:
         factor = side // size
         expected = pixels.reshape(10, size, factor, size, factor, 3).mean((2, 4))
         assert np.abs(got - expected).max() <= 0.5
     else:
         square = (size, size)
-        expected = np.stack([Image.fromarray(p).resize(square, Image.Resampling.BICUBIC) for p in pixels])
+        expected = np.stack(
+            [Image.fromarray(p).resize(square, Image.Resampling.BICUBIC) for p in pixels]
+        )
         error = np.abs(got - expected)  # Pillow also rounds between rows and columns
         assert error.max() <= 2 and error.mean() < 0.5
 
@@ -639,7 +750,9 @@ def test_unusable_pictures_are_named(tmp_path: Path) -> None:
     for i in range(3):
         save(tmp_path / f"{i}.png", random_images(8, 8, 3, seed=i))
     save(tmp_path / "1.png", random_images(9, 9, 3))
-    with pytest.raises(ValueError, match=r"1\.png is 9 pixels wide as a square, those before are 8: give a size"):
+    with pytest.raises(
+        ValueError, match=r"1\.png is 9 pixels wide as a square, those before are 8: give a size"
+    ):
         load_data(tmp_path)
     assert load_data(tmp_path, size=8).images.shape == (2, 3, 8, 8)
     Image.fromarray(random_images(8, 8).astype(np.uint16) * 256).save(tmp_path / "1.png")
@@ -673,7 +786,9 @@ def test_wrong_arguments_are_restated() -> None:
     with pytest.raises(ValueError, match="size >= 8"):
         leaves(4, 7)
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 2\); got \[2\]"):
-        ImageData(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.tensor([2]), class_names=("a", "b"))
+        ImageData(
+            torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.tensor([2]), class_names=("a", "b")
+        )
     with pytest.raises(ValueError, match="uint8"):
         ImageData(torch.zeros(1, 3, 8, 8))
 

@@ -10,7 +10,7 @@ import scipy.linalg
 import torch
 
 from dysigma import distances
-from dysigma.data import data_folder, leaves
+from dysigma.data import leaves
 from dysigma.distances import (
     Features,
     Moments,
@@ -23,13 +23,18 @@ from dysigma.distances import (
     moments,
     reference_features,
 )
-from dysigma.draws import generator
+from dysigma.downloads import data_folder
 from dysigma.exact import field_variances, gaussian_fields
+from dysigma.randomness import generator
 
 
 def test_of_diagonal_gaussians_it_is_that_of_their_standard_deviations():
-    a = Moments(torch.tensor([1.0, 2.0]).double(), torch.diag(torch.tensor([4.0, 9.0]).double()), 10)
-    b = Moments(torch.tensor([1.0, 0.0]).double(), torch.diag(torch.tensor([1.0, 16.0]).double()), 10)
+    a = Moments(
+        torch.tensor([1.0, 2.0]).double(), torch.diag(torch.tensor([4.0, 9.0]).double()), 10
+    )
+    b = Moments(
+        torch.tensor([1.0, 0.0]).double(), torch.diag(torch.tensor([1.0, 16.0]).double()), 10
+    )
     assert frechet_distance(a, b) == pytest.approx(4 + (2 - 1) ** 2 + (3 - 4) ** 2)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-12)
 
@@ -37,12 +42,15 @@ def test_of_diagonal_gaussians_it_is_that_of_their_standard_deviations():
 def test_agrees_with_the_matrix_root_of_scipy_and_is_symmetric():
     draw = generator(0, 0, "test")
     x, y = (
-        torch.randn(50, 7, generator=draw, dtype=torch.float64) @ torch.randn(7, 7, generator=draw).double()
+        torch.randn(50, 7, generator=draw, dtype=torch.float64)
+        @ torch.randn(7, 7, generator=draw).double()
         for _ in "ab"
     )
     a, b = moments(x), moments(y + 0.3)
     root = scipy.linalg.sqrtm(np.asarray(a.covariance @ b.covariance)).real
-    wanted = float((a.mean - b.mean).square().sum() + (a.covariance + b.covariance).trace()) - 2 * np.trace(root)
+    wanted = float(
+        (a.mean - b.mean).square().sum() + (a.covariance + b.covariance).trace()
+    ) - 2 * np.trace(root)
     assert frechet_distance(a, b) == pytest.approx(wanted, rel=1e-9)
     assert frechet_distance(b, a) == pytest.approx(frechet_distance(a, b), rel=1e-9)
 
@@ -81,7 +89,10 @@ def test_opening_a_network_warns_of_nothing(tmp_path, recwarn):
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"must be .pixels., .fid. or a TorchScript file; nowhere\.pt does not exist"):
+    with pytest.raises(
+        ValueError,
+        match=r"must be .pixels., .fid. or a TorchScript file; nowhere\.pt does not exist",
+    ):
         load_features("nowhere.pt")
     (tmp_path / "x.pt").write_bytes(b"not a network")
     with pytest.raises(ValueError, match="is not a TorchScript file"):
@@ -104,7 +115,9 @@ def save(path, network=None):
     return path
 
 
-def test_networks_that_return_classes_are_asked_for_features_and_grey_images_become_three_channels(tmp_path):
+def test_networks_that_return_classes_are_asked_for_features_and_grey_images_become_three_channels(
+    tmp_path,
+):
     features = load_features(str(save(tmp_path / "net.pt")))
     grey = torch.randint(256, (4, 1, 5, 5), generator=generator(0, 0, "test"), dtype=torch.uint8)
     assert extract(features, grey).shape == (4, 6)
@@ -158,10 +171,15 @@ def test_the_kernel_distance_is_its_definition_and_unbiased():
     pairs = []
     for i in range(10):  # ten subsets of two
         (a, b), (c, d) = x[[i, i + 10]], y[[i, i + 10]]
-        k = [float((p @ q / 12 + 1) ** 3) for p, q in ((a, b), (c, d), (a, c), (a, d), (b, c), (b, d))]
+        k = [
+            float((p @ q / 12 + 1) ** 3)
+            for p, q in ((a, b), (c, d), (a, c), (a, d), (b, c), (b, d))
+        ]
         pairs.append(k[0] + k[1] - sum(k[2:]) / 2)
     assert value == pytest.approx(sum(pairs) / 10)
-    values = torch.tensor([kernel_distance(gaussian(40, draw), gaussian(40, draw)) for _ in range(100)])
+    values = torch.tensor(
+        [kernel_distance(gaussian(40, draw), gaussian(40, draw)) for _ in range(100)]
+    )
     assert abs(values[:, 0].mean()) < 3 * values[:, 0].std() / 10
     assert float(values[:, 1].mean() / values[:, 0].std()) == pytest.approx(1, abs=0.25)
     with pytest.raises(ValueError, match="20 images of each kind or more; got 19 and 40"):
@@ -189,20 +207,29 @@ def random_inception(inception, dims, patch):
 
 def test_agrees_with_pytorch_fid_and_torch_fidelity_on_the_same_images(tmp_path, monkeypatch):
     """Theirs from PNG files through their own reader, network and matrix root; ours from the pixels in memory."""
-    inception, score = (pytest.importorskip(f"pytorch_fid.{name}") for name in ("inception", "fid_score"))
+    inception, score = (
+        pytest.importorskip(f"pytorch_fid.{name}") for name in ("inception", "fid_score")
+    )
     kid, dims = pytest.importorskip("torch_fidelity.metric_kid"), 64
     with monkeypatch.context() as patch:
         network = random_inception(inception, dims, patch)
     monkeypatch.setattr(score, "InceptionV3", lambda blocks: network)
     monkeypatch.setattr(
-        score.InceptionV3, "BLOCK_INDEX_BY_DIM", inception.InceptionV3.BLOCK_INDEX_BY_DIM, raising=False
+        score.InceptionV3,
+        "BLOCK_INDEX_BY_DIM",
+        inception.InceptionV3.BLOCK_INDEX_BY_DIM,
+        raising=False,
     )
     parts = leaves(60, 32).images.split(30)
     for name, images in zip("ab", parts, strict=True):
         (tmp_path / name).mkdir()
         for i, image in enumerate(images):
-            PIL.Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{i:02d}.png")
-    theirs = score.calculate_fid_given_paths([str(tmp_path / name) for name in "ab"], 10, "cpu", dims, num_workers=0)
+            PIL.Image.fromarray(image.permute(1, 2, 0).numpy()).save(
+                tmp_path / name / f"{i:02d}.png"
+            )
+    theirs = score.calculate_fid_given_paths(
+        [str(tmp_path / name) for name in "ab"], 10, "cpu", dims, num_workers=0
+    )
 
     class Pooled(torch.nn.Module):
         def __init__(self):
@@ -223,14 +250,20 @@ def test_agrees_with_pytorch_fid_and_torch_fidelity_on_the_same_images(tmp_path,
 
 def test_fid_uses_the_pinned_file_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(distances, "INCEPTION_URL", "http://127.0.0.1:9/net.pt")
-    with pytest.raises(ConnectionError, match=r"FID's network is not in .*--features or DYSIGMA_DATA; losses, the"):
+    with pytest.raises(
+        ConnectionError, match=r"FID's network is not in .*--features or DYSIGMA_DATA; losses, the"
+    ):
         load_features("fid")
     file = save(tmp_path / "net.pt")
-    with pytest.raises(ValueError, match=r"net\.pt is truncated or changed: its SHA256 is .* official one f58cb9b6"):
+    with pytest.raises(
+        ValueError, match=r"net\.pt is truncated or changed: its SHA256 is .* official one f58cb9b6"
+    ):
         inception(file)
     with pytest.raises(ValueError, match=r"there is no file .*none\.pt"):
         inception(tmp_path / "none.pt")
-    monkeypatch.setattr(distances, "INCEPTION_SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
+    monkeypatch.setattr(
+        distances, "INCEPTION_SHA256", hashlib.sha256(file.read_bytes()).hexdigest()
+    )
     (folder := data_folder()).mkdir(exist_ok=True)
     (folder / "net.pt").write_bytes(file.read_bytes())
     assert load_features("fid").function(torch.zeros(2, 3, 4, 4, dtype=torch.uint8)).shape == (2, 6)
@@ -239,7 +272,9 @@ def test_fid_uses_the_pinned_file_alone(tmp_path, monkeypatch):
 def test_features_of_the_same_images_are_computed_once(tmp_path):
     """The second call does not call the network and has the same bits; other images, orders and networks do."""
     features, calls = load_features(str(save(tmp_path / "net.pt"))), []
-    counted = Features(lambda images: calls.append(len(images)) or features.function(images), features.sha256)
+    counted = Features(
+        lambda images: calls.append(len(images)) or features.function(images), features.sha256
+    )
     images = torch.randint(256, (30, 3, 4, 4), generator=generator(0, 0, "test"), dtype=torch.uint8)
     first = reference_features(counted, images)
     assert torch.equal(first, extract(features, images)) and calls == [30]
@@ -258,13 +293,17 @@ def test_features_of_the_same_images_are_computed_once(tmp_path):
     assert calls == [30] * 6
     kept = len([*(data_folder() / "features").iterdir()])
     reference_features(load_features("pixels"), images)
-    assert len([*(data_folder() / "features").iterdir()]) == kept == 6, "pixels are not worth a file"
+    assert len([*(data_folder() / "features").iterdir()]) == kept == 6, (
+        "pixels are not worth a file"
+    )
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "of another network", "no features", "empty"])
 def test_kept_features_that_are_damaged_or_foreign_are_computed_anew(tmp_path, damage):
     features, calls = load_features(str(save(tmp_path / "net.pt"))), []
-    counted = Features(lambda images: calls.append(len(images)) or features.function(images), features.sha256)
+    counted = Features(
+        lambda images: calls.append(len(images)) or features.function(images), features.sha256
+    )
     images = torch.randint(256, (30, 3, 4, 4), generator=generator(0, 0, "test"), dtype=torch.uint8)
     reference_features(Features(lambda x: features.function(x) + 1, "another"), images)
     (foreign,) = (data_folder() / "features").iterdir()
@@ -290,8 +329,12 @@ def test_where_features_come_from_is_said_and_a_folder_that_cannot_be_written_is
     images = torch.zeros(4, 3, 4, 4, dtype=torch.uint8)
     for words in ("now in", "from"):
         reference_features(features, images, progress=True)
-        assert f"features of 4 images {words} {data_folder() / 'features'}" in capsys.readouterr().out
+        assert (
+            f"features of 4 images {words} {data_folder() / 'features'}" in capsys.readouterr().out
+        )
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DYSIGMA_DATA", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="features are not kept for the next time: .*Not a directory"):
+    with pytest.warns(
+        UserWarning, match="features are not kept for the next time: .*Not a directory"
+    ):
         assert torch.equal(reference_features(features, images), extract(features, images))

@@ -21,7 +21,12 @@ from diffusers.training_utils import (
 import dysigma
 from dysigma.gradients import conflicts
 
-BLOCKS = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 8}
+BLOCKS = {
+    "block_out_channels": (8, 16),
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+    "sample_size": 8,
+}
 
 
 def unet():
@@ -57,7 +62,11 @@ def dit():
     return model, {"class_labels": torch.randint(10, (6,))}
 
 
-NETWORKS = {"UNet2DModel": unet, "UNet2DConditionModel": conditional_unet, "DiTTransformer2DModel": dit}
+NETWORKS = {
+    "UNet2DModel": unet,
+    "UNet2DConditionModel": conditional_unet,
+    "DiTTransformer2DModel": dit,
+}
 
 
 def draws(seed=0):
@@ -85,7 +94,9 @@ def with_sigmas(scheduler, x0, noise, timesteps):
 
 def with_log_ratio(scheduler, x0, noise, timesteps):
     """DPM-Solver keeps lambda = ln(alpha / sigma). Its add_noise, until told to sample, has the levels upside down."""
-    alpha, sigma = (table[timesteps].view(-1, 1, 1, 1) for table in (scheduler.alpha_t, scheduler.sigma_t))
+    alpha, sigma = (
+        table[timesteps].view(-1, 1, 1, 1) for table in (scheduler.alpha_t, scheduler.sigma_t)
+    )
     snr = (2 * scheduler.lambda_t.double()).exp()
     return alpha * x0 + sigma * noise, timesteps, snr[timesteps], snr, timesteps
 
@@ -94,7 +105,13 @@ def with_flow(scheduler, x0, noise, timesteps):
     index = scheduler.config.num_train_timesteps - 1 - timesteps
     s, levels = scheduler.sigmas[index].double(), scheduler.sigmas.flip(0).double()
     x_t = scheduler.scale_noise(x0, scheduler.timesteps[index], noise)
-    return x_t, scheduler.timesteps[index], ((1 - s) / s) ** 2, ((1 - levels) / levels) ** 2, timesteps
+    return (
+        x_t,
+        scheduler.timesteps[index],
+        ((1 - s) / s) ** 2,
+        ((1 - levels) / levels) ** 2,
+        timesteps,
+    )
 
 
 FAMILIES = {
@@ -103,14 +120,25 @@ FAMILIES = {
         diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
         with_alphas_cumprod,
     ),
-    "DPMSolver": (diffusers.DPMSolverMultistepScheduler(beta_schedule="squaredcos_cap_v2"), with_log_ratio),
+    "DPMSolver": (
+        diffusers.DPMSolverMultistepScheduler(beta_schedule="squaredcos_cap_v2"),
+        with_log_ratio,
+    ),
     "Euler": (diffusers.EulerDiscreteScheduler(), with_sigmas),
     "Flow": (diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), with_flow),
 }
-CASES = [(f, k) for f in ("DDPM", "DDIM", "DPMSolver", "Euler") for k in ("epsilon", "sample", "v_prediction")]
+CASES = [
+    (f, k)
+    for f in ("DDPM", "DDIM", "DPMSolver", "Euler")
+    for k in ("epsilon", "sample", "v_prediction")
+]
 CASES += [("Flow", "flow_prediction"), ("Flow", "sample")]
 # Weights on the x0 error by SNR, and how many times larger than that error the one of each target is.
-ON_X0 = {"min-snr": lambda snr: snr.clamp(max=5), "const-x0": torch.ones_like, "debiased": torch.sqrt}
+ON_X0 = {
+    "min-snr": lambda snr: snr.clamp(max=5),
+    "const-x0": torch.ones_like,
+    "debiased": torch.sqrt,
+}
 TIMES = {
     "epsilon": lambda snr: snr,
     "sample": torch.ones_like,
@@ -120,7 +148,9 @@ TIMES = {
 
 
 def target_of(kind, x0, noise, snr):
-    alpha, sigma = (x.float().view(-1, 1, 1, 1) for x in ((snr / (1 + snr)).sqrt(), (1 / (1 + snr)).sqrt()))
+    alpha, sigma = (
+        x.float().view(-1, 1, 1, 1) for x in ((snr / (1 + snr)).sqrt(), (1 / (1 + snr)).sqrt())
+    )
     return {
         "epsilon": noise,
         "sample": x0,
@@ -146,9 +176,13 @@ def test_gradients_of_the_network_are_those_of_the_formula(family, kind, network
     model, kwargs = NETWORKS[network]()
     model.eval()  # no dropout of classes
     (scheduler, recipe), (x0, noise) = FAMILIES[family], draws()
-    x_t, time, snr, levels, timesteps = recipe(scheduler, x0, noise, torch.tensor([0, 15, 120, 400, 700, 990]))
+    x_t, time, snr, levels, timesteps = recipe(
+        scheduler, x0, noise, torch.tensor([0, 15, 120, 400, 700, 990])
+    )
     output = model(x_t, time, **kwargs).sample
-    per_sample = F.mse_loss(output, target_of(kind, x0, noise, snr), reduction="none").flatten(1).mean(1)
+    per_sample = (
+        F.mse_loss(output, target_of(kind, x0, noise, snr), reduction="none").flatten(1).mean(1)
+    )
     schedule = dysigma.NoiseSchedule.from_diffusers(scheduler)
     for name, on_x0 in ON_X0.items():
         of_all = on_x0(levels) / TIMES[kind](levels)
@@ -165,8 +199,14 @@ def test_sample_losses_are_those_of_the_loop(family, kind):
     torch.manual_seed(0)
     model, _ = unet()
     (scheduler, recipe), (x0, noise) = FAMILIES[family], draws()
-    x_t, time, snr, _, timesteps = recipe(scheduler, x0, noise, torch.tensor([0, 15, 120, 400, 700, 990]))
-    wanted = F.mse_loss(model(x_t, time).sample, target_of(kind, x0, noise, snr), reduction="none").flatten(1).mean(1)
+    x_t, time, snr, _, timesteps = recipe(
+        scheduler, x0, noise, torch.tensor([0, 15, 120, 400, 700, 990])
+    )
+    wanted = (
+        F.mse_loss(model(x_t, time).sample, target_of(kind, x0, noise, snr), reduction="none")
+        .flatten(1)
+        .mean(1)
+    )
     schedule = dysigma.NoiseSchedule.from_diffusers(scheduler)
     # A network of a flow is told 1000 s in place of our number of the timestep.
     network = (lambda x, t: model(x, 1000 * schedule.sigma[t])) if schedule.is_flow else model
@@ -178,7 +218,11 @@ def test_a_flow_gives_every_target_the_same_step():
     """One network for x0, read as a predictor of each target of x_t = (1 - s) x0 + s noise."""
     schedule = dysigma.NoiseSchedule.flow(50)
     torch.manual_seed(0)
-    net, (x0, noise), timesteps = torch.nn.Linear(8, 8).double(), draws(), torch.tensor([2, 9, 20, 30, 40, 48])
+    net, (x0, noise), timesteps = (
+        torch.nn.Linear(8, 8).double(),
+        draws(),
+        torch.tensor([2, 9, 20, 30, 40, 48]),
+    )
     s = ((timesteps + 1) / 50).double().view(-1, 1, 1, 1)
     x_t = (1 - s) * x0 + s * noise
     guess = net(x_t)
@@ -195,7 +239,9 @@ def test_dy_sigma_learns_in_a_loop_what_its_formula_says():
     scheduler, (model, _) = diffusers.DDPMScheduler(), unet()
     schedule = dysigma.NoiseSchedule.from_diffusers(scheduler)
     weighting = dysigma.make_weighting("dy-sigma", schedule, "epsilon", kappa=2.0)
-    optimizer = torch.optim.SGD([{"params": model.parameters(), "lr": 0.01}, *weighting.parameter_groups(0.5)])
+    optimizer = torch.optim.SGD(
+        [{"params": model.parameters(), "lr": 0.01}, *weighting.parameter_groups(0.5)]
+    )
     snr = scheduler.alphas_cumprod.double() / (1 - scheduler.alphas_cumprod.double())
     prior = (snr.clamp(max=5) / snr).float()
     prior = prior / prior.mean()
@@ -217,7 +263,9 @@ def test_dy_sigma_learns_in_a_loop_what_its_formula_says():
         slope = 1 - z / (seen[1] / seen[0]) * torch.exp(-curve[timesteps]) + 2.0 * curve[timesteps]
         # By s itself; the package learns s in units of its prior's width, (1 + kappa)^-1/2, hence the factor 1/3.
         s = s - 0.5 / 3 * (slope[:, None] * basis[timesteps]).mean(0)
-        torch.testing.assert_close(weighting.log_variances(), (basis * s).sum(1), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            weighting.log_variances(), (basis * s).sum(1), rtol=1e-4, atol=1e-6
+        )
     assert s.abs().max() > 1e-3
 
 
@@ -234,7 +282,10 @@ def test_add_noise_of_a_solver_that_was_never_told_to_sample_is_upside_down():
     if torch.allclose(fresh, x_t, atol=0.1):
         pytest.skip("mended in this diffusers")
     torch.testing.assert_close(
-        fresh[0], schedule.add_noise(x0[:1], noise[:1], torch.tensor([999]))[0], rtol=1e-3, atol=1e-3
+        fresh[0],
+        schedule.add_noise(x0[:1], noise[:1], torch.tensor([999]))[0],
+        rtol=1e-3,
+        atol=1e-3,
     )
 
 
@@ -277,7 +328,11 @@ def cosmap(log_snr):
 @pytest.mark.parametrize(("scheme", "ours"), [("none", "const-flow"), ("cosmap", cosmap)])
 def test_flow_matching_as_in_the_scripts_of_diffusers(scheme, ours):
     torch.manual_seed(0)
-    scheduler, (model, kwargs), (x0, noise) = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), dit(), draws()
+    scheduler, (model, kwargs), (x0, noise) = (
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        dit(),
+        draws(),
+    )
     model.eval()
     u = compute_density_for_timestep_sampling("logit_normal", 6, logit_mean=0.0, logit_std=1.0)
     index = (u * scheduler.config.num_train_timesteps).long()
@@ -313,7 +368,9 @@ SAMPLES, ACCUMULATED = 48, 2
 def samples():
     draw = torch.Generator().manual_seed(5)
     x0, noise = torch.randn(2, SAMPLES, 3, 8, 8, generator=draw)
-    return torch.utils.data.TensorDataset(x0, noise, torch.randint(1000, (SAMPLES,), generator=draw))
+    return torch.utils.data.TensorDataset(
+        x0, noise, torch.randint(1000, (SAMPLES,), generator=draw)
+    )
 
 
 def parts(name):
@@ -326,12 +383,16 @@ def parts(name):
 
 def outcome(model, weighting):
     state = [value.flatten().float() for value in weighting.state_dict().values()]
-    return torch.cat([torch.cat([p.detach().flatten() for p in model.parameters()]), weighting.weights(), *state])
+    return torch.cat(
+        [torch.cat([p.detach().flatten() for p in model.parameters()]), weighting.weights(), *state]
+    )
 
 
 def loop_with_accelerate(name, precision, batch_size):
     """As in the training scripts of diffusers; the weighting is not prepared, and nothing else changes."""
-    accelerator = Accelerator(gradient_accumulation_steps=ACCUMULATED, mixed_precision=precision, cpu=True)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=ACCUMULATED, mixed_precision=precision, cpu=True
+    )
     scheduler, model, weighting, optimizer = parts(name)
     loader = torch.utils.data.DataLoader(samples(), batch_size=batch_size)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -367,15 +428,25 @@ def loop_by_hand(name, precision, batch_size):
 @pytest.mark.parametrize(("name", "precision"), LOOPS)
 def test_a_loop_with_accelerate_is_the_loop_by_hand(name, precision):
     torch.testing.assert_close(
-        loop_with_accelerate(name, precision, 8), loop_by_hand(name, precision, 8), rtol=1e-4, atol=1e-5
+        loop_with_accelerate(name, precision, 8),
+        loop_by_hand(name, precision, 8),
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
 def run_rank(rank, folder):
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
     os.environ |= {"ACCELERATE_USE_CPU": "yes", "OMP_NUM_THREADS": "1"}
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
     results = [loop_with_accelerate(name, precision, 4) for name, precision in LOOPS[:3]]
     assert Accelerator(cpu=True).num_processes == 2
     AcceleratorState._reset_state(True)
@@ -392,7 +463,9 @@ def test_two_processes_of_accelerate_do_what_one_does_with_the_whole_batch(tmp_p
         assert torch.equal(first, second)
         whole = loop_by_hand(name, precision, 8)
         loose = precision == "bf16"
-        torch.testing.assert_close(first, whole, rtol=2e-2 if loose else 1e-3, atol=2e-3 if loose else 1e-4)
+        torch.testing.assert_close(
+            first, whole, rtol=2e-2 if loose else 1e-3, atol=2e-3 if loose else 1e-4
+        )
 
 
 # ---------------------------------------------------------------- the text-to-image LoRA script of diffusers
@@ -419,16 +492,25 @@ def text_to_image_lora(sign, folder, name="dy-sigma", options="", stop=None):
     lines = [line for line in DIFF.splitlines() if line[0] in f" {sign}"]
     at = next(i for i, line in enumerate(lines) if line.startswith(" # in the training loop"))
     before, loop = ("\n".join(line[1:] for line in part) for part in (lines[:at], lines[at:]))
-    before = before.replace('"dy-sigma"', f'"{name}"').replace("prediction_type).to", f"prediction_type{options}).to")
+    before = before.replace('"dy-sigma"', f'"{name}"').replace(
+        "prediction_type).to", f"prediction_type{options}).to"
+    )
 
-    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vae = diffusers.AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, **kinds).requires_grad_(False)
+    kinds = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16), norm_num_groups=4, **kinds
+    ).requires_grad_(False)
     text_encoder = torch.nn.Embedding(20, 8).requires_grad_(False)
     unet = conditional_unet(channels=4)[0].requires_grad_(False)
     if importlib.util.find_spec("peft"):
         from peft import LoraConfig
 
-        unet.add_adapter(LoraConfig(r=2, init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v"]))
+        unet.add_adapter(
+            LoraConfig(r=2, init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v"])
+        )
     else:
         for module in [m for m in unet.modules() if type(m).__name__ == "Attention"]:
             for part in ("to_k", "to_q", "to_v"):
@@ -436,11 +518,25 @@ def text_to_image_lora(sign, folder, name="dy-sigma", options="", stop=None):
     lora_layers = [p for p in unet.parameters() if p.requires_grad]
 
     accelerator = Accelerator(gradient_accumulation_steps=ACCUMULATED, cpu=True)
-    noise_scheduler = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    noise_scheduler = diffusers.DDPMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
+    )
     images, words = torch.rand(16, 3, 16, 16) * 2 - 1, torch.randint(20, (16, 3))
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, words), batch_size=4)
-    names = {"dysigma": dysigma, "F": F, "torch": torch, "accelerator": accelerator, "noise_scheduler": noise_scheduler}
-    names |= {"compute_snr": compute_snr, "lora_layers": lora_layers, "args": argparse.Namespace(learning_rate=0.1)}
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(images, words), batch_size=4
+    )
+    names = {
+        "dysigma": dysigma,
+        "F": F,
+        "torch": torch,
+        "accelerator": accelerator,
+        "noise_scheduler": noise_scheduler,
+    }
+    names |= {
+        "compute_snr": compute_snr,
+        "lora_layers": lora_layers,
+        "args": argparse.Namespace(learning_rate=0.1),
+    }
     names["optimizer_cls"] = torch.optim.AdamW
     exec(before, names)
     unet, optimizer, loader = accelerator.prepare(unet, names["optimizer"], loader)
@@ -449,7 +545,10 @@ def text_to_image_lora(sign, folder, name="dy-sigma", options="", stop=None):
     for step, (pixel_values, input_ids) in enumerate(loader):
         latents = vae.encode(pixel_values).latent_dist.mode() * vae.config.scaling_factor
         draw = torch.Generator().manual_seed(step)
-        noise, timesteps = torch.randn(latents.shape, generator=draw), torch.randint(1000, (4,), generator=draw)
+        noise, timesteps = (
+            torch.randn(latents.shape, generator=draw),
+            torch.randint(1000, (4,), generator=draw),
+        )
         if step < 2 and stop == "resume":
             continue
         with accelerator.accumulate(unet):
@@ -474,9 +573,13 @@ def test_the_lora_script_with_the_lines_of_the_readme(tmp_path, monkeypatch):
     plain = text_to_image_lora("-", tmp_path)
     assert plain.abs().max() > 0.1
     close = {"rtol": 1e-3, "atol": 1e-4}
-    torch.testing.assert_close(text_to_image_lora("+", tmp_path, "const-eps")[:-1000], plain, **close)
+    torch.testing.assert_close(
+        text_to_image_lora("+", tmp_path, "const-eps")[:-1000], plain, **close
+    )
     ours = text_to_image_lora("+", tmp_path, "min-snr", ", normalize=False")[:-1000]
-    monkeypatch.setattr(f"{__name__}.DIFF", f"{DIFF.split(' # in the')[0]} # in the training loop\n{SNR_GAMMA}")
+    monkeypatch.setattr(
+        f"{__name__}.DIFF", f"{DIFF.split(' # in the')[0]} # in the training loop\n{SNR_GAMMA}"
+    )
     torch.testing.assert_close(ours, text_to_image_lora("-", tmp_path), **close)
     assert not torch.allclose(ours, plain, atol=1e-2)
 
@@ -493,7 +596,9 @@ SNR_GAMMA = """\
 def test_the_lora_script_resumes_with_the_learned_weights(tmp_path):
     whole = text_to_image_lora("+", tmp_path, stop="save")
     assert whole[-1000:].std() > 0
-    torch.testing.assert_close(text_to_image_lora("+", tmp_path, stop="resume"), whole, rtol=0, atol=0)
+    torch.testing.assert_close(
+        text_to_image_lora("+", tmp_path, stop="resume"), whole, rtol=0, atol=0
+    )
 
 
 # ---------------------------------------------------------------- conflicts of conditional models
@@ -503,10 +608,24 @@ def test_conflicts_of_a_model_that_reads_a_prompt():
     torch.manual_seed(0)
     (model, _), schedule = conditional_unet(), dysigma.NoiseSchedule.linear(100)
     images, prompts = torch.randn(20, 3, 8, 8), torch.randn(20, 3, 8)
-    options = {"micro_batches": 6, "batch_per_bin": 2, "progress": False, "groups": lambda name: name.split(".")[0]}
-    report = conflicts(model, images, schedule, 2, model_kwargs={"encoder_hidden_states": prompts}, **options)
+    options = {
+        "micro_batches": 6,
+        "batch_per_bin": 2,
+        "progress": False,
+        "groups": lambda name: name.split(".")[0],
+    }
+    report = conflicts(
+        model, images, schedule, 2, model_kwargs={"encoder_hidden_states": prompts}, **options
+    )
     assert report.losses.isfinite().all() and report.gramian.diagonal().gt(0).any()
-    other = conflicts(model, images, schedule, 2, model_kwargs={"encoder_hidden_states": prompts.flip(0)}, **options)
+    other = conflicts(
+        model,
+        images,
+        schedule,
+        2,
+        model_kwargs={"encoder_hidden_states": prompts.flip(0)},
+        **options,
+    )
     assert not torch.equal(report.losses, other.losses)  # each image keeps its own prompt
     with pytest.raises(TypeError, match="encoder_hidden_states"):
         conflicts(model, images, schedule, 2, **options)
@@ -515,7 +634,12 @@ def test_conflicts_of_a_model_that_reads_a_prompt():
 def test_conflicts_of_a_flow():
     torch.manual_seed(0)
     model, schedule = unet()[0], dysigma.NoiseSchedule.flow(100)
-    options = {"micro_batches": 6, "batch_per_bin": 2, "progress": False, "prediction_type": "flow_prediction"}
+    options = {
+        "micro_batches": 6,
+        "batch_per_bin": 2,
+        "progress": False,
+        "prediction_type": "flow_prediction",
+    }
 
     class AsTold(torch.nn.Module):
         def __init__(self):
@@ -526,7 +650,9 @@ def test_conflicts_of_a_flow():
             return self.model(x_t, 1000 * schedule.sigma[timesteps])
 
     report = conflicts(AsTold(), torch.randn(20, 3, 8, 8), schedule, 2, **options)
-    assert report.settings["prediction_type"] == "flow_prediction" and report.losses.isfinite().all()
+    assert (
+        report.settings["prediction_type"] == "flow_prediction" and report.losses.isfinite().all()
+    )
 
 
 # ---------------------------------------------------------------- the text-guided study and the notebook
@@ -554,12 +680,18 @@ def test_the_text_guided_study_trains_on_captions_and_guides(study):
     told, free = model(x, timesteps, labels), model(x, timesteps, torch.zeros(2, dtype=torch.int64))
     assert not torch.allclose(told, free, atol=1e-4)
     for factor, wanted in ((0.0, free), (1.0, told), (3.0, 3 * told - 2 * free)):
-        torch.testing.assert_close(study.Guided(model, factor)(x, timesteps, labels), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            study.Guided(model, factor)(x, timesteps, labels), wanted, rtol=1e-4, atol=1e-5
+        )
     new = study.of_classes(data, study.HELD_OUT, 6)
     assert new.labels.tolist() == [8, 9] * 3
-    args = argparse.Namespace(lr=1e-3, ema_half_life=1000, batch_size=4, warmup_images=8, test_new=new)
+    args = argparse.Namespace(
+        lr=1e-3, ema_half_life=1000, batch_size=4, warmup_images=8, test_new=new
+    )
     before = [p.clone() for p in model.parameters()]
-    judged, curve = study.fit(model, new, schedule, "dy-sigma", 1, args, 8, "adapt", checkpoints=(4, 8))
+    judged, curve = study.fit(
+        model, new, schedule, "dy-sigma", 1, args, 8, "adapt", checkpoints=(4, 8)
+    )
     assert len(curve) == 2 and len(curve[0]) == 20
     assert study.judge_losses(judged, new, schedule).tolist() == curve[-1]
     assert not all(map(torch.equal, before, model.parameters()))
@@ -575,14 +707,18 @@ def test_the_job_for_a_gpu_is_a_command_of_the_study(study, monkeypatch):
 
 def test_colours_tell_the_palettes_apart(study):
     data = dysigma.leaves(400, size=8)
-    means = torch.stack([study.histograms(data.images[data.labels == k]).mean(0) for k in range(10)]).sqrt()
-    nearest = torch.cdist(study.histograms(dysigma.leaves(200, size=8, split="test").images).sqrt(), means).argmin(1)
+    means = torch.stack(
+        [study.histograms(data.images[data.labels == k]).mean(0) for k in range(10)]
+    ).sqrt()
+    nearest = torch.cdist(
+        study.histograms(dysigma.leaves(200, size=8, split="test").images).sqrt(), means
+    ).argmin(1)
     assert (nearest // 2 == torch.arange(200) % 10 // 2).float().mean() > 0.95
 
 
 @pytest.mark.slow
 def test_notebook_10_runs_as_printed(tmp_path):
-    from dysigma.notebooks import build, find
+    from dysigma.course.pages import build, find
 
     build(find(Path(__file__).parent.parent / "notebooks", ["10"]), fast=True, out=tmp_path)
     assert (tmp_path / "10_reuse.ipynb").exists()

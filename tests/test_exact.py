@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dysigma import pareto
-from dysigma.draws import generator
 from dysigma.exact import GaussianMixture, LinearDenoiser, OptimalDenoiser
 from dysigma.objective import sample_losses
+from dysigma.randomness import generator
 from dysigma.schedule import NoiseSchedule
 
 VARIANCES = torch.logspace(1, -2, 16, dtype=torch.float64)
@@ -47,7 +47,9 @@ def test_linear_losses_are_those_of_the_objective(degree):
 @pytest.mark.parametrize("degree", [1, 3])
 def test_linear_gradients_agree_with_autograd(degree):
     denoiser = LinearDenoiser(short_schedule(), VARIANCES, degree)
-    theta = torch.randn(denoiser.theta.shape, dtype=torch.float64, generator=generator(0, 0, "test"))
+    theta = torch.randn(
+        denoiser.theta.shape, dtype=torch.float64, generator=generator(0, 0, "test")
+    )
     jacobian = torch.autograd.functional.jacobian(denoiser.losses, theta).flatten(1)
     torch.testing.assert_close(denoiser.gradients(theta), jacobian)
     torch.testing.assert_close(denoiser.gramian(theta), jacobian @ jacobian.T)
@@ -62,7 +64,9 @@ def test_gradient_noise_has_the_predicted_size():
         x_t = schedule.add_noise(x0, noise, torch.full((len(x0),), t))
         slope = 2 * (denoiser.features[t] @ theta * x_t - noise) * x_t / 16
         gradients = torch.einsum("r,nd->nrd", denoiser.features[t], slope).flatten(1)
-        assert gradients.var(0).sum() == pytest.approx(float(denoiser.noise_trace(theta)[t]), rel=0.1)
+        assert gradients.var(0).sum() == pytest.approx(
+            float(denoiser.noise_trace(theta)[t]), rel=0.1
+        )
 
 
 def test_capacity_removes_the_trade_off():
@@ -115,22 +119,31 @@ def test_a_zero_terminal_snr_schedule_is_refused():
 
 def equally_likely(images):
     points = images.flatten(1).double()
-    return GaussianMixture(points.new_full((len(points),), 1 / len(points)), points, points.new_zeros(len(points)))
+    return GaussianMixture(
+        points.new_full((len(points),), 1 / len(points)), points, points.new_zeros(len(points))
+    )
 
 
-MIXTURE = GaussianMixture(torch.tensor([0.3, 0.7]), torch.tensor([[-1.0], [2.0]]), torch.tensor([0.5, 0.2]))
+MIXTURE = GaussianMixture(
+    torch.tensor([0.3, 0.7]), torch.tensor([[-1.0], [2.0]]), torch.tensor([0.5, 0.2])
+)
 
 
 def test_mixture_posterior_mean_against_quadrature():
     from scipy.integrate import quad
 
     def prior(x: float) -> float:
-        return 0.3 * math.exp(-((x + 1) ** 2) / 0.5) / 0.5 + 0.7 * math.exp(-((x - 2) ** 2) / 0.08) / 0.2
+        return (
+            0.3 * math.exp(-((x + 1) ** 2) / 0.5) / 0.5
+            + 0.7 * math.exp(-((x - 2) ** 2) / 0.08) / 0.2
+        )
 
     for alpha, sigma in ((0.9, 0.4), (0.3, 1.0)):
         for x_t in (-1.0, 0.3, 2.5):
 
-            def joint(x: float, x_t: float = x_t, alpha: float = alpha, sigma: float = sigma) -> float:
+            def joint(
+                x: float, x_t: float = x_t, alpha: float = alpha, sigma: float = sigma
+            ) -> float:
                 return prior(x) * math.exp(-((x_t - alpha * x) ** 2) / (2 * sigma**2))
 
             mass = quad(joint, -6, 6, points=[-1, 2])[0]
@@ -149,7 +162,9 @@ def test_tweedie():
     """E[noise | x_t] = -sigma times the score of the noised density (Tweedie)."""
     draw = generator(0, 0, "test")
     mixture = GaussianMixture(
-        torch.rand(5, generator=draw), torch.randn(5, 3, generator=draw), torch.rand(5, generator=draw)
+        torch.rand(5, generator=draw),
+        torch.randn(5, 3, generator=draw),
+        torch.rand(5, generator=draw),
     )
     mixture.probabilities /= mixture.probabilities.sum()
     schedule = short_schedule()
@@ -188,7 +203,10 @@ def test_irreducible_losses_agree_between_prediction_types():
         MIXTURE.irreducible(schedule, "eps", num_samples=64)[0], snr * x0_loss, rtol=1e-3, atol=0
     )
     torch.testing.assert_close(
-        MIXTURE.irreducible(schedule, "v", num_samples=64)[0], (1 + snr) * x0_loss, rtol=1e-3, atol=0
+        MIXTURE.irreducible(schedule, "v", num_samples=64)[0],
+        (1 + snr) * x0_loss,
+        rtol=1e-3,
+        atol=0,
     )
 
 
@@ -197,7 +215,9 @@ def test_information_grows_at_half_the_denoising_error():
     points = equally_likely(torch.tensor([[-1.0], [1.0]]))
     log_snr = torch.linspace(8, -8, 400, dtype=torch.float64)
     schedule = NoiseSchedule(torch.sigmoid(log_snr))
-    losses, _ = points.irreducible(schedule, "epsilon", num_samples=20_000)  # = snr mmse, the integrand in log-SNR
+    losses, _ = points.irreducible(
+        schedule, "epsilon", num_samples=20_000
+    )  # = snr mmse, the integrand in log-SNR
     nats = -torch.trapezoid(losses, log_snr) / 2
     assert float(nats) == pytest.approx(math.log(2), rel=0.01)
 
@@ -211,7 +231,10 @@ def test_the_empirical_optimum_returns_training_images():
     torch.testing.assert_close(model(schedule.add_noise(images, noise, early), early), images)
     # Almost no signal is left: the posterior falls back on the mean image.
     torch.testing.assert_close(
-        model(schedule.add_noise(images, noise, late), late), images.mean(0).expand_as(images), rtol=0, atol=0.05
+        model(schedule.add_noise(images, noise, late), late),
+        images.mean(0).expand_as(images),
+        rtol=0,
+        atol=0.05,
     )
     assert copy.deepcopy(model)(noise, early).shape == images.shape
 
@@ -220,7 +243,9 @@ def test_sampling_has_the_moments_of_the_mixture():
     samples = MIXTURE.sample(50_000, generator(0, 0, "test"))
     mean = 0.3 * -1 + 0.7 * 2
     assert float(samples.mean()) == pytest.approx(mean, abs=0.03)
-    assert float(samples.var()) == pytest.approx(0.3 * (0.25 + 1) + 0.7 * (0.04 + 4) - mean**2, rel=0.02)
+    assert float(samples.var()) == pytest.approx(
+        0.3 * (0.25 + 1) + 0.7 * (0.04 + 4) - mean**2, rel=0.02
+    )
 
 
 def test_mixture_shapes_are_checked():

@@ -9,7 +9,8 @@ import pytest
 import torch
 from diffusers import DDPMPipeline
 
-from dysigma import data, draws, training
+from dysigma import data, training
+from dysigma import randomness as draws
 from dysigma.data import ImageData
 from dysigma.models import channels_last, make_model
 from dysigma.runs import RunError, load_checkpoint
@@ -57,7 +58,9 @@ def test_loss_curves_agree_and_nothing_is_compiled_twice(graphs):
         curves.append(torch.stack([record.losses.mean() for record in records]))
     slow, fast = curves
     assert float(slow[-50:].mean()) < 0.5 * float(slow[:5].mean())
-    torch.testing.assert_close(fast.view(10, 20).mean(1), slow.view(10, 20).mean(1), rtol=1e-2, atol=0)
+    torch.testing.assert_close(
+        fast.view(10, 20).mean(1), slow.view(10, 20).mean(1), rtol=1e-2, atol=0
+    )
     assert graphs.frame_count == 1
 
 
@@ -76,7 +79,9 @@ def test_a_compiled_run_leaves_what_any_run_leaves_and_resumes_as_one(tmp_path, 
     for _ in itertools.islice(iterate(states[0], images, config), 4):
         pass
     tensors, rest = states[0].state_dict()
-    states[1].load_state_dict(4, {name: value.clone().contiguous() for name, value in tensors.items()}, rest)
+    states[1].load_state_dict(
+        4, {name: value.clone().contiguous() for name, value in tensors.items()}, rest
+    )
     for state in states:
         for parameter, values in state.optimizer.state.items():
             assert {v.stride() for v in values.values() if v.ndim} == {parameter.stride()}
@@ -93,11 +98,17 @@ def test_every_convolution_reads_channels_last_and_gives_the_same(preset, size, 
     images, timesteps = torch.randn(batch, 3, size, size), torch.randint(0, 1000, (batch,))
     wrong = []
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Conv2d) and name != "conv_in":  # that gets the images as they are
-            look = functools.partial(lambda name, module, given: wrong.append((name, given[0].stride())), name)
+        if (
+            isinstance(module, torch.nn.Conv2d) and name != "conv_in"
+        ):  # that gets the images as they are
+            look = functools.partial(
+                lambda name, module, given: wrong.append((name, given[0].stride())), name
+            )
             module.register_forward_pre_hook(
                 lambda m, given, look=look: (
-                    None if given[0].is_contiguous(memory_format=torch.channels_last) else look(m, given)
+                    None
+                    if given[0].is_contiguous(memory_format=torch.channels_last)
+                    else look(m, given)
                 )
             )
     found = model(images, timesteps).sample
@@ -118,11 +129,17 @@ def test_no_number_of_a_step_crosses_to_the_host(monkeypatch):
     state = build(SLOW, images)
     assert len(train_step(state, images, dataclasses.replace(SLOW, accumulate=2)).losses) == 16
     first = next(state.model.parameters())
-    state.forward = lambda x_t, timesteps: x_t * first.sum()  # what follows is of weightings and samplers
-    cases = [(name, "uniform") for name in WEIGHTINGS if name not in ("gramian", "ugd")]  # those read a Gramian's bins
+    state.forward = lambda x_t, timesteps: (
+        x_t * first.sum()
+    )  # what follows is of weightings and samplers
+    cases = [
+        (name, "uniform") for name in WEIGHTINGS if name not in ("gramian", "ugd")
+    ]  # those read a Gramian's bins
     for weighting, sampler in cases + [("min-snr", name) for name in TIMESTEP_SAMPLERS]:
         config = dataclasses.replace(SLOW, weighting=weighting, timestep_sampler=sampler)
-        _, state.weighting, state.sampler = (part.to("meta") for part in training.make_parts(config))
+        _, state.weighting, state.sampler = (
+            part.to("meta") for part in training.make_parts(config)
+        )
         for _ in range(2):
             train_step(state, images, config)
 
@@ -130,11 +147,19 @@ def test_no_number_of_a_step_crosses_to_the_host(monkeypatch):
 def test_the_images_of_a_step_are_copied_as_bytes_and_not_waited_for(monkeypatch):
     """On CUDA every copy from the host is of pinned memory, and asynchronous; images are there already."""
     moved = []
-    monkeypatch.setattr(data.draws, "to_device", lambda values, device: moved.append(values) or values)
-    monkeypatch.setattr(training, "to_device", lambda values, device: moved.append(values) or values)
+    monkeypatch.setattr(
+        data.draws, "to_device", lambda values, device: moved.append(values) or values
+    )
+    monkeypatch.setattr(
+        training, "to_device", lambda values, device: moved.append(values) or values
+    )
     images = load_split(SLOW, "train", CPU)
     train_step(build(SLOW, images), images, SLOW)
-    assert [values.numel() for values in moved] == [16, 16, 16]  # which images, which mirrored, timesteps
+    assert [values.numel() for values in moved] == [
+        16,
+        16,
+        16,
+    ]  # which images, which mirrored, timesteps
     assert images.images.dtype == torch.uint8
 
 
@@ -143,7 +168,10 @@ def test_a_batch_too_large_for_the_memory_gets_advice(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
     monkeypatch.setattr(training, "sample_losses", full)
-    with pytest.raises(RunError, match=r"batches of 16 images in 1 parts do not fit .*--accumulate 2 takes the same"):
+    with pytest.raises(
+        RunError,
+        match=r"batches of 16 images in 1 parts do not fit .*--accumulate 2 takes the same",
+    ):
         train(SLOW, tmp_path / "run", progress=False)
 
 
@@ -151,7 +179,10 @@ def test_settings_of_the_process_are_left_as_they_were(monkeypatch):
     cuda = torch.device("cuda")
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
     with pytest.raises(KeyError), training.fast_kernels(cuda):
-        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("high", True)
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == (
+            "high",
+            True,
+        )
         raise KeyError
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == before
 
@@ -177,7 +208,10 @@ def test_compiled_code_with_wrong_gradients_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 def test_on_a_gpu_a_step_does_not_wait_and_agrees():
-    slow, fast = (dataclasses.replace(config, device="cuda", model="small", image_size=16) for config in (SLOW, FAST))
+    slow, fast = (
+        dataclasses.replace(config, device="cuda", model="small", image_size=16)
+        for config in (SLOW, FAST)
+    )
     images = load_split(fast, "train", torch.device("cuda"))
     state = build(fast, images)
     train_step(state, images, fast)

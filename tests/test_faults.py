@@ -28,7 +28,9 @@ def quick(config, out, **options):
 def test_a_run_killed_again_and_again_ends_like_one_that_was_not(tmp_path, weighting):
     config = dataclasses.replace(SHORT, weighting=weighting, **CASES[weighting])
     found = torment(config, kills=3, folder=tmp_path, seed=0)
-    assert found["kills"] == 3 and found["runs"] >= 1 and found["tensors"] > 300 and found["rows"] > 3
+    assert (
+        found["kills"] == 3 and found["runs"] >= 1 and found["tensors"] > 300 and found["rows"] > 3
+    )
     assert found["differing_tensors"] == found["differing_rows"] == 0
 
 
@@ -40,7 +42,9 @@ def folders(tmp_path_factory):
     quick(dataclasses.replace(SHORT, seed=1), folder / "other")
     asked = iter(range(1, 100))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "_stop_signals", lambda: contextlib.nullcontext(lambda: next(asked) == 5))
+        patch.setattr(
+            training, "_stop_signals", lambda: contextlib.nullcontext(lambda: next(asked) == 5)
+        )
         quick(SHORT, folder / "half")
     return folder
 
@@ -85,7 +89,9 @@ def harm(out, folders, how):
 @pytest.mark.parametrize("how", ["truncated", "flipped", "half of it missing", "foreign"])
 def test_a_spoilt_checkpoint_costs_steps_and_no_bit(folders, half, how):
     harm(half, folders, how)
-    with pytest.warns(UserWarning, match=r"(SHA-256|does not exist|of another run).*Taken instead: .*, of step 4"):
+    with pytest.warns(
+        UserWarning, match=r"(SHA-256|does not exist|of another run).*Taken instead: .*, of step 4"
+    ):
         quick(SHORT, half, resume=True)
     assert_same_end(half, folders)
 
@@ -95,7 +101,9 @@ def test_tensors_that_do_not_fit_are_an_error(half):
         entry = json.loads(path.read_text())
         del entry["check"], entry["meta"]["seconds"]
         path.write_text(json.dumps(entry))
-    with pytest.raises(RunError, match=r"checkpoint does not fit this run \('seconds'\): delete it to start again"):
+    with pytest.raises(
+        RunError, match=r"checkpoint does not fit this run \('seconds'\): delete it to start again"
+    ):
         quick(SHORT, half, resume=True)
 
 
@@ -117,12 +125,18 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(folders, half, limit):
     before = load_checkpoint(half / "checkpoint")
     with (
         full_disk(limit),
-        pytest.raises(RunError, match=r"cannot write to .*half \(File too large\).*go on with --resume"),
+        pytest.raises(
+            RunError, match=r"cannot write to .*half \(File too large\).*go on with --resume"
+        ),
     ):
         quick(SHORT, half, resume=True)
     after = load_checkpoint(half / "checkpoint")
-    assert before[0] == after[0] == 5 and all(torch.equal(before[1][name], after[1][name]) for name in before[1])
-    assert not [path for path in half.rglob(".*") if path.name != ".lock"], "what was half written is gone"
+    assert before[0] == after[0] == 5 and all(
+        torch.equal(before[1][name], after[1][name]) for name in before[1]
+    )
+    assert not [path for path in half.rglob(".*") if path.name != ".lock"], (
+        "what was half written is gone"
+    )
     quick(SHORT, half, resume=True)
     assert_same_end(half, folders)
 
@@ -171,7 +185,9 @@ def test_a_second_process_is_refused_until_the_first_is_gone(folders, half):
     first = CONTEXT.Process(target=wait_to_be_killed, args=(half, ready))
     first.start()
     assert ready.wait(60)
-    with pytest.raises(RunError, match=rf"half is in use by process {first.pid} on .*wait for it, stop it"):
+    with pytest.raises(
+        RunError, match=rf"half is in use by process {first.pid} on .*wait for it, stop it"
+    ):
         quick(SHORT, half, resume=True)
     assert load_run(half).summary["status"] == "running"
     first.kill()
@@ -190,10 +206,14 @@ def test_a_process_killed_while_it_claimed_a_new_folder_leaves_it_free(folders, 
 
 def test_a_run_older_than_an_option_goes_on_and_a_damaged_configuration_is_named(folders, half):
     config = json.loads((half / "config.json").read_text())
-    (half / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in ("features", "bins")}))
+    (half / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k not in ("features", "bins")})
+    )
     with pytest.raises(RunError, match="bins 10 there, 4 here"):
         quick(SHORT, half, resume=True)
-    (half / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "features"}))
+    (half / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k != "features"})
+    )
     quick(SHORT, half, resume=True)
     assert_same_end(half, folders)
     for text, message in (

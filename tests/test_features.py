@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dysigma.data import leaves
 from dysigma.distances import compare_features, extract, frechet_distance, load_features, moments
-from dysigma.draws import generator
+from dysigma.randomness import generator
 
 FOLDER = Path(__file__).resolve().parent.parent / "data/features"
 FILE = FOLDER / "cifar10-classifier.pt"
@@ -34,7 +34,9 @@ def test_the_file_is_the_recorded_one_and_small():
     about = json.loads(FILE.with_suffix(".json").read_text())
     assert hashlib.sha256(FILE.read_bytes()).hexdigest() == about["sha256"]
     assert FILE.stat().st_size <= 500_000 and b"site-packages" not in FILE.read_bytes()
-    records = json.loads((FOLDER.parent / "runs/distance-cifar10-cpu/fd_cifar10-classifier.json").read_text())
+    records = json.loads(
+        (FOLDER.parent / "runs/distance-cifar10-cpu/fd_cifar10-classifier.json").read_text()
+    )
     assert {record["sha256"] for record in records} == {about["sha256"]}
     assert about["accuracy"]["test"] > 0.8
 
@@ -42,8 +44,14 @@ def test_the_file_is_the_recorded_one_and_small():
 def test_features_are_the_same_each_time_and_of_images_of_any_size_and_colour(classifier, pictures):
     images = pictures[0][:40]
     found = extract(classifier, images)
-    assert found.shape == (40, 64) and found.isfinite().all() and torch.equal(extract(classifier, images), found)
-    torch.testing.assert_close(extract(load_features(str(FILE)), images, batch_size=7), found, rtol=1e-4, atol=1e-4)
+    assert (
+        found.shape == (40, 64)
+        and found.isfinite().all()
+        and torch.equal(extract(classifier, images), found)
+    )
+    torch.testing.assert_close(
+        extract(load_features(str(FILE)), images, batch_size=7), found, rtol=1e-4, atol=1e-4
+    )
     network = torch.jit.load(FILE)
     grey = images[:, :1, ::2, 4:28]
     assert network(grey).shape == (40, 64)
@@ -63,14 +71,23 @@ def noisy(images, amount):
 
 def contaminated(images, amount):
     count = int(amount * len(images))
-    return torch.cat([images[count:], torch.randint(256, (count, *images.shape[1:]), generator=generator(0, 0, "x"))])
+    return torch.cat(
+        [
+            images[count:],
+            torch.randint(256, (count, *images.shape[1:]), generator=generator(0, 0, "x")),
+        ]
+    )
 
 
 @pytest.mark.parametrize("change", [blurred, noisy, contaminated])
 def test_the_distance_grows_with_what_is_wrong(classifier, pictures, change):
     first, reference = pictures[0], moments(extract(classifier, pictures[1]))
-    images = [change(first, amount).round().clamp(0, 255).to(torch.uint8) for amount in (0, 0.1, 0.3, 1)]
-    found = [frechet_distance(moments(extract(classifier, changed)), reference) for changed in images]
+    images = [
+        change(first, amount).round().clamp(0, 255).to(torch.uint8) for amount in (0, 0.1, 0.3, 1)
+    ]
+    found = [
+        frechet_distance(moments(extract(classifier, changed)), reference) for changed in images
+    ]
     assert found[1] > found[0] and found[2] > 1.5 * found[1] and found[3] > 1.5 * found[2]
 
 
@@ -89,7 +106,11 @@ def test_the_script_trains_and_writes_such_a_file(tmp_path, monkeypatch):
     spec.loader.exec_module(script)
     data = leaves(64, 32)
     images, labels = data.images.permute(0, 2, 3, 1).numpy(), data.labels.numpy()
-    splits = {f"{s}_{k}": v for s in ("train", "test") for k, v in (("images", images), ("labels", labels))}
+    splits = {
+        f"{s}_{k}": v
+        for s in ("train", "test")
+        for k, v in (("images", images), ("labels", labels))
+    }
     np.savez(tmp_path / "cifar10.npz", **splits, train_exact=np.arange(64) > 2)
     arguments = ["train.py", "--data-root", str(tmp_path), "--epochs", "40", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
@@ -97,6 +118,8 @@ def test_the_script_trains_and_writes_such_a_file(tmp_path, monkeypatch):
     about = json.loads((tmp_path / "cifar10-classifier.json").read_text())
     content = (tmp_path / "cifar10-classifier.pt").read_bytes()
     assert hashlib.sha256(content).hexdigest() == about["sha256"] and b"debug_pkl" not in content
-    assert about["accuracy"]["train"] > 0.3 and about["data"] == "cifar10, 3 of 128 images approximate"
+    assert (
+        about["accuracy"]["train"] > 0.3 and about["data"] == "cifar10, 3 of 128 images approximate"
+    )
     features = extract(load_features(str(tmp_path / "cifar10-classifier.pt")), data.images)
     torch.testing.assert_close(features.std(0), torch.ones(64).double(), rtol=1e-3, atol=1e-3)

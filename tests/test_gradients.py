@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from dysigma import pareto
 from dysigma.bins import Bins
-from dysigma.draws import generator
 from dysigma.exact import LinearDenoiser
 from dysigma.gradients import (
     ConflictReport,
@@ -28,6 +27,7 @@ from dysigma.gradients import (
     negative_transfer,
 )
 from dysigma.objective import sample_losses
+from dysigma.randomness import generator
 from dysigma.schedule import NoiseSchedule
 from dysigma.weightings import make_weighting
 
@@ -44,13 +44,21 @@ class Linear:
         with torch.no_grad():
             self.model.theta.copy_(self.model.minimiser(torch.ones(10).double()) * shrink)
         self.theta = self.model.theta.detach()
-        self.gramian, self.trace = self.model.gramian(self.theta), self.model.noise_trace(self.theta)
+        self.gramian, self.trace = (
+            self.model.gramian(self.theta),
+            self.model.noise_trace(self.theta),
+        )
         self.cosine = cosine_matrix(self.gramian)
         draw = generator(0, 0, "test")
-        self.images = torch.randn(num_images, dimension, generator=draw, dtype=torch.float64) * variances.sqrt()
+        self.images = (
+            torch.randn(num_images, dimension, generator=draw, dtype=torch.float64)
+            * variances.sqrt()
+        )
 
     def report(self, seed: int, **options) -> ConflictReport:
-        return conflicts(self.model, self.images, self.schedule, 10, seed=seed, progress=False, **options)
+        return conflicts(
+            self.model, self.images, self.schedule, 10, seed=seed, progress=False, **options
+        )
 
 
 class Net(nn.Module):
@@ -61,7 +69,9 @@ class Net(nn.Module):
         torch.manual_seed(0)
         self.time = nn.Embedding(20, 8)
         self.head = nn.Conv2d(1, 8, 3, padding=1)
-        self.blocks = nn.ModuleList([nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1))])
+        self.blocks = nn.ModuleList(
+            [nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1))]
+        )
         self.dropout = nn.Dropout(dropout)
         self.tail = nn.Conv2d(8, 1, 3, padding=1)
 
@@ -78,7 +88,9 @@ IMAGES = (torch.rand(32, 1, 6, 6, generator=generator(0, 1, "test")) * 255).to(t
 
 def batch(per_bin: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     draw = generator(seed, 0, "test")
-    timesteps = bin_timesteps(BINS, per_bin, draw).flatten()[torch.randperm(4 * per_bin, generator=draw)]
+    timesteps = bin_timesteps(BINS, per_bin, draw).flatten()[
+        torch.randperm(4 * per_bin, generator=draw)
+    ]
     x0 = torch.randn(4 * per_bin, 1, 6, 6, generator=draw)
     return x0, torch.randn(x0.shape, generator=draw), timesteps
 
@@ -129,7 +141,9 @@ def test_the_training_gramian_is_unbiased():
         x0 = exact.images[torch.randint(len(exact.images), (40,), generator=draw)]
         noise = torch.randn(x0.shape, generator=draw, dtype=torch.float64)
         for splits, results in ((2, estimates), (1, plain)):
-            results.append(bin_gramian(exact.model, exact.schedule, x0, noise, timesteps, bins, splits=splits))
+            results.append(
+                bin_gramian(exact.model, exact.schedule, x0, noise, timesteps, bins, splits=splits)
+            )
     values = torch.stack(estimates)
     z = (values.mean(0) - exact.gramian) / (values.std(0) / math.sqrt(repeats))
     assert z.abs().max() < 4.5
@@ -164,13 +178,22 @@ def test_the_report_is_unbiased_and_its_intervals_cover(paired):
     if paired:
         assert (naive - predicted)[OFF].abs().max() > 0.1
     else:
-        assert (naive - predicted)[OFF].abs().max() < 0.06 < 0.1 < (naive - exact.cosine)[OFF].abs().max()
+        assert (
+            (naive - predicted)[OFF].abs().max()
+            < 0.06
+            < 0.1
+            < (naive - exact.cosine)[OFF].abs().max()
+        )
     scale = torch.stack([r.noise_scale for r in reports]).nanmedian(0).values
-    torch.testing.assert_close(scale[4:], (exact.trace / exact.gramian.diagonal())[4:], rtol=0.3, atol=0)
+    torch.testing.assert_close(
+        scale[4:], (exact.trace / exact.gramian.diagonal())[4:], rtol=0.3, atol=0
+    )
 
 
 def test_stationarity_is_free_of_the_noise_floor():
-    exact = Linear(shrink=1.0, dimension=1000, num_images=5000)  # on the Pareto set: equal weights cancel
+    exact = Linear(
+        shrink=1.0, dimension=1000, num_images=5000
+    )  # on the Pareto set: equal weights cancel
     assert pareto.stationarity(exact.gramian) < 1e-7
     reports = [exact.report(seed) for seed in range(15)]
     squares = torch.tensor([r.stationarity * abs(r.stationarity) for r in reports])
@@ -183,7 +206,12 @@ def test_stationarity_is_free_of_the_noise_floor():
     assert naive > 0.8 * floor and naive > 5 * abs(squares.mean())
     away = Linear(shrink=0.0)
     report = away.report(0, micro_batches=64, batch_per_bin=32)
-    assert 0 < report.stationarity_interval[0] <= pareto.stationarity(away.gramian) <= report.stationarity_interval[1]
+    assert (
+        0
+        < report.stationarity_interval[0]
+        <= pareto.stationarity(away.gramian)
+        <= report.stationarity_interval[1]
+    )
 
 
 def test_conflict_rate_and_null():
@@ -215,10 +243,16 @@ def test_groups_add_up_and_agree_with_autograd():
     report = conflicts(model, IMAGES, SCHEDULE, BINS, **options)
     assert report.group_names == ["time", "head", "blocks.0", "tail"]
     torch.testing.assert_close(report.group_gramian.sum(0), report.gramian)
-    by_kind = conflicts(model, IMAGES, SCHEDULE, BINS, groups=lambda name: name.rsplit(".", 1)[1], **options)
+    by_kind = conflicts(
+        model, IMAGES, SCHEDULE, BINS, groups=lambda name: name.rsplit(".", 1)[1], **options
+    )
     assert by_kind.group_names == ["weight", "bias"]
     torch.testing.assert_close(by_kind.gramian, report.gramian)
-    for parameter in (*model.time.parameters(), *model.head.parameters(), *model.blocks.parameters()):
+    for parameter in (
+        *model.time.parameters(),
+        *model.head.parameters(),
+        *model.blocks.parameters(),
+    ):
         parameter.requires_grad_(False)
     alone = conflicts(model, IMAGES, SCHEDULE, BINS, **options)
     torch.testing.assert_close(alone.gramian, report.group_gramian[3])
@@ -256,7 +290,9 @@ def test_optimizer_step_and_metric():
     error = (report.update_cosine - expected)[known].abs()
     assert known.sum() >= 8 and (error < 4 * report.update_cosine_se[known] + 1e-3).all()
     assert (report.cosine_preconditioned - in_metric)[known][:, known].abs().max() < 0.1
-    assert (in_metric - cosine_matrix(gradients @ gradients.T)).abs().max() > 0.2  # the metric matters here
+    assert (
+        in_metric - cosine_matrix(gradients @ gradients.T)
+    ).abs().max() > 0.2  # the metric matters here
     assert "update_cosine" in report.table()
     with pytest.raises(ValueError, match="Adam family"):
         exact.report(0, optimizer=torch.optim.SGD(exact.model.parameters(), lr=0.1))
@@ -266,10 +302,14 @@ def test_weighting_multiplies_losses():
     weighting = make_weighting("min-snr", SCHEDULE, "epsilon", normalize=False)
     options = {"micro_batches": 6, "progress": False}
     bins = Bins.uniform(20, 20)  # one timestep per bin: the weight is one factor of the gradient
-    plain, weighted = (conflicts(Net(), IMAGES, SCHEDULE, bins, weighting=w, **options) for w in (None, weighting))
+    plain, weighted = (
+        conflicts(Net(), IMAGES, SCHEDULE, bins, weighting=w, **options) for w in (None, weighting)
+    )
     weights = weighting.weights().double()
     torch.testing.assert_close(weighted.losses, plain.losses * weights, rtol=1e-4, atol=0)
-    torch.testing.assert_close(weighted.gramian, plain.gramian * torch.outer(weights, weights), rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(
+        weighted.gramian, plain.gramian * torch.outer(weights, weights), rtol=1e-3, atol=1e-9
+    )
 
 
 def test_measuring_changes_nothing():
@@ -296,7 +336,8 @@ def test_measuring_changes_nothing():
     again = conflicts(model, IMAGES, SCHEDULE, BINS, micro_batches=6, progress=False)
     assert torch.equal(first.gramian, again.gramian)
     assert not torch.equal(
-        first.gramian, conflicts(model, IMAGES, SCHEDULE, BINS, micro_batches=6, seed=1, progress=False).gramian
+        first.gramian,
+        conflicts(model, IMAGES, SCHEDULE, BINS, micro_batches=6, seed=1, progress=False).gramian,
     )
 
 
@@ -304,7 +345,9 @@ def test_model_arguments_follow_the_samples():
     model, data, shift = Net(), batch(2), torch.linspace(-2, 2, 8)
     losses = sample_losses(model, SCHEDULE, *data, shift=shift)
     means, _ = BINS.mean(losses, data[2])
-    rows = [torch.autograd.grad(mean, list(model.parameters()), retain_graph=True) for mean in means]
+    rows = [
+        torch.autograd.grad(mean, list(model.parameters()), retain_graph=True) for mean in means
+    ]
     jacobian = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]).double()
     gramian = bin_gramian(model, SCHEDULE, *data, BINS, splits=1, model_kwargs={"shift": shift})
     torch.testing.assert_close(gramian, jacobian @ jacobian.T, rtol=1e-5, atol=1e-8)
@@ -318,13 +361,17 @@ def test_model_arguments_follow_the_images():
             assert (x_t[:, 0, 0, 0] - pixel).abs().max() < 1e-2  # hardly any noise is added
             return super().forward(x_t, timesteps)
 
-    clean = NoiseSchedule(torch.tensor([1 - 1e-7, 1 - 2e-7, 1 - 3e-7, 1 - 4e-7], dtype=torch.float64))
+    clean = NoiseSchedule(
+        torch.tensor([1 - 1e-7, 1 - 2e-7, 1 - 3e-7, 1 - 4e-7], dtype=torch.float64)
+    )
     pixel = IMAGES[:, 0, 0, 0].float() / 127.5 - 1
     options = {"micro_batches": 6, "model_kwargs": {"pixel": pixel}, "progress": False}
     for paired in (False, True):
         conflicts(Checks(), IMAGES, clean, 4, paired=paired, **options)
     with pytest.raises(AssertionError):
-        conflicts(Checks(), IMAGES, clean, 4, **options | {"model_kwargs": {"pixel": pixel.flip(0)}})
+        conflicts(
+            Checks(), IMAGES, clean, 4, **options | {"model_kwargs": {"pixel": pixel.flip(0)}}
+        )
 
 
 def test_diffusers_autocast_and_compiled_models():
@@ -348,7 +395,9 @@ def test_diffusers_autocast_and_compiled_models():
     assert {"conv_in", "down_blocks.0", "mid_block", "time_embedding"} <= set(plain.group_names)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = conflicts(unet, images, SCHEDULE, 4, **options)
-    assert (low.cosine - plain.cosine).abs().max() < 0.1 and not torch.equal(low.gramian, plain.gramian)
+    assert (low.cosine - plain.cosine).abs().max() < 0.1 and not torch.equal(
+        low.gramian, plain.gramian
+    )
     compiled = torch.compile(Net(), backend="aot_eager")
     a = conflicts(compiled, IMAGES, SCHEDULE, BINS, **options)
     b = conflicts(Net(), IMAGES, SCHEDULE, BINS, **options)
@@ -449,7 +498,9 @@ def test_small_steps_transfer_as_the_gramian_says():
         progress=False,
     )
     expected = -lr * steps * exact.gramian
-    assert ((result.change - expected).abs() < 5 * result.change_se + 0.03 * expected.abs().max()).all()
+    assert (
+        (result.change - expected).abs() < 5 * result.change_se + 0.03 * expected.abs().max()
+    ).all()
     assert (result.change.diagonal() < 0).all()
     losses = exact.model.losses(exact.theta)
     assert (result.losses - losses).abs().max() < 0.1
@@ -481,11 +532,16 @@ def test_two_ranks_report_as_one(tmp_path: Path):
     out = tmp_path / "report.pt"
     code = RANKS.format(tests=str(Path(__file__).parent), file=tmp_path / "store", out=str(out))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank)], env=environment) for rank in range(2)]
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code, str(rank)], env=environment)
+        for rank in range(2)
+    ]
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
     report, gramian, grad = torch.load(out, weights_only=False)
     alone = conflicts(Net(), IMAGES, SCHEDULE, BINS, micro_batches=7, progress=False)
     torch.testing.assert_close(report.gramian, alone.gramian, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(report.cosine_se, alone.cosine_se, rtol=1e-3, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(
+        report.cosine_se, alone.cosine_se, rtol=1e-3, atol=1e-5, equal_nan=True
+    )
     assert report.stationarity == pytest.approx(alone.stationarity, rel=1e-4)
     assert gramian.shape == (4, 4) and float(grad) == 72

@@ -7,7 +7,9 @@ from dysigma.models import EMA, PRESETS, count_parameters, make_model
 def test_presets_have_the_sizes_they_promise():
     sizes = {name: count_parameters(make_model(name)) for name in PRESETS}
     assert sizes["tiny"] <= 200_000 < sizes["small"] < sizes["compact"] < sizes["ddpm"]
-    assert sizes["ddpm"] == 35_746_307  # the CIFAR-10 network of Ho, Jain, Abbeel 2020, as in google/ddpm-cifar10-32
+    assert (
+        sizes["ddpm"] == 35_746_307
+    )  # the CIFAR-10 network of Ho, Jain, Abbeel 2020, as in google/ddpm-cifar10-32
 
 
 def test_a_model_keeps_the_shape_of_its_input_and_takes_labels():

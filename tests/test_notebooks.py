@@ -20,13 +20,25 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from dysigma.notebooks import MAX_BYTES, NotebookError, build, convert, find, normalise
+from dysigma.course.pages import MAX_BYTES, NotebookError, build, convert, find, normalise
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER, FIGURES = ROOT / "notebooks", ROOT / "figures"
 SOURCES = find(FOLDER)
-HEADER = ("> **Claim.**", "**You will be able to**", "**You need**", "**Time**", "**Functions introduced**")
-ENDING = ("## Exercises", "### Solutions", "## What you can now do", "## Limitations", "## References")
+HEADER = (
+    "> **Claim.**",
+    "**You will be able to**",
+    "**You need**",
+    "**Time**",
+    "**Functions introduced**",
+)
+ENDING = (
+    "## Exercises",
+    "### Solutions",
+    "## What you can now do",
+    "## Limitations",
+    "## References",
+)
 # A folder inside a folder at the root of a file system, not part of a link or of a relative path.
 ABSOLUTE_PATH = re.compile(r"(?<![\w.~:/<])/(?!/)[\w.-]+/[\w.-]+|[A-Z]:\\\\")
 
@@ -42,7 +54,11 @@ def code_of(cells) -> ast.Module:
 
 
 def calls(tree: ast.Module, name: str) -> list[ast.Call]:
-    return [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func).split(".")[-1] == name]
+    return [
+        n
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Call) and ast.unparse(n.func).split(".")[-1] == name
+    ]
 
 
 def printed(cell) -> str:
@@ -127,7 +143,13 @@ def test_header_and_ending(source):
 @every_notebook
 def test_one_idea_per_page(source):
     notebook = convert(source)
-    code = [line for c in notebook.cells if c.cell_type == "code" for line in c.source.splitlines() if line.strip()]
+    code = [
+        line
+        for c in notebook.cells
+        if c.cell_type == "code"
+        for line in c.source.splitlines()
+        if line.strip()
+    ]
     assert len(notebook.cells) <= 40
     assert len(code) <= 250
     text = re.sub(r"\$\$.*?\$\$|\$[^$]*\$", "", prose(notebook), flags=re.S)
@@ -139,7 +161,8 @@ def test_predictions_are_recorded_before_they_are_revealed(source):
     order = [
         (ast.unparse(call.func), ast.unparse(call.args[0]))
         for call in sorted(
-            calls(code_of(convert(source).cells), "predict") + calls(code_of(convert(source).cells), "reveal"),
+            calls(code_of(convert(source).cells), "predict")
+            + calls(code_of(convert(source).cells), "reveal"),
             key=lambda call: call.lineno,
         )
     ]
@@ -152,9 +175,13 @@ def test_predictions_are_recorded_before_they_are_revealed(source):
 @every_notebook
 def test_at_least_three_properties_are_asserted_with_a_message(source):
     tree = code_of(convert(source).cells)
-    plain = [node for node in ast.walk(tree) if isinstance(node, ast.Assert) and node.msg is not None]
+    plain = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Assert) and node.msg is not None
+    ]
     assert len(plain) + len(calls(tree, "assert_close")) >= 3
-    assert not [ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Assert) and n.msg is None], "say what fails"
+    assert not [
+        ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Assert) and n.msg is None
+    ], "say what fails"
 
 
 @every_notebook
@@ -163,7 +190,11 @@ def test_exercises_are_skipped_untouched_and_solved_by_their_solutions(source):
     declared = [ast.literal_eval(call.args[0]) for call in calls(code_of(cells), "exercise")]
     assert len(declared) >= 2 and len(set(declared)) == len(declared)
     solutions = [cell for cell in cells if "solution" in cell.metadata.get("tags", [])]
-    stubs = [cell for cell in cells if cell.cell_type == "code" and cell not in solutions and "check(" in cell.source]
+    stubs = [
+        cell
+        for cell in cells
+        if cell.cell_type == "code" and cell not in solutions and "check(" in cell.source
+    ]
     for name in declared:
         assert any(f"Exercise {name}: not attempted yet" in printed(cell) for cell in stubs), name
         assert any(f"Exercise {name}: correct." in printed(cell) for cell in solutions), name
@@ -171,7 +202,9 @@ def test_exercises_are_skipped_untouched_and_solved_by_their_solutions(source):
         assert cell.metadata.jupyter.source_hidden and "hide-input" in cell.metadata.tags
     text = prose(convert(source))
     for name in declared:
-        assert re.search(rf"^\*\*{name}\*\* \([●○]{{3}}, \d+ min\) ", text, re.M), f"{name}: difficulty and minutes"
+        assert re.search(rf"^\*\*{name}\*\* \([●○]{{3}}, \d+ min\) ", text, re.M), (
+            f"{name}: difficulty and minutes"
+        )
     assert text.count("<summary>Hint</summary>") >= len(declared)
     assert text.count("<details>") == text.count("</details>")
 
@@ -187,7 +220,9 @@ def test_headings_never_skip_a_level(source):
 @every_notebook
 def test_links_resolve(source):
     for words, target in re.findall(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)", prose(convert(source))):
-        assert words.lower() not in ("here", "link", "this"), "the words of a link say where it goes"
+        assert words.lower() not in ("here", "link", "this"), (
+            "the words of a link say where it goes"
+        )
         if not target.startswith(("http", "#")):
             assert (FOLDER / target.split("#")[0]).exists(), target
 
@@ -196,7 +231,11 @@ def test_links_resolve(source):
 def test_a_page_leads_on(source):
     text, number = prose(convert(source)), int(source.stem[:2])
     after = text.split("## References")[1]
-    assert f"**Next:** [{number + 1:02d}, " in after if number < 10 else "(00_start_here.ipynb)" in after
+    assert (
+        f"**Next:** [{number + 1:02d}, " in after
+        if number < 10
+        else "(00_start_here.ipynb)" in after
+    )
     assert "**Try it yourself.** " in text
     for named in set(re.findall(r"[Nn]otebooks? (\d\d)\b", text)) - {source.stem[:2]}:
         assert f"({named}_" in text, f"notebook {named} is named and nowhere linked"
@@ -214,7 +253,9 @@ def test_what_is_recorded_can_be_computed_again(source):
 
 def test_no_function_lives_in_two_places():
     found: dict[str, list[str]] = {}
-    package = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "dysigma").glob("*.py")]
+    package = [
+        ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "dysigma").glob("*.py")
+    ]
     for tree in [*package, *(code_of(convert(source).cells) for source in SOURCES)]:
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
@@ -240,7 +281,10 @@ def test_no_tricks(source):
 
 def test_the_map_lists_every_notebook_and_promises_none_that_is_here():
     table = (
-        (FOLDER / "00_start_here.py").read_text(encoding="utf-8").split("## The map")[1].split("**Three routes.**")[0]
+        (FOLDER / "00_start_here.py")
+        .read_text(encoding="utf-8")
+        .split("## The map")[1]
+        .split("**Three routes.**")[0]
     )
     for number in range(1, 11):
         row = next(line for line in table.splitlines() if re.match(rf"# \| \[?{number:02d} ", line))
@@ -258,16 +302,24 @@ def test_the_manifest_and_the_folder_agree():
     assert files == {f"{name}.{kind}" for name in manifest for kind in ("svg", "png")}
     for name, entry in manifest.items():
         for kind, digest in entry["sha256"].items():
-            assert hashlib.sha256((FIGURES / f"{name}.{kind}").read_bytes()).hexdigest() == digest, f"{name}.{kind}"
+            assert (
+                hashlib.sha256((FIGURES / f"{name}.{kind}").read_bytes()).hexdigest() == digest
+            ), f"{name}.{kind}"
         source = FOLDER / f"{entry['notebook']}.py"
-        assert source.read_text(encoding="utf-8").count(f'"{name}"') == 1, f"{name} is drawn once, by {source.name}"
+        assert source.read_text(encoding="utf-8").count(f'"{name}"') == 1, (
+            f"{name} is drawn once, by {source.name}"
+        )
 
 
 @every_notebook
 def test_every_figure_of_a_notebook_is_published(source):
     manifest = json.loads((FIGURES / "manifest.json").read_text(encoding="utf-8"))
-    drawn = [ast.literal_eval(call.args[1]) for call in calls(code_of(convert(source).cells), "show")]
-    assert drawn and sorted(drawn) == sorted(k for k, entry in manifest.items() if entry["notebook"] == source.stem)
+    drawn = [
+        ast.literal_eval(call.args[1]) for call in calls(code_of(convert(source).cells), "show")
+    ]
+    assert drawn and sorted(drawn) == sorted(
+        k for k, entry in manifest.items() if entry["notebook"] == source.stem
+    )
 
 
 # The tool itself.
@@ -294,7 +346,9 @@ fig, ax = plt.subplots(figsize=(1, 1))
 plots.show(fig, "07_dot", title="T", caption="C", alt="An empty square.", notebook="07_tiny")"""
 
 
-def test_build_writes_page_and_figures_beside_the_source_and_the_same_bytes_again(project, tmp_path):
+def test_build_writes_page_and_figures_beside_the_source_and_the_same_bytes_again(
+    project, tmp_path
+):
     stub, answer = "# %%\nx = ...\nprint(x)", '# %% tags=["solution"]\nx = 1\nprint(x)'
     source = project("07_tiny", "# %% [markdown]\n# # Title", PICTURE, stub, answer)
     build([source])
@@ -312,7 +366,10 @@ def test_build_writes_page_and_figures_beside_the_source_and_the_same_bytes_agai
     # The figure is renamed: the old one goes. Then the same source gives the same bytes.
     source.write_text(source.read_text().replace("07_dot", "07_point"))
     build([source])
-    assert sorted(path.name for path in (tmp_path / "figures").glob("*.*g")) == ["07_point.png", "07_point.svg"]
+    assert sorted(path.name for path in (tmp_path / "figures").glob("*.*g")) == [
+        "07_point.png",
+        "07_point.svg",
+    ]
     source.write_text(source.read_text().replace("07_point", "07_dot"))
     build([source])
     assert source.with_suffix(".ipynb").read_bytes() == first
@@ -333,7 +390,10 @@ def test_fast_and_student_builds_leave_the_published_page_alone(project, tmp_pat
 
 
 def test_a_failing_cell_is_named_the_others_still_run_and_nothing_is_written(project):
-    bad, good = project("07_bad", "# %%\n1 + 1", "# %%\nraise ValueError('seven')"), project("08_good", "# %%\n1 + 1")
+    bad, good = (
+        project("07_bad", "# %%\n1 + 1", "# %%\nraise ValueError('seven')"),
+        project("08_good", "# %%\n1 + 1"),
+    )
     with pytest.raises(NotebookError, match=r"07_bad\.py, code cell 2: ValueError: seven"):
         build([bad, good])
     assert not bad.with_suffix(".ipynb").exists()
@@ -346,17 +406,24 @@ def test_a_kernel_that_dies_is_a_failure_like_others(project):
 
 
 def test_an_interrupt_stops_the_kernel_and_says_where(project, tmp_path):
-    source = project("07_slow", "# %%\nimport pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(600)")
+    source = project(
+        "07_slow", "# %%\nimport pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(600)"
+    )
     command = [sys.executable, "-m", "dysigma", "notebooks", "--folder", source.parent]
     # Background jobs of a shell ignore SIGINT, and what they start inherits that.
     heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=heard)
+    running = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=heard
+    )
     while not (source.parent / "begun").exists():
         assert running.poll() is None
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
     said = running.communicate(timeout=60)[1].strip()
-    assert (running.returncode, said) == (130, "dysigma: interrupted in 07_slow.py; those before it are written")
+    assert (running.returncode, said) == (
+        130,
+        "dysigma: interrupted in 07_slow.py; those before it are written",
+    )
 
 
 def test_a_page_that_is_too_large_is_refused(project):
@@ -367,11 +434,21 @@ def test_a_page_that_is_too_large_is_refused(project):
 
 
 def test_normalise_keeps_results_and_drops_bars_paths_and_widgets(tmp_path):
-    bar = nbformat.v4.new_output("stream", name="stderr", text="\r 10%|#  | 1/9\r100%|####| 9/9 [00:01]\n")
-    warning = nbformat.v4.new_output("stream", name="stderr", text=f"{tmp_path}/dysigma/x.py:3: Warning\n")
-    widget = nbformat.v4.new_output("display_data", {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "w"})
-    value = nbformat.v4.new_output("execute_result", {"text/plain": f"PosixPath('{Path.home()}/x')"}, execution_count=1)
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", outputs=[bar, warning, widget, value])])
+    bar = nbformat.v4.new_output(
+        "stream", name="stderr", text="\r 10%|#  | 1/9\r100%|####| 9/9 [00:01]\n"
+    )
+    warning = nbformat.v4.new_output(
+        "stream", name="stderr", text=f"{tmp_path}/dysigma/x.py:3: Warning\n"
+    )
+    widget = nbformat.v4.new_output(
+        "display_data", {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "w"}
+    )
+    value = nbformat.v4.new_output(
+        "execute_result", {"text/plain": f"PosixPath('{Path.home()}/x')"}, execution_count=1
+    )
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell("1", outputs=[bar, warning, widget, value])]
+    )
     normalise(notebook, tmp_path)
     kept = notebook.cells[0].outputs
     assert [output.get("text") for output in kept] == ["dysigma/x.py:3: Warning\n", None]
@@ -396,7 +473,14 @@ def test_fast_mode_runs(tmp_path, name, solutions):
     before = {path: path.read_bytes() for path in [*FIGURES.iterdir(), *FOLDER.glob("*.ipynb")]}
     (source,) = find(FOLDER, [name])
     build([source], fast=True, out=tmp_path, solutions=solutions)
-    assert before == {path: path.read_bytes() for path in [*FIGURES.iterdir(), *FOLDER.glob("*.ipynb")]}
-    said = "".join(printed(cell) for cell in nbformat.read(tmp_path / f"{source.stem}.ipynb", as_version=4).cells)
+    assert before == {
+        path: path.read_bytes() for path in [*FIGURES.iterdir(), *FOLDER.glob("*.ipynb")]
+    }
+    said = "".join(
+        printed(cell)
+        for cell in nbformat.read(tmp_path / f"{source.stem}.ipynb", as_version=4).cells
+    )
     assert "short run" in said and "not attempted yet" in said and "not yet." not in said
-    assert ("correct." in said) == solutions, "the pages for a class are executed too, and hold no answer"
+    assert ("correct." in said) == solutions, (
+        "the pages for a class are executed too, and hold no answer"
+    )

@@ -18,10 +18,14 @@ class GaussianDenoiser(nn.Module):
         self.schedule, self.std, self.prediction_type = schedule, std, prediction_type
 
     def forward(self, x_t, timesteps):
-        alpha, sigma = (c[timesteps].view(-1, 1) for c in (self.schedule.alpha, self.schedule.sigma))
+        alpha, sigma = (
+            c[timesteps].view(-1, 1) for c in (self.schedule.alpha, self.schedule.sigma)
+        )
         x0 = alpha * self.std**2 / (alpha**2 * self.std**2 + sigma**2) * x_t
         noise = (x_t - alpha * x0) / sigma
-        return {"sample": x0, "epsilon": noise, "v_prediction": alpha * noise - sigma * x0}[self.prediction_type]
+        return {"sample": x0, "epsilon": noise, "v_prediction": alpha * noise - sigma * x0}[
+            self.prediction_type
+        ]
 
 
 def draws(size=512):
@@ -37,12 +41,16 @@ def test_losses_of_the_three_types_differ_by_the_snr_factors():
     schedule = NoiseSchedule.linear()
     x0, noise, timesteps = draws()
     losses = {
-        kind: sample_losses(GaussianDenoiser(schedule, 0.5, kind), schedule, x0, noise, timesteps, kind).double()
+        kind: sample_losses(
+            GaussianDenoiser(schedule, 0.5, kind), schedule, x0, noise, timesteps, kind
+        ).double()
         for kind in ("sample", "epsilon", "v_prediction")
     }
     snr = schedule.log_snr[timesteps].exp()
     torch.testing.assert_close(losses["epsilon"], snr * losses["sample"], rtol=2e-2, atol=1e-6)
-    torch.testing.assert_close(losses["v_prediction"], (1 + snr) * losses["sample"], rtol=2e-2, atol=1e-6)
+    torch.testing.assert_close(
+        losses["v_prediction"], (1 + snr) * losses["sample"], rtol=2e-2, atol=1e-6
+    )
 
 
 def test_the_optimal_denoiser_attains_the_known_minimum():
@@ -50,7 +58,9 @@ def test_the_optimal_denoiser_attains_the_known_minimum():
     x0, noise, _ = draws(4096)
     for t in (50, 300, 900):
         timesteps = torch.full((4096,), t)
-        loss = sample_losses(GaussianDenoiser(schedule, 0.5, "sample"), schedule, x0, noise, timesteps, "sample").mean()
+        loss = sample_losses(
+            GaussianDenoiser(schedule, 0.5, "sample"), schedule, x0, noise, timesteps, "sample"
+        ).mean()
         expected = 1 / (float(schedule.log_snr[t].exp()) + 1 / 0.5**2)
         assert math.isclose(float(loss), expected, rel_tol=0.02)
 
@@ -60,7 +70,11 @@ def test_losses_are_unreduced_and_float32_under_autocast():
     schedule = NoiseSchedule.cosine(10)
     with torch.autocast("cpu", torch.bfloat16):
         losses = sample_losses(
-            lambda x, t: model(x), schedule, torch.rand(4, 1, 8, 8), torch.randn(4, 1, 8, 8), torch.arange(4)
+            lambda x, t: model(x),
+            schedule,
+            torch.rand(4, 1, 8, 8),
+            torch.randn(4, 1, 8, 8),
+            torch.arange(4),
         )
     assert losses.shape == (4,) and losses.dtype == torch.float32
 

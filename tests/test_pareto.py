@@ -89,7 +89,9 @@ def test_min_norm_does_not_depend_on_the_unit():
     rows = jacobian("aligned", np.random.default_rng(3), 6, 9)
     weights = pareto.min_norm_weights(rows @ rows.T)
     for scale in (1e-30, 1e30):
-        np.testing.assert_allclose(pareto.min_norm_weights(scale * rows @ rows.T), weights, atol=1e-9)
+        np.testing.assert_allclose(
+            pareto.min_norm_weights(scale * rows @ rows.T), weights, atol=1e-9
+        )
 
 
 def test_tensors_in_tensors_out():
@@ -132,8 +134,12 @@ def test_stationarity_of_built_jacobians():
     shift = np.zeros(40)
     shift[0] = 10
     rows[:, 0] = 0
-    assert pareto.stationarity((rows + shift) @ (rows + shift).T) >= 10  # every combination has length >= 10
-    np.testing.assert_allclose(pareto.stationarity(4 * np.eye(9)), 2 / 3)  # K orthogonal gradients of length 2
+    assert (
+        pareto.stationarity((rows + shift) @ (rows + shift).T) >= 10
+    )  # every combination has length >= 10
+    np.testing.assert_allclose(
+        pareto.stationarity(4 * np.eye(9)), 2 / 3
+    )  # K orthogonal gradients of length 2
 
 
 def test_held_out_stationarity_has_no_noise_floor():
@@ -173,7 +179,11 @@ def test_hypervolume_agrees_with_moocore(m):
     rng = np.random.default_rng(m)
     sphere = rng.random((60, m))
     sphere /= np.linalg.norm(sphere, axis=1, keepdims=True)
-    for points, corner in ((sphere, 1.1), (sphere, 0.8), (rng.integers(0, 5, (40, m)).astype(float), 3.0)):
+    for points, corner in (
+        (sphere, 1.1),
+        (sphere, 0.8),
+        (rng.integers(0, 5, (40, m)).astype(float), 3.0),
+    ):
         expected = moocore.hypervolume(points, ref=[corner] * m)
         assert pareto.hypervolume(points, [corner] * m) == pytest.approx(expected, rel=1e-12)
 
@@ -202,11 +212,15 @@ def test_bad_points_are_refused(points, reference, message):
 
 def test_knee():
     angles = np.linspace(0, np.pi / 2, 9)
-    arc = 1 - np.stack([np.sin(angles), np.cos(angles)], 1)  # bulges towards the utopia point (0, 0)
+    arc = 1 - np.stack(
+        [np.sin(angles), np.cos(angles)], 1
+    )  # bulges towards the utopia point (0, 0)
     assert pareto.knee(arc) == 4
     assert pareto.knee(arc * [1000, 1] + [5, -3]) == 4
     assert pareto.knee(np.vstack([arc, [[0.9, 0.9]]])) == 4
-    assert pareto.knee(np.column_stack([arc, np.full(9, 7)])) == 4, "an objective without a span says nothing"
+    assert pareto.knee(np.column_stack([arc, np.full(9, 7)])) == 4, (
+        "an objective without a span says nothing"
+    )
 
 
 def test_attainment_agrees_with_moocore():

@@ -13,7 +13,12 @@ import matplotlib.pyplot as plt
 
 from dysigma import plots
 
-TEXTS = {"title": "A title", "caption": "A conclusion.", "alt": "A rising line.", "notebook": "03_snr_weightings"}
+TEXTS = {
+    "title": "A title",
+    "caption": "A conclusion.",
+    "alt": "A rising line.",
+    "notebook": "03_snr_weightings",
+}
 
 
 @pytest.fixture
@@ -33,12 +38,18 @@ def test_equal_data_give_equal_bytes_and_the_manifest_says_so(tmp_path):
         plots.save_figure(fig, "03_lines", **TEXTS, folder=tmp_path / folder)
         plt.close(fig)
     for kind in ("svg", "png"):
-        first, second = ((tmp_path / folder / f"03_lines.{kind}").read_bytes() for folder in ("a", "b"))
+        first, second = (
+            (tmp_path / folder / f"03_lines.{kind}").read_bytes() for folder in ("a", "b")
+        )
         assert first == second
         manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
         assert manifest["03_lines"]["sha256"][kind] == hashlib.sha256(first).hexdigest()
     assert {key: manifest["03_lines"][key] for key in TEXTS} == TEXTS
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["03_lines.png", "03_lines.svg", "manifest.json"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "03_lines.png",
+        "03_lines.svg",
+        "manifest.json",
+    ]
 
 
 def test_the_files_carry_their_texts(tmp_path, ax):
@@ -102,7 +113,9 @@ def test_show_gives_the_reader_alt_text_and_caption(monkeypatch, tmp_path, ax):
 def test_series_differ_without_colour(ax):
     plots.trajectories(ax, np.arange(20), {str(i): np.arange(20.0) + i for i in range(10)})
     assert len({line.get_marker() for line in ax.lines}) == 10
-    assert sum(line.get_linestyle() == "-" for line in ax.lines) == 2, "five dashes, then again from the first"
+    assert sum(line.get_linestyle() == "-" for line in ax.lines) == 2, (
+        "five dashes, then again from the first"
+    )
 
 
 def test_the_band_is_the_t_interval_of_the_mean(ax):
@@ -110,14 +123,16 @@ def test_the_band_is_the_t_interval_of_the_mean(ax):
     band = ax.collections[0].get_paths()[0].vertices
     at_zero = band[band[:, 0] == 0][:, 1]
     # By hand: mean 2, standard deviation 1, three seeds, t quantile 4.3027 with 2 degrees of freedom.
-    assert (at_zero.min(), at_zero.max()) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
+    assert (at_zero.min(), at_zero.max()) == pytest.approx(
+        (2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4
+    )
     assert ax.lines[0].get_ydata() == pytest.approx([2, 6])
 
 
 def test_interval_by_hand():
-    mean, half = plots.interval([[1.0, 4.0], [3.0, 4.0], [2.0, 4.0]])
+    mean, half = plots.t_interval([[1.0, 4.0], [3.0, 4.0], [2.0, 4.0]])
     assert mean == pytest.approx([2, 4]) and half == pytest.approx([4.3027 / 3**0.5, 0], abs=1e-4)
-    assert np.isnan(plots.interval([7.0])[1]), "one seed has no interval"
+    assert np.isnan(plots.t_interval([7.0])[1]), "one seed has no interval"
 
 
 def test_log_series_are_averaged_geometrically(ax):
@@ -132,7 +147,9 @@ def test_lengths_that_disagree_are_named(ax):
 
 
 def test_weight_curves_leave_out_only_the_step_without_snr(ax):
-    plots.weight_curves(ax, torch.tensor([2.0, 0.0, -torch.inf]), {"a": torch.tensor([0.1, 0.5, 7.0])})
+    plots.weight_curves(
+        ax, torch.tensor([2.0, 0.0, -torch.inf]), {"a": torch.tensor([0.1, 0.5, 7.0])}
+    )
     assert ax.lines[0].get_xdata().tolist() == [2, 0]
     assert ax.lines[0].get_ydata() == pytest.approx([0.1, 0.5])
 
@@ -141,7 +158,9 @@ def test_unknown_cells_are_hatched_not_coloured(ax):
     plots.heatmap(ax, [[1.0, -0.4], [np.nan, 1.0]])
     assert ax.images[0].get_array().mask.tolist() == [[False, False], [True, False]]
     (hatched,) = (patch for patch in ax.collections if patch.get_hatch())
-    assert hatched.get_datalim(ax.transData).bounds == pytest.approx((-0.5, 0.5, 1, 1)), "row 1, column 0"
+    assert hatched.get_datalim(ax.transData).bounds == pytest.approx((-0.5, 0.5, 1, 1)), (
+        "row 1, column 0"
+    )
     assert [text.get_text() for text in ax.texts] == ["1.00", "\N{MINUS SIGN}0.40", "1.00"]
 
 

@@ -22,12 +22,22 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAKEFILE = (ROOT / "Makefile").read_text()
 INSTALL = '-e ".[notebooks,test]"'
 EXTRAS = PROJECT["project"]["optional-dependencies"]
-REQUIREMENTS = [*PROJECT["project"]["dependencies"], *(line for extra in EXTRAS.values() for line in extra)]
+REQUIREMENTS = [
+    *PROJECT["project"]["dependencies"],
+    *(line for extra in EXTRAS.values() for line in extra),
+]
 
 
 def pins() -> dict[str, Version]:
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
-    return {canonicalize_name(name): Version(version) for name, version in (line.split("==") for line in lines)}
+    lines = [
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
+    return {
+        canonicalize_name(name): Version(version)
+        for name, version in (line.split("==") for line in lines)
+    }
 
 
 def closure(lines: list[str]) -> set[str]:
@@ -61,7 +71,11 @@ def test_conda_environment_adds_only_python_to_pyproject():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     python = PROJECT["project"]["requires-python"].removeprefix(">=")
     assert environment["channels"] == ["conda-forge", "nodefaults"]
-    assert environment["dependencies"] == [f"python={python}", "pip", {"pip": [INSTALL.replace('"', "")]}]
+    assert environment["dependencies"] == [
+        f"python={python}",
+        "pip",
+        {"pip": [INSTALL.replace('"', "")]},
+    ]
     assert INSTALL in MAKEFILE
     assert {"notebooks", "test"} <= set(EXTRAS)
 
@@ -86,11 +100,20 @@ def test_pins_are_public_releases():
 
 
 def test_all_that_make_installs_is_pinned():
-    installed = {canonicalize_name(d.name): Version(d.version).public for d in importlib.metadata.distributions()}
-    other = [name for name, version in pins().items() if installed.get(name, str(version)) != str(version)]
+    installed = {
+        canonicalize_name(d.name): Version(d.version).public
+        for d in importlib.metadata.distributions()
+    }
+    other = [
+        name
+        for name, version in pins().items()
+        if installed.get(name, str(version)) != str(version)
+    ]
     if other:
         pytest.skip(f"not the tested set of versions: {other}")
-    brought = closure([*PROJECT["project"]["dependencies"], *EXTRAS["notebooks"], *EXTRAS["test"], *EXTRAS["moo"]])
+    brought = closure(
+        [*PROJECT["project"]["dependencies"], *EXTRAS["notebooks"], *EXTRAS["test"], *EXTRAS["moo"]]
+    )
     assert {"torch", "sympy", "pyzmq", "quadprog"} <= brought  # the walk went deep
     assert not brought - set(pins())
 
@@ -101,15 +124,21 @@ def test_the_lowest_versions_are_the_bounds_of_pyproject():
     ranges = {r.name: r.specifier for r in map(Requirement, REQUIREMENTS) if r.name != "dysigma"}
     for name, version in bounds.items():
         assert version in ranges[name] and f">={version}" in {str(part) for part in ranges[name]}
-    assert set(bounds) == set(ranges) - {Requirement(line).name for line in EXTRAS["docs"]} - {"torch"}
+    assert set(bounds) == set(ranges) - {Requirement(line).name for line in EXTRAS["docs"]} - {
+        "torch"
+    }
 
 
 def recipes() -> dict[str, list[str]]:
     """target -> the commands that it runs once set up, without what only make needs."""
     found: dict[str, list[str]] = {}
-    for target, body in re.findall(r"^([a-z]+):[^\n]*##[^\n]*\n((?:\t[^\n]*\n)*)", MAKEFILE, re.MULTILINE):
+    for target, body in re.findall(
+        r"^([a-z]+):[^\n]*##[^\n]*\n((?:\t[^\n]*\n)*)", MAKEFILE, re.MULTILINE
+    ):
         commands = re.findall(r"^\t\$\(BIN\)/(.*)$", body, re.MULTILINE)
-        found[target] = [re.sub(r" \$\(\w+\)", "", command).replace("python -m ", "") for command in commands]
+        found[target] = [
+            re.sub(r" \$\(\w+\)", "", command).replace("python -m ", "") for command in commands
+        ]
     return found
 
 
@@ -117,7 +146,9 @@ def recipes() -> dict[str, list[str]]:
 def test_readme_gives_each_target_as_plain_commands(target):
     readme = (ROOT / "README.md").read_text()
     assert f"make {target}" in readme
-    commands = [f"pip install -c constraints.txt {INSTALL}"] if target == "setup" else recipes()[target]
+    commands = (
+        [f"pip install -c constraints.txt {INSTALL}"] if target == "setup" else recipes()[target]
+    )
     assert commands
     missing = [command for command in commands if command not in readme.replace("python -m ", "")]
     assert not missing
@@ -132,7 +163,11 @@ def test_every_target_is_listed_by_help_and_declared_phony():
 def test_citation_names_the_paper_and_what_this_is():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     (paper,) = citation["references"]
-    assert (citation["cff-version"], citation["title"], citation["type"]) == ("1.2.0", "dysigma", "software")
+    assert (citation["cff-version"], citation["title"], citation["type"]) == (
+        "1.2.0",
+        "dysigma",
+        "software",
+    )
     assert citation["license"] == PROJECT["project"]["license"] == "MIT"
     assert (ROOT / "LICENSE").read_text().startswith("MIT License")
     assert paper["title"].startswith("Dy-Sigma: ")
@@ -148,7 +183,11 @@ def test_ci_runs_what_the_reader_runs():
 
 
 def test_notebooks_and_records_show_no_machine_paths():
-    files = [*ROOT.glob("notebooks/**/*.ipynb"), *ROOT.glob("data/**/*.json"), *ROOT.glob("figures/*.json")]
+    files = [
+        *ROOT.glob("notebooks/**/*.ipynb"),
+        *ROOT.glob("data/**/*.json"),
+        *ROOT.glob("figures/*.json"),
+    ]
     pattern = re.compile(r"/(root|home|Users|work)/")
     found = [str(path.relative_to(ROOT)) for path in files if pattern.search(path.read_text())]
     assert not found

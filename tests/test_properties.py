@@ -51,11 +51,16 @@ def schedules(draw: Any, last_zero: bool = False) -> NoiseSchedule:
 
 @few
 @given(schedules(), st.sampled_from(["epsilon", "sample", "v_prediction"]), st.integers(0, 2**31))
-def test_noising_and_targets_are_undone_by_algebra(schedule: NoiseSchedule, kind: str, seed: int) -> None:
+def test_noising_and_targets_are_undone_by_algebra(
+    schedule: NoiseSchedule, kind: str, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     timesteps = torch.randint(schedule.num_timesteps, (5,), generator=generator)
     x0, noise = torch.randn(2, 5, 2, 3, 3, generator=generator, dtype=torch.float64)
-    x_t, target = schedule.add_noise(x0, noise, timesteps), schedule.target(x0, noise, timesteps, kind)
+    x_t, target = (
+        schedule.add_noise(x0, noise, timesteps),
+        schedule.target(x0, noise, timesteps, kind),
+    )
     bar = schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     alpha, sigma = bar.sqrt(), (1 - bar).sqrt()
     torch.testing.assert_close(x_t, alpha * x0 + sigma * noise, rtol=1e-6, atol=1e-6)
@@ -69,7 +74,9 @@ def test_noising_and_targets_are_undone_by_algebra(schedule: NoiseSchedule, kind
 
 @few
 @given(st.sampled_from([*SCHEDULES]), st.integers(2, 300), st.booleans())
-def test_every_named_schedule_falls_and_survives_diffusers(name: str, num_timesteps: int, zero: bool) -> None:
+def test_every_named_schedule_falls_and_survives_diffusers(
+    name: str, num_timesteps: int, zero: bool
+) -> None:
     schedule = make_schedule(name, num_timesteps, zero_terminal_snr=zero)
     assert (schedule.log_snr.diff() < 0).all() and schedule.log_snr[:-1].isfinite().all()
     assert schedule.log_snr[-1].isneginf() == zero
@@ -86,13 +93,21 @@ def test_bin_means_are_those_of_a_loop(sizes: tuple[int, int], data: Any) -> Non
     num_timesteps, num_bins = sizes
     bins = Bins.uniform(num_timesteps, num_bins)
     timesteps = data.draw(st.lists(st.integers(0, num_timesteps - 1), max_size=30))
-    values = data.draw(st.lists(st.floats(-1e3, 1e3), min_size=len(timesteps), max_size=len(timesteps)))
-    means, counts = bins.mean(torch.tensor(values, dtype=torch.float64), torch.tensor(timesteps, dtype=torch.int64))
+    values = data.draw(
+        st.lists(st.floats(-1e3, 1e3), min_size=len(timesteps), max_size=len(timesteps))
+    )
+    means, counts = bins.mean(
+        torch.tensor(values, dtype=torch.float64), torch.tensor(timesteps, dtype=torch.int64)
+    )
     edges = bins.edges.tolist()
     for k in range(num_bins):
         inside = [v for v, t in zip(values, timesteps, strict=True) if edges[k] <= t < edges[k + 1]]
         assert counts[k] == len(inside)
-        assert math.isnan(means[k]) if not inside else math.isclose(means[k], np.mean(inside), abs_tol=1e-9)
+        assert (
+            math.isnan(means[k])
+            if not inside
+            else math.isclose(means[k], np.mean(inside), abs_tol=1e-9)
+        )
     spread = bins.interpolation()
     torch.testing.assert_close(spread.sum(1), torch.ones(num_timesteps))
     assert (spread >= 0).all()
@@ -101,16 +116,23 @@ def test_bin_means_are_those_of_a_loop(sizes: tuple[int, int], data: Any) -> Non
 # --- weightings -------------------------------------------------------------------------------------------------------
 
 KINDS = st.sampled_from(["epsilon", "sample", "v_prediction"])
-LEARNING = {name: {"bins": 2} for name in ("uncertainty", "dy-sigma", "loss-balance", "variance-aware", "ugd")}
+LEARNING = {
+    name: {"bins": 2}
+    for name in ("uncertainty", "dy-sigma", "loss-balance", "variance-aware", "ugd")
+}
 
 
 @few
 @given(schedules(), st.sampled_from([*PREDEFINED]), KINDS)
-def test_a_predefined_weight_is_one_function_on_three_scales(schedule: NoiseSchedule, name: str, kind: str) -> None:
+def test_a_predefined_weight_is_one_function_on_three_scales(
+    schedule: NoiseSchedule, name: str, kind: str
+) -> None:
     own = make_weighting(name, schedule, kind, normalize=False).weights().double()
     x0 = make_weighting(name, schedule, "sample", normalize=False).weights().double()
     snr = schedule.log_snr.exp()
-    factor = {"epsilon": 1 / snr, "sample": torch.ones_like(snr), "v_prediction": 1 / (1 + snr)}[kind]
+    factor = {"epsilon": 1 / snr, "sample": torch.ones_like(snr), "v_prediction": 1 / (1 + snr)}[
+        kind
+    ]
     torch.testing.assert_close(own, x0 * factor, rtol=1e-4, atol=1e-30)
     assert (own >= 0).all()
     normal = make_weighting(name, schedule, kind).weights().double()
@@ -119,7 +141,9 @@ def test_a_predefined_weight_is_one_function_on_three_scales(schedule: NoiseSche
 
 @few
 @given(schedules(last_zero=True), st.sampled_from([*PREDEFINED, *LEARNING]), KINDS)
-def test_pure_noise_has_a_weight_or_a_refusal(schedule: NoiseSchedule, name: str, kind: str) -> None:
+def test_pure_noise_has_a_weight_or_a_refusal(
+    schedule: NoiseSchedule, name: str, kind: str
+) -> None:
     params = LEARNING.get(name, {})
     if kind == "epsilon":
         with pytest.raises(ValueError, match="no weight where SNR = 0"):
@@ -128,12 +152,16 @@ def test_pure_noise_has_a_weight_or_a_refusal(schedule: NoiseSchedule, name: str
         assert make_weighting(name, schedule, kind, **params).weights().isfinite().all()
 
 
-BATCH = st.lists(st.tuples(st.floats(0, 1e4, width=32), st.integers(0, 19)), min_size=1, max_size=12)
+BATCH = st.lists(
+    st.tuples(st.floats(0, 1e4, width=32), st.integers(0, 19)), min_size=1, max_size=12
+)
 
 
 @few
 @given(BATCH, st.sampled_from([*PREDEFINED, *LEARNING]), st.randoms(use_true_random=False))
-def test_a_batch_is_a_set_and_its_loss_a_weighted_mean(batch: list[tuple[float, int]], name: str, random: Any) -> None:
+def test_a_batch_is_a_set_and_its_loss_a_weighted_mean(
+    batch: list[tuple[float, int]], name: str, random: Any
+) -> None:
     outcomes = []
     for samples in (batch, random.sample(batch, len(batch))):
         weighting = make_weighting(name, NoiseSchedule.linear(20), **LEARNING.get(name, {}))
@@ -142,17 +170,27 @@ def test_a_batch_is_a_set_and_its_loss_a_weighted_mean(batch: list[tuple[float, 
         before = weighting.weights()[timesteps]
         loss = weighting(losses, timesteps)
         loss.backward()
-        torch.testing.assert_close(loss.detach(), (before * losses.detach()).mean(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            loss.detach(), (before * losses.detach()).mean(), rtol=1e-5, atol=1e-6
+        )
         torch.testing.assert_close(losses.grad, before / len(samples), rtol=1e-5, atol=1e-7)
-        outcomes.append((loss.detach(), weighting.weights(), *(p.grad for p in weighting.parameters())))
+        outcomes.append(
+            (loss.detach(), weighting.weights(), *(p.grad for p in weighting.parameters()))
+        )
     for one, other in zip(*outcomes, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @few
-@given(st.floats(1e-6, 1e6), st.floats(1e-3, 1e3), st.sampled_from(["anchored", "excess", "conflict"]))
-def test_an_anchored_log_variance_rests_where_its_slope_is_zero(z: float, kappa: float, variant: str) -> None:
-    weighting = DySigma(Setting(NoiseSchedule.linear(20)), variant=variant, kappa=kappa, bins=4, clamp=80.0)
+@given(
+    st.floats(1e-6, 1e6), st.floats(1e-3, 1e3), st.sampled_from(["anchored", "excess", "conflict"])
+)
+def test_an_anchored_log_variance_rests_where_its_slope_is_zero(
+    z: float, kappa: float, variant: str
+) -> None:
+    weighting = DySigma(
+        Setting(NoiseSchedule.linear(20)), variant=variant, kappa=kappa, bins=4, clamp=80.0
+    )
     s = float(weighting.fixed_point(torch.tensor([z]))[0])
     assert abs(1 + kappa * s - z * math.exp(-s)) < 1e-5 * (1 + kappa * abs(s))
     assert s >= -1 / kappa  # so no weight grows by more than e^(1 / kappa)
@@ -160,18 +198,25 @@ def test_an_anchored_log_variance_rests_where_its_slope_is_zero(z: float, kappa:
 
 @few
 @given(hnp.arrays(float, st.integers(2, 12), elements=st.floats(1e-3, 1e3)), st.floats(1e-2, 1e2))
-def test_statistics_of_weights_do_not_see_a_common_factor(weights: np.ndarray, factor: float) -> None:
+def test_statistics_of_weights_do_not_see_a_common_factor(
+    weights: np.ndarray, factor: float
+) -> None:
     w = torch.from_numpy(weights)
     size, scaled = (float(effective_sample_size(x)) for x in (w, factor * w))
     assert 1 / len(w) - 1e-9 <= size <= 1 + 1e-9 and math.isclose(size, scaled, rel_tol=1e-9)
     assert share_changed(factor * w, w) == 0
     steps = torch.stack([w, 2 * w, 3 * w])
     torch.testing.assert_close(fluctuation(steps), fluctuation(factor * steps))
-    torch.testing.assert_close(fluctuation(steps), torch.full_like(w, 0.5))  # of 1, 2, 3: standard deviation 1, mean 2
+    torch.testing.assert_close(
+        fluctuation(steps), torch.full_like(w, 0.5)
+    )  # of 1, 2, 3: standard deviation 1, mean 2
 
 
 @few
-@given(st.lists(st.floats(0, 1, exclude_max=True, width=32), min_size=1, max_size=20), st.sampled_from([*DENSITIES]))
+@given(
+    st.lists(st.floats(0, 1, exclude_max=True, width=32), min_size=1, max_size=20),
+    st.sampled_from([*DENSITIES]),
+)
 def test_a_sampler_inverts_its_own_distribution(u: list[float], name: str) -> None:
     sampler = make_sampler(name, NoiseSchedule.linear(30))
     timesteps, importance = sampler(torch.tensor(u))
@@ -184,9 +229,13 @@ def test_a_sampler_inverts_its_own_distribution(u: list[float], name: str) -> No
 
 # --- pareto -----------------------------------------------------------------------------------------------------------
 
-GRADIENTS = hnp.arrays(float, st.tuples(st.integers(1, 6), st.integers(1, 5)), elements=st.integers(-4, 4).map(float))
+GRADIENTS = hnp.arrays(
+    float, st.tuples(st.integers(1, 6), st.integers(1, 5)), elements=st.integers(-4, 4).map(float)
+)
 CORNERS = st.integers(2, 3).flatmap(
-    lambda m: hnp.arrays(np.int64, st.tuples(st.integers(1, 5), st.just(m)), elements=st.integers(0, 5))
+    lambda m: hnp.arrays(
+        np.int64, st.tuples(st.integers(1, 5), st.just(m)), elements=st.integers(0, 5)
+    )
 )
 
 
@@ -231,7 +280,12 @@ def test_dominance_and_volume_are_those_of_counting_cells(points: np.ndarray) ->
 # --- configurations ---------------------------------------------------------------------------------------------------
 
 ANY = (
-    st.none() | st.booleans() | st.integers(-3, 10**20) | st.floats() | st.text(max_size=4) | st.sampled_from([[], {}])
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 10**20)
+    | st.floats()
+    | st.text(max_size=4)
+    | st.sampled_from([[], {}])
 )
 FIELDS = TrainConfig().to_dict()
 VALID = st.fixed_dictionaries(
@@ -271,6 +325,9 @@ def test_any_configuration_is_taken_whole_or_refused_by_name(values: dict[str, A
 @given(VALID, st.sampled_from([*FIELDS]))
 def test_differences_name_what_differs(values: dict[str, Any], name: str) -> None:
     saved = TrainConfig(**values).to_dict()
-    for given_name, expected in ((name, name if name not in ("device", "data_root") else ""), ("new field", "")):
+    for given_name, expected in (
+        (name, name if name not in ("device", "data_root") else ""),
+        ("new field", ""),
+    ):
         text = differences(saved, saved | {given_name: "other"})
         assert text.startswith(expected) and (bool(text) == bool(expected))

@@ -10,9 +10,15 @@ import time
 import pytest
 import torch
 
-from dysigma.cli import main
-from dysigma.exact import GaussianField, OptimalDenoiser, field_floor, field_variances, gaussian_fields
-from dysigma.race import Race, load_race, race
+from dysigma.cli.main import main
+from dysigma.exact import (
+    GaussianField,
+    OptimalDenoiser,
+    field_floor,
+    field_variances,
+    gaussian_fields,
+)
+from dysigma.lab.race import Race, load_race, race
 from dysigma.runs import RunError, load_run
 from dysigma.schedule import NoiseSchedule
 
@@ -37,7 +43,9 @@ def test_a_race_records_every_entry_once_and_goes_on_where_it_stopped(tmp_path):
     records.write_text("\n".join(lines[:2]) + "\n" + lines[2][:50])
     race(spec, tmp_path, progress=False)
     table = load_race(tmp_path)
-    assert sorted(zip(table.arm, table.seed, strict=True)) == [(a, s) for a in ("const-eps", "min-snr") for s in (0, 1)]
+    assert sorted(zip(table.arm, table.seed, strict=True)) == [
+        (a, s) for a in ("const-eps", "min-snr") for s in (0, 1)
+    ]
     assert not any((tmp_path / "entries").iterdir())
     first = {(r.arm, r.seed): r.validation_losses[0] for r in table.itertuples()}
     # Paired: before the first step two arms with one seed are the same network; two seeds are not.
@@ -55,7 +63,9 @@ def test_an_entry_that_fails_ends_the_race_and_the_others_wait_for_the_next_call
     with pytest.raises(RunError, match="another configuration"):
         race(spec, tmp_path, progress=False)
     # A worker goes on until the race has heard of the failure, which a busy machine delays.
-    assert len(list((tmp_path / "entries").iterdir())) < 7, "entries that had not begun must not begin"
+    assert len(list((tmp_path / "entries").iterdir())) < 7, (
+        "entries that had not begun must not begin"
+    )
     foreign.joinpath("config.json").unlink()
     foreign.rmdir()
     race(spec, tmp_path, progress=False)
@@ -79,8 +89,18 @@ def test_stopping_a_race_leaves_other_processes_of_the_caller_alone(tmp_path, mo
 
 
 def test_a_stopped_race_saves_and_the_workers_of_a_killed_one_end_with_it(tmp_path):
-    (tmp_path / "spec.json").write_text(json.dumps(SPEC | {"base": SPEC["base"] | {"images": 10**7}}))
-    command = [sys.executable, "-m", "dysigma", "race", str(tmp_path / "spec.json"), "--out", str(tmp_path / "out")]
+    (tmp_path / "spec.json").write_text(
+        json.dumps(SPEC | {"base": SPEC["base"] | {"images": 10**7}})
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "dysigma",
+        "race",
+        str(tmp_path / "spec.json"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     metrics = tmp_path / "out" / "entries" / "0000" / "metrics.jsonl"
 
     def begin():
@@ -118,7 +138,9 @@ def die(*_):
 
 def test_a_training_killed_from_outside_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("dysigma.race._run_entry", die)
-    with pytest.raises(RunError, match=r"a training of .* was ended from outside; go on with the same command"):
+    with pytest.raises(
+        RunError, match=r"a training of .* was ended from outside; go on with the same command"
+    ):
         race(Race.from_dict(SPEC), tmp_path, progress=False)
 
 
@@ -138,7 +160,11 @@ def test_a_folder_of_another_race_is_refused(tmp_path):
         ({"extra": 1}, ValueError, "must have exactly name"),
         ({"arms": {"a": {"weighting": "min-srn"}}}, KeyError, "min-snr"),
         ({"arms": {"a": {"wieghting": "min-snr"}}}, KeyError, "wieghting"),
-        ({"arms": {"a": {"weighting": "min-snr", "weighting_params": {"gama": 1}}}}, ValueError, "gama"),
+        (
+            {"arms": {"a": {"weighting": "min-snr", "weighting_params": {"gama": 1}}}},
+            ValueError,
+            "gama",
+        ),
     ],
 )
 def test_a_bad_specification_is_refused_before_anything_runs(change, error, message):
@@ -172,7 +198,9 @@ def test_the_floor_of_gaussian_fields_is_what_the_wiener_filter_loses():
     assert abs(measured / float(field_floor(schedule)[t]) - 1) < 0.02
     snr = schedule.log_snr.exp()
     torch.testing.assert_close(field_floor(schedule, "sample") * snr, field_floor(schedule))
-    torch.testing.assert_close(field_floor(schedule, "sample") * (1 + snr), field_floor(schedule, "v"))
+    torch.testing.assert_close(
+        field_floor(schedule, "sample") * (1 + snr), field_floor(schedule, "v")
+    )
 
 
 def test_fields_of_a_split_extend_and_splits_differ():

@@ -16,7 +16,7 @@ import torch
 from faults import BASE, CONTEXT, begin
 
 from dysigma import training
-from dysigma.cli import main
+from dysigma.cli.main import main
 from dysigma.runs import load_checkpoint, load_run, read_metrics
 from dysigma.training import build, load_split, train
 
@@ -33,7 +33,9 @@ def run_rank(rank, count, out, stop):
     """Train as one rank of `count`, until a signal to the last one after `stop` steps; leaves all its state by out."""
     begin()
     meeting = out.with_suffix(f".{count}-{stop}")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=count
+    )
     states, build_state = [], training.build
 
     def kept_build(*args):
@@ -52,14 +54,18 @@ def run_rank(rank, count, out, stop):
 
 
 def run_ranks(count, out, stop=None):
-    ranks = [CONTEXT.Process(target=run_rank, args=(rank, count, out, stop)) for rank in range(count)]
+    ranks = [
+        CONTEXT.Process(target=run_rank, args=(rank, count, out, stop)) for rank in range(count)
+    ]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join()
     assert [process.exitcode for process in ranks] == [0] * count
     states = [torch.load(out.with_suffix(f".{rank}")) for rank in range(count)]
-    assert all(torch.equal(state[name], states[0][name]) for state in states for name in states[0]), "ranks drifted"
+    assert all(
+        torch.equal(state[name], states[0][name]) for state in states for name in states[0]
+    ), "ranks drifted"
 
 
 def test_1_2_and_4_ranks_agree_over_100_steps_and_after_resuming_with_another_number(tmp_path):
@@ -72,28 +78,46 @@ def test_1_2_and_4_ranks_agree_over_100_steps_and_after_resuming_with_another_nu
     train(CONFIG, tmp_path / "four-one", resume=True, progress=False, finish=False)
 
     start = build(CONFIG, load_split(CONFIG, "train", torch.device("cpu"))).state_dict()[0]
-    ends = {name: load_checkpoint(tmp_path / name / "checkpoint") for name in ("one", "two", "four", "four-one")}
+    ends = {
+        name: load_checkpoint(tmp_path / name / "checkpoint")
+        for name in ("one", "two", "four", "four-one")
+    }
     rows = {name: read_metrics(tmp_path / name / "metrics.jsonl") for name in ends}
     for name, (step, end, _) in ends.items():
-        assert step == STEPS and [row["step"] for row in rows[name]] == [row["step"] for row in rows["one"]]
+        assert step == STEPS and [row["step"] for row in rows[name]] == [
+            row["step"] for row in rows["one"]
+        ]
         for part in ("model", "ema", "weighting", "sampler"):
             names = [key for key in start if key.startswith(part)]
             off, moved = (sum(float((end[key] - of[key]).double().square().sum()) for key in names) ** 0.5
                           for of in (ends["one"][1], start))  # fmt: skip
-            assert moved > 0 and off <= 1e-3 * moved, f"{name}: {part} is {off / moved:.1e} of its way off"
+            assert moved > 0 and off <= 1e-3 * moved, (
+                f"{name}: {part} is {off / moved:.1e} of its way off"
+            )
         for row, expected in zip(rows[name], rows["one"], strict=True):
             for key in row.keys() - {"seconds"}:
-                assert row[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-6), (name, row["step"], key)
+                assert row[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-6), (
+                    name,
+                    row["step"],
+                    key,
+                )
 
 
 def run_command(rank, count, port, out):
     """`dysigma train` as torchrun would start it, its errors kept beside out."""
     begin()
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     options = "--model micro --images 800000 --batch-size 8 --image-size 8 --train-images 32 --device cpu --quiet"
     options += " --num-timesteps 50 --validation-timesteps 5 --validation-images 4 --log-every 2 --checkpoint-every 80"
     sys.stderr = out.with_suffix(f".{rank}").open("w")
-    code = main(["train", *options.split(), f"--out={out}", *(["--resume"] if out.exists() else [])])
+    code = main(
+        ["train", *options.split(), f"--out={out}", *(["--resume"] if out.exists() else [])]
+    )
     sys.stderr.flush()
     os._exit(code)
 
@@ -140,7 +164,9 @@ def test_a_signal_to_one_rank_saves_and_a_rank_that_dies_is_not_waited_for(tmp_p
         assert ranks[0].exitcode == 2
     said = out.with_suffix(".0").read_text()
     assert (
-        said.splitlines()[-1].startswith("dysigma: lost another rank") and "Connection" in said and "--resume" in said
+        said.splitlines()[-1].startswith("dysigma: lost another rank")
+        and "Connection" in said
+        and "--resume" in said
     )
     assert load_checkpoint(out / "checkpoint")[0] >= summary["step"]
 
@@ -148,30 +174,56 @@ def test_a_signal_to_one_rank_saves_and_a_rank_that_dies_is_not_waited_for(tmp_p
 @pytest.mark.slow
 def test_torchrun_ends_when_a_rank_is_killed_and_says_which(tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dysigma"]
-    command += ["train", "--model=micro", "--images=800000", "--batch-size=8", "--image-size=8", "--train-images=32"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "dysigma",
+    ]
+    command += [
+        "train",
+        "--model=micro",
+        "--images=800000",
+        "--batch-size=8",
+        "--image-size=8",
+        "--train-images=32",
+    ]
     command += ["--device=cpu", "--quiet", "--log-every=2", f"--out={out}"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     try:
         wait_for(lambda: len(read_metrics(out / "metrics.jsonl")) > 1)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        (rank_1,) = [pid for pid in children if "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0")]
+        (rank_1,) = [
+            pid
+            for pid in children
+            if "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0")
+        ]
         os.kill(int(rank_1), signal.SIGKILL)
         _, said = process.communicate(timeout=90)
     finally:
         process.kill()
-    assert process.returncode and "Signal 9 (SIGKILL)" in said and "dysigma: lost another rank" in said, said
+    assert (
+        process.returncode and "Signal 9 (SIGKILL)" in said and "dysigma: lost another rank" in said
+    ), said
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "_ranks", lambda: (0, 3))
     with pytest.raises(
-        ValueError, match=r"batch_size must be a multiple of .* got batch_size 8, accumulate 1, 3 ranks"
+        ValueError,
+        match=r"batch_size must be a multiple of .* got batch_size 8, accumulate 1, 3 ranks",
     ):
         train(BASE, tmp_path / "run", progress=False)
 
 
-@pytest.mark.parametrize(("device", "message"), [("cpu:0", "must be auto, cpu or cuda"), ("cuda", "cannot be used")])
+@pytest.mark.parametrize(
+    ("device", "message"), [("cpu:0", "must be auto, cpu or cuda"), ("cuda", "cannot be used")]
+)
 def test_a_device_that_ranks_cannot_share_is_refused(tmp_path, monkeypatch, device, message):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=message):

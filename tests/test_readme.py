@@ -14,18 +14,30 @@ from test_bad_input import COMMANDS as COMMANDS_THAT_FAIL
 from test_ranks import STEPS
 
 import dysigma
-from dysigma.cli import _parser
-from dysigma.race import Race
+from dysigma.cli.main import _parser
+from dysigma.lab.race import Race
 from dysigma.training import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 README, RESULTS = ((ROOT / path).read_text() for path in ("README.md", "data/RESULTS.md"))
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)
-SHELL = [re.split(r"\s+#", line)[0] for language, block in BLOCKS if not language for line in block.splitlines()]
+SHELL = [
+    re.split(r"\s+#", line)[0]
+    for language, block in BLOCKS
+    if not language
+    for line in block.splitlines()
+]
 # Commands between the lines too, and what --help gives as examples; an ellipsis stands for options.
-INLINE = re.findall(r"`(?:torchrun --nproc_per_node \d -m )?(dysigma [a-z][^`]*)`", README + RESULTS)
+INLINE = re.findall(
+    r"`(?:torchrun --nproc_per_node \d -m )?(dysigma [a-z][^`]*)`", README + RESULTS
+)
 ENTRIES = (ROOT / "data/gpu-backlog.md").read_text().split("\n- [")[1:]
-JOBS = [job for entry in ENTRIES if "*ready*" in entry for job in re.findall(r"`(dysigma [^`]+)`", entry)]
+JOBS = [
+    job
+    for entry in ENTRIES
+    if "*ready*" in entry
+    for job in re.findall(r"`(dysigma [^`]+)`", entry)
+]
 COMMANDS = [line for line in SHELL if line.startswith("dysigma ")] + INLINE + JOBS
 
 
@@ -60,14 +72,18 @@ def test_commands_are_those_of_the_command_line(command, capsys):
     if args.command == "race":
         assert Race.read(ROOT / args.spec).arms
     if args.command == "train" and not args.resume:
-        names = {name: value for name, value in vars(args).items() if name in TrainConfig.__annotations__}
+        names = {
+            name: value for name, value in vars(args).items() if name in TrainConfig.__annotations__
+        }
         TrainConfig.from_dict({name: value for name, value in names.items() if value is not None})
 
 
 def test_the_levels_of_a_flow_and_of_edm_are_as_printed():
     of_flow, of_edm = re.findall(r"`([^`]*\.log\(\))`", README)
     flow, s = dysigma.NoiseSchedule.flow(50), torch.arange(1, 50) / 50
-    torch.testing.assert_close(eval(of_flow, {"s": s}).double(), flow.log_snr[:-1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        eval(of_flow, {"s": s}).double(), flow.log_snr[:-1], rtol=1e-4, atol=1e-4
+    )
     sigma = torch.tensor([0.01, 1.0, 80.0])
     torch.testing.assert_close(eval(of_edm, {"sigma": sigma}), (1 / sigma**2).log())
 
@@ -81,11 +97,16 @@ def test_every_weighting_is_named():
 def test_links_pictures_and_scripts_exist(page):
     path = ROOT / page
     text = path.read_text()
-    for target, section in re.findall(r"""(?:\]\(|src=")(?!http)([^)#"]*)(?:#([^)]*))?[)"]""", text):
+    for target, section in re.findall(
+        r"""(?:\]\(|src=")(?!http)([^)#"]*)(?:#([^)]*))?[)"]""", text
+    ):
         to = path.parent / target if target else path
         assert to.exists(), target
         titles = re.findall("^#+ (.*)$", to.read_text(), re.M) if section else []
-        assert section in ["", *(re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles)], section
+        assert section in [
+            "",
+            *(re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles),
+        ], section
     for script in re.findall(r"`python (\S+\.py)", text):
         assert (ROOT / script).exists(), script
 
@@ -99,7 +120,9 @@ def test_each_number_of_the_race_stands_in_notebook_09_and_the_readme_rounds_it(
     assert [row for row in rows if "{} [{}, {}]".format(*row) not in page] == []
     shown = re.findall(r"(\d\.\d) \((\d\.\d) to (\d\.\d)\)", readme)
     assert len(shown) >= 3
-    assert [row for row in shown if row not in [tuple(f"{float(x):.1f}" for x in row) for row in rows]] == []
+    assert [
+        row for row in shown if row not in [tuple(f"{float(x):.1f}" for x in row) for row in rows]
+    ] == []
 
 
 def test_prose_is_wrapped():
@@ -111,15 +134,24 @@ def test_prose_is_wrapped():
 def test_scripts_for_a_cluster_parse_as_shell_and_as_commands():
     for block in (block for language, block in BLOCKS if language == "bash"):
         subprocess.run(["bash", "-n"], input=block, text=True, check=True)
-        assert _parser().parse_args(re.search(r"-m dysigma (train .*) \$\(", block)[1].split()).command == "train"
+        assert (
+            _parser().parse_args(re.search(r"-m dysigma (train .*) \$\(", block)[1].split()).command
+            == "train"
+        )
 
 
 def test_the_figures_of_the_table_of_reliability_are_those_of_records_and_tests():
     faults, mutants = (
-        json.loads((ROOT / f"data/runs/{name}/{name}.json").read_text()) for name in ("faults", "mutants")
+        json.loads((ROOT / f"data/runs/{name}/{name}.json").read_text())
+        for name in ("faults", "mutants")
     )
-    properties, bad = ((ROOT / f"tests/test_{name}.py").read_text() for name in ("properties", "bad_input"))
-    drawn = [sum(map(int, re.findall(r"^@settings\(max_examples=(\d+)\)", text, re.M))) for text in (properties, bad)]
+    properties, bad = (
+        (ROOT / f"tests/test_{name}.py").read_text() for name in ("properties", "bad_input")
+    )
+    drawn = [
+        sum(map(int, re.findall(r"^@settings\(max_examples=(\d+)\)", text, re.M)))
+        for text in (properties, bad)
+    ]
     few = int(re.search(r"^few = settings\(max_examples=(\d+)\)", properties, re.M)[1])
     folders = int(re.search(r'"seed", range\((\d+)\)', bad)[1]) * int(
         re.search(r"for number in range\((\d+)\)", bad)[1]

@@ -59,9 +59,18 @@ DAMAGE = {
     ("latest", "a bit flipped"): "latest.json",
     ("latest", "[]"): "latest.json is no checkpoint",
     ("latest", "{}"): "latest.json is no checkpoint",
-    ("latest", '{"step": 1, "tensors": 3, "sha256": "", "meta": {}}'): "latest.json is no checkpoint",
-    ("latest", '{"step": 1, "tensors": "../x", "sha256": "", "meta": {}}'): "names x, which is not there",
-    ("latest", '{"step": 1, "tensors": "/dev/zero", "sha256": "", "meta": {}}'): "names zero, which is not there",
+    (
+        "latest",
+        '{"step": 1, "tensors": 3, "sha256": "", "meta": {}}',
+    ): "latest.json is no checkpoint",
+    (
+        "latest",
+        '{"step": 1, "tensors": "../x", "sha256": "", "meta": {}}',
+    ): "names x, which is not there",
+    (
+        "latest",
+        '{"step": 1, "tensors": "/dev/zero", "sha256": "", "meta": {}}',
+    ): "names zero, which is not there",
     ("latest", "gone"): "latest.json does not exist",
 }
 
@@ -90,7 +99,8 @@ def test_no_whole_checkpoint_is_an_error_that_names_the_damage(tmp_path):
     save_checkpoint(tmp_path, 1, TENSORS, {})
     harm(tmp_path / "state-000000001.safetensors", "a bit flipped")
     with pytest.raises(
-        RunError, match=r"state-000000001\.safetensors does not match .*no other: delete it to start again"
+        RunError,
+        match=r"state-000000001\.safetensors does not match .*no other: delete it to start again",
     ):
         load_checkpoint(tmp_path)
 
@@ -99,7 +109,9 @@ def test_a_checkpoint_of_another_run_is_passed_over(tmp_path):
     ours, theirs = {"seed": 0, "device": "cpu"}, {"seed": 1, "device": "cpu"}
     save_checkpoint(tmp_path, 1, TENSORS, {"config": ours})
     save_checkpoint(tmp_path, 2, TENSORS, {"config": theirs})
-    with pytest.warns(UserWarning, match=r"state-000000002.safetensors is of another run \(seed 1 there, 0 here\)"):
+    with pytest.warns(
+        UserWarning, match=r"state-000000002.safetensors is of another run \(seed 1 there, 0 here\)"
+    ):
         assert load_checkpoint(tmp_path, ours)[0] == 1
     assert load_checkpoint(tmp_path, theirs | {"device": "cuda", "new": 3})[0] == 2
 
@@ -107,7 +119,11 @@ def test_a_checkpoint_of_another_run_is_passed_over(tmp_path):
 def test_checkpoints_of_early_versions_are_still_read(tmp_path):
     content = save(TENSORS)
     (tmp_path / "state-000000007.safetensors").write_bytes(content)
-    latest = {"step": 7, "tensors": "state-000000007.safetensors", "sha256": hashlib.sha256(content).hexdigest()}
+    latest = {
+        "step": 7,
+        "tensors": "state-000000007.safetensors",
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
     write_json(tmp_path / "latest.json", latest | {"meta": {"seconds": 1.0, "param_groups": []}})
     step, tensors, meta = load_checkpoint(tmp_path, {"seed": 0})
     assert step == 7 and torch.equal(tensors["a"], TENSORS["a"]) and meta["seconds"] == 1.0
@@ -134,7 +150,10 @@ def test_without_locks_in_the_system_a_warning_says_so(tmp_path, monkeypatch):
         raise OSError("Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", no_locks)
-    with pytest.warns(UserWarning, match="no locks on this system .*not implemented"), lock(tmp_path):
+    with (
+        pytest.warns(UserWarning, match="no locks on this system .*not implemented"),
+        lock(tmp_path),
+    ):
         pass
 
 
@@ -164,7 +183,9 @@ def test_metrics_survive_a_line_cut_short(tmp_path):
     assert len(read_metrics(path)) == 2
 
 
-@pytest.mark.parametrize("line", ['{"step": 1', "", "[]", "3", "{}", '{"step": "a"}', "[" * 100_000, "\0\0"])
+@pytest.mark.parametrize(
+    "line", ['{"step": 1', "", "[]", "3", "{}", '{"step": "a"}', "[" * 100_000, "\0\0"]
+)
 def test_a_damaged_line_in_the_middle_is_named(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n' + line + '\n{"step": 2}\n')
     with pytest.raises(RunError, match=r"line 2 of .*metrics\.jsonl is damaged"):
@@ -213,7 +234,9 @@ def test_every_run_and_race_is_listed_with_what_it_has_come_to(tmp_path):
         "raced": ("finished", "2 of 2 trainings", "g a 0"),
     }
     assert {state for state, *_ in damaged.values()} == {"damaged"}
-    assert "config.json is not valid JSON" in damaged["bad"][2] and "line 1 of" in damaged["line"][2]
+    assert (
+        "config.json is not valid JSON" in damaged["bad"][2] and "line 1 of" in damaged["line"][2]
+    )
     assert sorted(tmp_path.rglob("*")) == before, "looking changes nothing"
     with open(tmp_path / "deep/er/held/.lock") as file:
         fcntl.flock(file, fcntl.LOCK_SH)  # another listing

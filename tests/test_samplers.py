@@ -49,8 +49,14 @@ def test_timesteps_come_up_as_often_as_stated_and_rise_with_u(name):
     timesteps, importance = sampler(GRID)
     frequency = torch.bincount(timesteps, minlength=1000).double() / len(GRID)
     torch.testing.assert_close(frequency, sampler.probabilities(), rtol=0, atol=1.01 / len(GRID))
-    assert (timesteps.diff() >= 0).all() and timesteps.dtype == torch.int64 and importance.dtype == torch.float32
-    torch.testing.assert_close(importance.double() * 1000 * sampler.probabilities()[timesteps], torch.ones_like(GRID))
+    assert (
+        (timesteps.diff() >= 0).all()
+        and timesteps.dtype == torch.int64
+        and importance.dtype == torch.float32
+    )
+    torch.testing.assert_close(
+        importance.double() * 1000 * sampler.probabilities()[timesteps], torch.ones_like(GRID)
+    )
 
 
 @pytest.mark.parametrize("name", every())
@@ -70,7 +76,10 @@ def test_corrected_expectations_agree_with_the_uniform_mean(name):
     if name in ("uniform", "stratified", "loss-second-moment", "adapted"):
         timesteps, importance = sampler(GRID)
         torch.testing.assert_close(
-            (importance * losses[timesteps]).double().mean(), losses.double().mean(), rtol=2e-3, atol=0
+            (importance * losses[timesteps]).double().mean(),
+            losses.double().mean(),
+            rtol=2e-3,
+            atol=0,
         )
 
 
@@ -120,7 +129,9 @@ def test_statistics_of_a_weighting_are_those_of_uniform_timesteps(name):
         weighting(losses, timesteps, importance if corrected else None).backward()
         grads = [p.grad for p in weighting.parameters()]
         learned[sampler_name, corrected] = torch.cat([weighting.weights(), *grads])
-    torch.testing.assert_close(learned["adapted", True], learned["uniform", True], rtol=2e-3, atol=1e-4)
+    torch.testing.assert_close(
+        learned["adapted", True], learned["uniform", True], rtol=2e-3, atol=1e-4
+    )
     moved = (learned["adapted", False] - learned["uniform", True]).abs().max()
     # The rules that look at means of a bin alone need no correction: a mean does not depend on how often it was drawn.
     assert (moved > 0.01) == (name != "loss-balance")
@@ -128,12 +139,18 @@ def test_statistics_of_a_weighting_are_those_of_uniform_timesteps(name):
 
 @pytest.mark.parametrize("name", ["uniform", "stratified", "lognormal", "loss-second-moment"])
 def test_a_training_step_counts_a_density_once(name):
-    config = TrainConfig(model="micro", image_size=8, train_images=32, timestep_sampler=name, weighting="min-snr")
+    config = TrainConfig(
+        model="micro", image_size=8, train_images=32, timestep_sampler=name, weighting="min-snr"
+    )
     data = load_split(config, "train", torch.device("cpu"))
     state = build(config, data)
     if name == "loss-second-moment":
         state.sampler = adapted()
-    p, w, twin = state.sampler.probabilities(), state.weighting.weights(), copy.deepcopy(state.sampler)
+    p, w, twin = (
+        state.sampler.probabilities(),
+        state.weighting.weights(),
+        copy.deepcopy(state.sampler),
+    )
     record = train_step(state, data, config)
     each = w[record.timesteps] * record.losses
     if name == "loss-second-moment":  # it sees what it corrects, before the correction
@@ -147,10 +164,14 @@ def test_a_training_step_counts_a_density_once(name):
 def test_stratified_timesteps_fill_the_range_and_each_is_uniform():
     sampler = make_sampler("stratified", LINEAR)
     for seed in range(5):
-        timesteps, importance = sampler(torch.rand(50, generator=torch.Generator().manual_seed(seed)))
+        timesteps, importance = sampler(
+            torch.rand(50, generator=torch.Generator().manual_seed(seed))
+        )
         assert torch.equal((timesteps // 20).sort().values, torch.arange(50))
         assert (importance == 1).all()
-    last = torch.stack([sampler(torch.rand(7) * 0 + shift)[0][-1] for shift in torch.linspace(0, 0.999, 1000)])
+    last = torch.stack(
+        [sampler(torch.rand(7) * 0 + shift)[0][-1] for shift in torch.linspace(0, 0.999, 1000)]
+    )
     assert len(last.unique()) > 990
 
 
@@ -178,7 +199,11 @@ def test_densities_have_the_stated_centre_and_width(name, quantity):
     }[quantity]
     mean = (p * x).sum()
     deviation = (p * (x - mean) ** 2).sum().sqrt()
-    wanted = {"lognormal": (-1.2, 1.2), "laplace": (0.0, 0.5 * math.sqrt(2)), "logit-normal": (0.0, 1.0)}[name]
+    wanted = {
+        "lognormal": (-1.2, 1.2),
+        "laplace": (0.0, 0.5 * math.sqrt(2)),
+        "logit-normal": (0.0, 1.0),
+    }[name]
     assert abs(mean - wanted[0]) < 0.02 and abs(deviation / wanted[1] - 1) < 0.02
 
 
@@ -209,7 +234,14 @@ SAMPLERS = every()
 
 def test_parts_of_the_unit_interval_are_closed_below():
     sampler = make_sampler("uniform", NoiseSchedule(torch.tensor([0.9, 0.6, 0.3, 0.1])))
-    assert sampler(torch.tensor([0.0, 0.2499, 0.25, 0.5, 0.75, 0.99999994]))[0].tolist() == [0, 0, 1, 2, 3, 3]
+    assert sampler(torch.tensor([0.0, 0.2499, 0.25, 0.5, 0.75, 0.99999994]))[0].tolist() == [
+        0,
+        0,
+        1,
+        2,
+        3,
+        3,
+    ]
 
 
 def test_the_step_at_zero_snr_gets_the_mass_beyond_the_last_level():
@@ -217,10 +249,17 @@ def test_the_step_at_zero_snr_gets_the_mass_beyond_the_last_level():
 
     schedule = NoiseSchedule(torch.tensor([0.9, 0.5, 0.2, 0.0]))
     level = schedule.log_snr[:3].numpy()
-    edges = np.array([np.inf, level[:2].mean(), level[1:].mean(), level[2] - (level[1] - level[2]) / 2, -np.inf])
-    for name, distribution, x in (("laplace", laplace(0, 0.5), edges), ("lognormal", norm(-1.2, 1.2), -edges / 2)):
+    edges = np.array(
+        [np.inf, level[:2].mean(), level[1:].mean(), level[2] - (level[1] - level[2]) / 2, -np.inf]
+    )
+    for name, distribution, x in (
+        ("laplace", laplace(0, 0.5), edges),
+        ("lognormal", norm(-1.2, 1.2), -edges / 2),
+    ):
         wanted = np.abs(np.diff(distribution.cdf(x)))
-        np.testing.assert_allclose(make_sampler(name, schedule).probabilities().numpy(), wanted, rtol=1e-9)
+        np.testing.assert_allclose(
+            make_sampler(name, schedule).probabilities().numpy(), wanted, rtol=1e-9
+        )
 
 
 # ---------------------------------------------------------------- loss-second-moment
@@ -233,7 +272,9 @@ def test_it_follows_the_second_moment_after_the_warm_up():
     timesteps = torch.arange(20).repeat(9)
     losses = torch.rand(180, generator=torch.Generator().manual_seed(0)) * (1 + timesteps)
     sampler.update(losses, timesteps)
-    torch.testing.assert_close(sampler.probabilities(), torch.full((20,), 0.05, dtype=torch.float64))
+    torch.testing.assert_close(
+        sampler.probabilities(), torch.full((20,), 0.05, dtype=torch.float64)
+    )
     more = torch.rand(20, generator=torch.Generator().manual_seed(1)) * torch.arange(1.0, 21)
     sampler.update(more, torch.arange(20))
     history = np.concatenate([losses.numpy().reshape(9, 20), more.numpy()[None]])
@@ -243,22 +284,30 @@ def test_it_follows_the_second_moment_after_the_warm_up():
 
 
 def test_the_warm_up_counts_losses_that_the_running_mean_forgets():
-    sampler = make_sampler("loss-second-moment", make_schedule("linear", 4), bins=4, warmup=10, half_life=4.0)
+    sampler = make_sampler(
+        "loss-second-moment", make_schedule("linear", 4), bins=4, warmup=10, half_life=4.0
+    )
     losses = torch.tensor([1.0, 2.0, 3.0, 4.0])
     for _ in range(10):
         assert sampler.probabilities().std() < 1e-12
         sampler.update(losses, torch.arange(4))
-    torch.testing.assert_close(sampler.probabilities(), losses.double() / 10 * 0.999 + 0.001 / 4, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        sampler.probabilities(), losses.double() / 10 * 0.999 + 0.001 / 4, rtol=1e-6, atol=0
+    )
 
 
 def test_it_lowers_the_variance_of_the_corrected_mean():
     u = torch.rand(400, 16, generator=torch.Generator().manual_seed(0))
     losses = 1.5 * torch.arange(1, 1001) / 1000
     means = {
-        name: torch.stack([(importance * losses[t]).mean() for t, importance in map(SAMPLERS[name], u)])
+        name: torch.stack(
+            [(importance * losses[t]).mean() for t, importance in map(SAMPLERS[name], u)]
+        )
         for name in ("uniform", "adapted")
     }
-    assert means["adapted"].std() < means["uniform"].std() / 10  # losses without noise: all but none is left
+    assert (
+        means["adapted"].std() < means["uniform"].std() / 10
+    )  # losses without noise: all but none is left
     assert abs(float(means["adapted"].mean() - losses.mean())) < 1e-2
 
 
@@ -276,14 +325,18 @@ def test_its_state_is_in_the_state_dict():
     sampler, fresh = adapted(), make_sampler("loss-second-moment", LINEAR)
     fresh.load_state_dict(sampler.state_dict())
     assert torch.equal(fresh.probabilities(), sampler.probabilities())
-    assert all(not sampler.state_dict() for name, sampler in SAMPLERS.items() if not sampler.corrected)
+    assert all(
+        not sampler.state_dict() for name, sampler in SAMPLERS.items() if not sampler.corrected
+    )
 
 
 # ---------------------------------------------------------------- behaviour and bad input
 
 
 def test_only_loss_second_moment_means_to_be_corrected():
-    assert [name for name in TIMESTEP_SAMPLERS if SAMPLERS[name].corrected] == ["loss-second-moment"]
+    assert [name for name in TIMESTEP_SAMPLERS if SAMPLERS[name].corrected] == [
+        "loss-second-moment"
+    ]
 
 
 @pytest.mark.parametrize("name", every())
@@ -299,7 +352,9 @@ def test_copies_and_low_precision_keep_the_probabilities(name):
 def test_bad_input_is_refused():
     with pytest.raises(KeyError, match="logit-normal"):
         make_sampler("logitnormal", LINEAR)
-    with pytest.raises(ValueError, match=r"'lognormal' has no parameter \['scale'\]; it has \['mean', 'std'\]"):
+    with pytest.raises(
+        ValueError, match=r"'lognormal' has no parameter \['scale'\]; it has \['mean', 'std'\]"
+    ):
         make_sampler("lognormal", LINEAR, scale=1.0)
     for name, params in [
         ("lognormal", {"std": 0.0}),

@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers.training_utils import compute_snr
 
-from dysigma.draws import check_timesteps, generator
+from dysigma.checks import check_timesteps
+from dysigma.randomness import generator
 from dysigma.schedule import SCHEDULES, NoiseSchedule, canonical_prediction_type, make_schedule
 from dysigma.weightings import make_weighting
 
@@ -25,10 +26,15 @@ def test_tables_equal_those_of_diffusers(name):
     schedule = make_schedule(name)
     options = {"beta_start": 0.00085, "beta_end": 0.012} if name == "scaled-linear" else {}
     theirs = diffusers.DDPMScheduler(1000, beta_schedule=DIFFUSERS_NAMES[name], **options)
-    torch.testing.assert_close(schedule.alphas_cumprod, theirs.alphas_cumprod.double(), rtol=2e-4, atol=1e-9)
+    torch.testing.assert_close(
+        schedule.alphas_cumprod, theirs.alphas_cumprod.double(), rtol=2e-4, atol=1e-9
+    )
     timesteps = torch.tensor([0, 1, 250, 500, 998])
     torch.testing.assert_close(
-        schedule.log_snr[timesteps].exp(), compute_snr(theirs, timesteps).double(), rtol=1e-3, atol=1e-9
+        schedule.log_snr[timesteps].exp(),
+        compute_snr(theirs, timesteps).double(),
+        rtol=1e-3,
+        atol=1e-9,
     )
 
 
@@ -41,7 +47,10 @@ def test_a_schedule_ends_above_zero_unless_asked_and_is_no_part_of_a_checkpoint(
 def test_log_snr_matches_a_hand_computation():
     schedule = NoiseSchedule(torch.tensor([0.8, 0.5, 0.1]))
     torch.testing.assert_close(
-        schedule.log_snr, torch.tensor([math.log(4), 0.0, -math.log(9)], dtype=torch.float64), rtol=0, atol=1e-6
+        schedule.log_snr,
+        torch.tensor([math.log(4), 0.0, -math.log(9)], dtype=torch.float64),
+        rtol=0,
+        atol=1e-6,
     )
 
 
@@ -52,10 +61,15 @@ def test_add_noise_equals_diffusers(name):
     x0, noise = torch.randn(2, 8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     timesteps = torch.arange(0, 1000, 125)
     torch.testing.assert_close(
-        schedule.add_noise(x0, noise, timesteps), theirs.add_noise(x0, noise, timesteps), rtol=1e-3, atol=1e-5
+        schedule.add_noise(x0, noise, timesteps),
+        theirs.add_noise(x0, noise, timesteps),
+        rtol=1e-3,
+        atol=1e-5,
     )
     velocity = theirs.get_velocity(x0, noise, timesteps)
-    torch.testing.assert_close(schedule.target(x0, noise, timesteps, "v"), velocity, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        schedule.target(x0, noise, timesteps, "v"), velocity, rtol=1e-3, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
@@ -67,7 +81,10 @@ def test_every_prediction_type_recovers_x0(name, zero_terminal_snr):
     x_t = schedule.add_noise(x0, noise, timesteps)
     for kind in ("sample", "v_prediction"):
         torch.testing.assert_close(
-            schedule.to_x0(schedule.target(x0, noise, timesteps, kind), x_t, timesteps, kind), x0, rtol=1e-4, atol=1e-5
+            schedule.to_x0(schedule.target(x0, noise, timesteps, kind), x_t, timesteps, kind),
+            x0,
+            rtol=1e-4,
+            atol=1e-5,
         )
     keep = schedule.alpha > 0.01
     back = schedule.to_x0(noise[keep], x_t[keep], timesteps[keep], "epsilon")
@@ -85,7 +102,9 @@ def test_zero_terminal_snr_ends_at_exactly_zero_and_keeps_the_start(name):
 def test_zero_terminal_snr_agrees_with_diffusers():
     theirs = diffusers.DDPMScheduler(1000, rescale_betas_zero_snr=True)
     ours = NoiseSchedule.linear(zero_terminal_snr=True)
-    torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod.double(), rtol=2e-4, atol=1e-8)
+    torch.testing.assert_close(
+        ours.alphas_cumprod, theirs.alphas_cumprod.double(), rtol=2e-4, atol=1e-8
+    )
     assert NoiseSchedule.from_diffusers(theirs).log_snr[-1] == -torch.inf
 
 
@@ -166,17 +185,26 @@ def test_flow_sigmas_of_a_sampler_and_dynamic_shifts():
     dynamic = diffusers.FlowMatchEulerDiscreteScheduler(100, shift=3.0, use_dynamic_shifting=True)
     torch.testing.assert_close(NoiseSchedule.from_diffusers(dynamic).sigma, dynamic.sigmas.flip(0))
     with pytest.raises(ValueError, match="no plain flow matching"):
-        NoiseSchedule.from_diffusers(diffusers.FlowMatchEulerDiscreteScheduler(100, invert_sigmas=True))
+        NoiseSchedule.from_diffusers(
+            diffusers.FlowMatchEulerDiscreteScheduler(100, invert_sigmas=True)
+        )
 
 
 def test_a_flow_noises_and_predicts_as_in_diffusers():
-    scheduler, schedule = diffusers.FlowMatchEulerDiscreteScheduler(100, shift=2.0), NoiseSchedule.flow(100, shift=2.0)
+    scheduler, schedule = (
+        diffusers.FlowMatchEulerDiscreteScheduler(100, shift=2.0),
+        NoiseSchedule.flow(100, shift=2.0),
+    )
     x0, noise = torch.randn(2, 5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     index = torch.tensor([0, 1, 30, 60, 99])  # theirs, from the noisy end
     timesteps = 99 - index
     x_t = schedule.add_noise(x0, noise, timesteps)
-    torch.testing.assert_close(x_t, scheduler.scale_noise(x0, scheduler.timesteps[index], noise), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(100 * schedule.sigma[timesteps], scheduler.timesteps[index], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        x_t, scheduler.scale_noise(x0, scheduler.timesteps[index], noise), rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(
+        100 * schedule.sigma[timesteps], scheduler.timesteps[index], rtol=1e-4, atol=1e-4
+    )
     for kind, target in {"flow": noise - x0, "sample": x0, "epsilon": noise}.items():
         torch.testing.assert_close(schedule.target(x0, noise, timesteps, kind), target)
         back = schedule.to_x0(target, x_t, timesteps, kind)
@@ -188,7 +216,9 @@ def test_a_target_of_the_other_path_is_refused():
     x0, timesteps = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
     for schedule, kind in ((NoiseSchedule.linear(10), "flow"), (NoiseSchedule.flow(10), "v")):
         for call in (schedule.target, schedule.to_x0):
-            with pytest.raises(ValueError, match=r"has no (flow|v)_prediction: noise - x0 is flow_prediction"):
+            with pytest.raises(
+                ValueError, match=r"has no (flow|v)_prediction: noise - x0 is flow_prediction"
+            ):
                 call(x0, x0, timesteps, kind)
         with pytest.raises(ValueError, match="has no"):
             make_weighting("min-snr", schedule, kind)
@@ -198,24 +228,41 @@ def test_a_target_of_the_other_path_is_refused():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_schedulers_of_euler_type_have_the_same_table_and_scale_their_input():
-    for name in ("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete", "KDPM2Discrete"):
+    for name in (
+        "EulerDiscrete",
+        "EulerAncestralDiscrete",
+        "HeunDiscrete",
+        "LMSDiscrete",
+        "KDPM2Discrete",
+    ):
         scheduler = getattr(diffusers, f"{name}Scheduler")()
         schedule = NoiseSchedule.from_diffusers(scheduler)
         x0, noise = torch.randn(2, 4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
         timesteps = torch.tensor([0, 200, 600, 999])
-        scaled = scheduler.add_noise(x0, noise, timesteps) * schedule.alpha[timesteps].view(-1, 1, 1, 1)
-        torch.testing.assert_close(scaled, schedule.add_noise(x0, noise, timesteps), rtol=1e-3, atol=1e-4)
+        scaled = scheduler.add_noise(x0, noise, timesteps) * schedule.alpha[timesteps].view(
+            -1, 1, 1, 1
+        )
+        torch.testing.assert_close(
+            scaled, schedule.add_noise(x0, noise, timesteps), rtol=1e-3, atol=1e-4
+        )
 
 
 def test_a_table_that_betas_do_not_make_comes_back():
     theirs = diffusers.CogVideoXDDIMScheduler(snr_shift_scale=3.0)
     schedule = NoiseSchedule.from_diffusers(theirs)
     torch.testing.assert_close(
-        schedule.to_diffusers().alphas_cumprod.double(), theirs.alphas_cumprod.double(), rtol=1e-3, atol=1e-6
+        schedule.to_diffusers().alphas_cumprod.double(),
+        theirs.alphas_cumprod.double(),
+        rtol=1e-3,
+        atol=1e-6,
     )
-    assert schedule.config is None and NoiseSchedule.from_diffusers(diffusers.DDPMScheduler()).config
+    assert (
+        schedule.config is None and NoiseSchedule.from_diffusers(diffusers.DDPMScheduler()).config
+    )
     betas = diffusers.DDPMScheduler(50, trained_betas=[0.05] * 50, rescale_betas_zero_snr=True)
-    torch.testing.assert_close(NoiseSchedule.from_diffusers(betas).alphas_cumprod, betas.alphas_cumprod.double())
+    torch.testing.assert_close(
+        NoiseSchedule.from_diffusers(betas).alphas_cumprod, betas.alphas_cumprod.double()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -241,7 +288,16 @@ def test_moving_a_module_never_changes_the_precision_of_its_schedule():
 
 
 @pytest.mark.parametrize(
-    "table", [[0.9, 0.95], [1.0, 0.5], [0.5, -0.1], [0.9, 0.0, 0.0], [[0.9, 0.5]], [0.5], [0.9, float("nan")]]
+    "table",
+    [
+        [0.9, 0.95],
+        [1.0, 0.5],
+        [0.5, -0.1],
+        [0.9, 0.0, 0.0],
+        [[0.9, 0.5]],
+        [0.5],
+        [0.9, float("nan")],
+    ],
 )
 def test_tables_that_are_no_schedule_are_refused(table):
     with pytest.raises(ValueError, match="alphas_cumprod must"):
@@ -250,7 +306,13 @@ def test_tables_that_are_no_schedule_are_refused(table):
 
 @pytest.mark.parametrize(
     "timesteps",
-    [torch.tensor([0.5]), torch.tensor([[1]]), torch.tensor([100]), torch.tensor([-1]), torch.tensor([1, 2])],
+    [
+        torch.tensor([0.5]),
+        torch.tensor([[1]]),
+        torch.tensor([100]),
+        torch.tensor([-1]),
+        torch.tensor([1, 2]),
+    ],
 )
 def test_bad_timesteps_are_refused(timesteps):
     with pytest.raises(ValueError, match="timesteps must"):

@@ -16,11 +16,19 @@ import dysigma
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 REFERENCE = NOTEBOOKS / "reference"
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in REFERENCE.glob("*.md")}
-MODULES = {path.stem for path in Path(dysigma.__file__).parent.glob("*.py")} - {"__init__", "__main__", "cli"}
+MODULES = {path.stem for path in Path(dysigma.__file__).parent.glob("*.py")} - {
+    "__init__",
+    "__main__",
+    "cli",
+}
 
 
 def table(text: str) -> list[list[str]]:
-    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line[:2] == "| "]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in text.splitlines()
+        if line[:2] == "| "
+    ]
     return rows[1:]
 
 
@@ -30,7 +38,9 @@ def test_the_api_page_lists_every_module_and_what_the_package_gives_at_its_top()
     assert sorted(name.rsplit(".", 1)[1] for name in named) == sorted(dysigma.__all__)
     for name in named:
         module, attribute = name.rsplit(".", 1)
-        assert getattr(importlib.import_module(module), attribute) is getattr(dysigma, attribute), name
+        assert getattr(importlib.import_module(module), attribute) is getattr(dysigma, attribute), (
+            name
+        )
 
 
 def symbols(cell: str) -> list[str]:
@@ -59,7 +69,9 @@ def test_the_glossary_is_in_order_and_explains_each_word_once():
     assert words == sorted(words, key=lambda word: re.sub(r"[^a-z ]", " ", word.lower()))
 
 
-@pytest.mark.parametrize("path", sorted([*REFERENCE.glob("*.md"), NOTEBOOKS / "README.md"]), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted([*REFERENCE.glob("*.md"), NOTEBOOKS / "README.md"]), ids=lambda path: path.stem
+)
 def test_links_resolve(path):
     for target in re.findall(r"\]\((?!http)([^)#]+)", path.read_text(encoding="utf-8")):
         assert (path.parent / target).exists(), target
@@ -69,22 +81,46 @@ def test_links_resolve(path):
 def test_the_site_builds_without_a_warning_and_needs_nothing_from_elsewhere(tmp_path):
     for module in ("sphinx", "myst_nb", "furo", "latex2mathml"):
         pytest.importorskip(module)
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", str(tmp_path / "trees")]
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-q",
+        "-W",
+        "--keep-going",
+        "-d",
+        str(tmp_path / "trees"),
+    ]
     built = subprocess.run(
-        [*command, "-c", str(REFERENCE), str(NOTEBOOKS), str(tmp_path / "site")], capture_output=True
+        [*command, "-c", str(REFERENCE), str(NOTEBOOKS), str(tmp_path / "site")],
+        capture_output=True,
     )
     assert not built.returncode, built.stderr.decode()
-    pages = {path.stem: path.read_text(encoding="utf-8") for path in (tmp_path / "site").rglob("*.html")}
-    assert {path.stem for path in NOTEBOOKS.glob("[0-9]*.py")} | {"api", "notation", "glossary"} <= set(pages)
+    pages = {
+        path.stem: path.read_text(encoding="utf-8") for path in (tmp_path / "site").rglob("*.html")
+    }
+    assert {path.stem for path in NOTEBOOKS.glob("[0-9]*.py")} | {
+        "api",
+        "notation",
+        "glossary",
+    } <= set(pages)
     for name, text in pages.items():
-        assert not re.findall(r'<(?:script|link|img|iframe)[^>]* (?:src|href)="(?:https?:)?//[^"]*"', text), name
+        assert not re.findall(
+            r'<(?:script|link|img|iframe)[^>]* (?:src|href)="(?:https?:)?//[^"]*"', text
+        ), name
         pictures = [tag for tag in re.findall(r"<img[^>]*>", text) if "_images/" in tag]
         assert not [tag for tag in pictures if not re.search(r'alt="[^"]{30,}"', tag)], name
-        assert "\\(" not in text and "$$" not in re.sub(r"<pre>.*?</pre>", "", text, flags=re.S), f"{name}: bare TeX"
+        assert "\\(" not in text and "$$" not in re.sub(r"<pre>.*?</pre>", "", text, flags=re.S), (
+            f"{name}: bare TeX"
+        )
     for name in dysigma.__all__:
         thing = getattr(dysigma, name)
         where = getattr(thing, "__module__", "")
-        assert isinstance(thing, dict) or f'id="{where}.{name}"' in pages["api"] or f'id="module-dysigma.{name}"', name
+        assert (
+            isinstance(thing, dict)
+            or f'id="{where}.{name}"' in pages["api"]
+            or f'id="module-dysigma.{name}"'
+        ), name
     assert pages["05_dy_sigma_derived"].count("Show code cell source") >= 2
     assert "<img" in pages["05_dy_sigma_derived"] and "<math" in pages["05_dy_sigma_derived"]
     assert "<details>" in pages["05_dy_sigma_derived"]

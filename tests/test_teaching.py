@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dysigma import teaching
+from dysigma.course import lessons as teaching
 
 WANT = torch.tensor([1.0, 2.0, 4.0])
 
@@ -52,7 +52,11 @@ def test_a_wrong_answer_is_told_what_is_wrong(capsys, answer, diagnosis):
 
 def test_words_are_checked_too(capsys):
     teaching.exercise("3.2", "epsilon", mistakes={"That net never sees the noise.": "sample"})
-    for answer, reply in (("epsilon", "correct"), ("sample", "never sees the noise"), ("v", "Wrong.")):
+    for answer, reply in (
+        ("epsilon", "correct"),
+        ("sample", "never sees the noise"),
+        ("v", "Wrong."),
+    ):
         teaching.check("3.2", answer)
         assert reply in capsys.readouterr().out
 
@@ -98,7 +102,9 @@ def test_banner_and_watermark_name_the_versions(capsys, monkeypatch):
 def test_the_environment_check_finds_what_is_missing(capsys, monkeypatch):
     assert teaching.check_environment()
     assert "you can start" in capsys.readouterr().out
-    monkeypatch.setattr(teaching, "requires", lambda _: ["torch>=99", "no-such-thing", 'gone; extra == "docs"'])
+    monkeypatch.setattr(
+        teaching, "requires", lambda _: ["torch>=99", "no-such-thing", 'gone; extra == "docs"']
+    )
     assert not teaching.check_environment()
     out = capsys.readouterr().out
     assert "torch is" in out and "no-such-thing is not installed" in out and "gone" not in out

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dysigma.cli import main
+from dysigma.cli.main import main
 from dysigma.runs import load_run
 from dysigma.schedule import NoiseSchedule
 from dysigma.testing import LAWS, check_weighting
@@ -48,7 +48,9 @@ class Own(Weighting):
         return self.scaled((self.sums[1] / self.sums[0])[self.bin_index])
 
     def update(self, losses, timesteps, importance):
-        self.sums.index_add_(1, self.bin_index[timesteps], torch.stack([importance, importance * losses]))
+        self.sums.index_add_(
+            1, self.bin_index[timesteps], torch.stack([importance, importance * losses])
+        )
 
 
 class Short(Own):
@@ -176,7 +178,9 @@ def test_every_law_has_a_weighting_that_breaks_it():
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda case: case.__name__)
 def test_each_law_catches_what_breaks_it(broken):
-    with pytest.raises(AssertionError, match=f"{broken.__name__}.*breaks the law '{BROKEN[broken]}"):
+    with pytest.raises(
+        AssertionError, match=f"{broken.__name__}.*breaks the law '{BROKEN[broken]}"
+    ):
         check_weighting(broken)
 
 
@@ -194,7 +198,9 @@ def own_module(tmp_path, monkeypatch):
 
 def test_own_weightings_are_short_and_keep_the_laws(own_module):
     formula, learnable = OWN.strip().split("\n\n")[1:]
-    assert len(formula.splitlines()) + 2 <= 15 and len(learnable.splitlines()) + 2 <= 15  # with the imports
+    assert (
+        len(formula.splitlines()) + 2 <= 15 and len(learnable.splitlines()) + 2 <= 15
+    )  # with the imports
     check_weighting(f"{own_module}:quarter")
     check_weighting(f"{own_module}:quarter", power=0.5)
     check_weighting(f"{own_module}:Harder", bins=8)
@@ -204,19 +210,42 @@ def test_own_weightings_are_short_and_keep_the_laws(own_module):
 def test_an_own_formula_is_a_log_weight_on_the_x0_error(own_module):
     snr = LINEAR.log_snr.exp()
     for kind, ratio in {"sample": 1.0, "epsilon": snr, "v_prediction": 1 + snr}.items():
-        weights = make_weighting(f"{own_module}:quarter", LINEAR, kind, normalize=False, power=0.75).weights()
+        weights = make_weighting(
+            f"{own_module}:quarter", LINEAR, kind, normalize=False, power=0.75
+        ).weights()
         torch.testing.assert_close(weights.double(), snr**0.75 / ratio, rtol=1e-5, atol=0)
     by_object = make_weighting(sys.modules[own_module].quarter, LINEAR, power=0.5).weights()
     torch.testing.assert_close(by_object, make_weighting("debiased", LINEAR).weights())
-    prior = make_weighting("dy-sigma", LINEAR, prior=f"{own_module}:quarter", prior_params={"power": 0.5})
+    prior = make_weighting(
+        "dy-sigma", LINEAR, prior=f"{own_module}:quarter", prior_params={"power": 0.5}
+    )
     torch.testing.assert_close(prior.weights(), by_object)
 
 
 def test_dysigma_train_takes_it_by_name_and_resumes(own_module, tmp_path, capsys):
-    options = ["--model", "micro", "--train-images", "64", "--image-size", "8", "--batch-size", "16", "--quiet"]
+    options = [
+        "--model",
+        "micro",
+        "--train-images",
+        "64",
+        "--image-size",
+        "8",
+        "--batch-size",
+        "16",
+        "--quiet",
+    ]
     options += ["--validation-images", "4", "--validation-timesteps", "5", "--device", "cpu"]
     out, weighting = tmp_path / "run", ["--weighting", f"{own_module}:Harder"]
-    options += [*weighting, "--weighting-params", "bins=5", "memory=0.9", "--num-timesteps", "50", "--images", "64"]
+    options += [
+        *weighting,
+        "--weighting-params",
+        "bins=5",
+        "memory=0.9",
+        "--num-timesteps",
+        "50",
+        "--images",
+        "64",
+    ]
     assert main(["train", *options, "--out", str(out)]) == 0, capsys.readouterr().err
     assert main(["train", "--resume", "--out", str(out), "--quiet"]) == 0
     assert load_run(out).config["weighting"] == f"{own_module}:Harder"
@@ -244,7 +273,9 @@ def test_only_module_and_function_are_looked_up(own_module, name, error, message
 
 
 def test_bad_parameters_and_formulas_are_refused(own_module):
-    with pytest.raises(ValueError, match=r"my_weightings:quarter has no parameter \['gamma'\]; it has \['power'\]"):
+    with pytest.raises(
+        ValueError, match=r"my_weightings:quarter has no parameter \['gamma'\]; it has \['power'\]"
+    ):
         make_weighting(f"{own_module}:quarter", LINEAR, gamma=2.0)
     with pytest.raises(ValueError, match="Harder has no parameter"):
         make_weighting(f"{own_module}:Harder", LINEAR, gamma=2.0)

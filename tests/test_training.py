@@ -19,7 +19,15 @@ from dysigma.evaluation import sample_images
 from dysigma.gradients import conflicts
 from dysigma.runs import RunError, load_checkpoint, load_run
 from dysigma.schedule import NoiseSchedule
-from dysigma.training import TrainConfig, TrainingDiverged, build, iterate, load_split, train, train_step
+from dysigma.training import (
+    TrainConfig,
+    TrainingDiverged,
+    build,
+    iterate,
+    load_split,
+    train,
+    train_step,
+)
 
 TINY = TrainConfig(
     images=192, batch_size=8, image_size=8, train_images=64, warmup_images=16, log_every=6, checkpoint_every=64,
@@ -40,7 +48,11 @@ def data():
     "changes",
     [
         {"weighting": "min-snr"},
-        {"weighting": "dy-sigma", "timestep_sampler": "loss-second-moment", "sampler_params": {"bins": 5}},
+        {
+            "weighting": "dy-sigma",
+            "timestep_sampler": "loss-second-moment",
+            "sampler_params": {"bins": 5},
+        },
         {"weighting": "ugd", "weighting_params": {"gramian_every": 4, "bins": 4}},
     ],
 )
@@ -110,8 +122,12 @@ def test_stopping_the_loop_leaves_a_whole_step(data):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 def test_training_lowers_the_validation_loss(tmp_path, prediction):
-    weighting = {"epsilon": "const-eps", "sample": "const-x0", "v_prediction": "const-v"}[prediction]
-    config = with_(prediction=prediction, images=640, lr=3e-3, num_timesteps=1000, weighting=weighting)
+    weighting = {"epsilon": "const-eps", "sample": "const-x0", "v_prediction": "const-v"}[
+        prediction
+    ]
+    config = with_(
+        prediction=prediction, images=640, lr=3e-3, num_timesteps=1000, weighting=weighting
+    )
     metrics = train(config, tmp_path / "run", progress=False).metrics
     curve = [sum(v) for v in metrics.validation_losses.dropna()]
     assert curve[-1] < 0.8 * curve[0]
@@ -123,13 +139,24 @@ def test_conflicts_and_distances_are_measured_at_the_averaged_weights_and_change
     measured = train(config, tmp_path / "measured", progress=False)
     rows = measured.metrics
     with_reports = rows[rows.conflicts.notna()]
-    assert with_reports.images.tolist() == [0, 24, 48, 96, 192], "at the start, at every doubling, at the end"
-    assert rows[rows.distance.notna()].images.tolist() == rows[rows.validation_losses.notna()].images.tolist()
+    assert with_reports.images.tolist() == [0, 24, 48, 96, 192], (
+        "at the start, at every doubling, at the end"
+    )
+    assert (
+        rows[rows.distance.notna()].images.tolist()
+        == rows[rows.validation_losses.notna()].images.tolist()
+    )
     weights = [load_checkpoint(run.path / "checkpoint")[1] for run in (plain, measured)]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0] if name.startswith("model."))
+    assert all(
+        torch.equal(weights[0][name], weights[1][name])
+        for name in weights[0]
+        if name.startswith("model.")
+    )
 
     model, split = measured.pipeline().unet, load_split(config, "train", torch.device("cpu"))
-    report = conflicts(model, split.images, NoiseSchedule.linear(50), 4, batch_per_bin=8, progress=False)
+    report = conflicts(
+        model, split.images, NoiseSchedule.linear(50), 4, batch_per_bin=8, progress=False
+    )
     kept = with_reports.conflicts.iloc[-1]
     np.testing.assert_allclose(kept["gramian"], report.gramian, rtol=1e-3, atol=1e-9)
     assert kept["stationarity"] == pytest.approx(report.stationarity, rel=1e-3)
@@ -153,11 +180,15 @@ def test_a_non_finite_loss_stops_the_run_and_names_step_bin_and_weighting(tmp_pa
     def poisoned(model, schedule, x0, noise, timesteps, *args, **kwargs):
         losses = torch.ones(len(x0), requires_grad=True) * sum(p.sum() for p in model.parameters())
         return (
-            torch.where(torch.arange(len(x0)) == 3, torch.tensor(float("nan")), losses) if timesteps[0] > 25 else losses
+            torch.where(torch.arange(len(x0)) == 3, torch.tensor(float("nan")), losses)
+            if timesteps[0] > 25
+            else losses
         )
 
     monkeypatch.setattr("dysigma.training.sample_losses", poisoned)
-    with pytest.raises(TrainingDiverged, match=r"loss is not finite at step \d+.*bin \d.*'min-snr'"):
+    with pytest.raises(
+        TrainingDiverged, match=r"loss is not finite at step \d+.*bin \d.*'min-snr'"
+    ):
         train(with_(weighting="min-snr"), tmp_path / "run", progress=False)
     failure = json.loads((tmp_path / "run" / "failure.json").read_text())
     assert failure["losses"].count("nan") == 1 and failure["what"] == "loss"
@@ -172,7 +203,12 @@ def test_a_network_destroyed_by_its_last_step_is_not_called_done(tmp_path):
 
 
 def test_the_adaptive_sampler_learns_from_weighted_losses(data):
-    config = with_(weighting="const-x0", timestep_sampler="loss-second-moment", sampler_params={"bins": 5}, images=1600)
+    config = with_(
+        weighting="const-x0",
+        timestep_sampler="loss-second-moment",
+        sampler_params={"bins": 5},
+        images=1600,
+    )
     state = build(config, data)
     for _ in iterate(state, data, config):
         pass
@@ -184,9 +220,19 @@ def test_the_adaptive_sampler_learns_from_weighted_losses(data):
 def test_labels_that_the_training_images_lack_are_refused(tmp_path):
     images = np.zeros((8, 8, 8, 3), np.uint8)
     labels = np.array([0, 1, 2, 3] * 2)
-    np.savez(tmp_path / "x.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    np.savez(
+        tmp_path / "x.npz",
+        train_images=images,
+        train_labels=labels,
+        test_images=images,
+        test_labels=labels,
+    )
     with pytest.raises(ValueError, match="more train_images"):
-        train(with_(data=str(tmp_path / "x.npz"), train_images=2, conditional=True), tmp_path / "run", progress=False)
+        train(
+            with_(data=str(tmp_path / "x.npz"), train_images=2, conditional=True),
+            tmp_path / "run",
+            progress=False,
+        )
     with pytest.raises(ValueError, match="needs labels"):
         train(with_(data="gaussian-fields", conditional=True), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
@@ -194,12 +240,22 @@ def test_labels_that_the_training_images_lack_are_refused(tmp_path):
 
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "dysigma", "train", "--images=800000", "--batch-size=8", "--image-size=8"]
+    command = [
+        sys.executable,
+        "-m",
+        "dysigma",
+        "train",
+        "--images=800000",
+        "--batch-size=8",
+        "--image-size=8",
+    ]
     command += ["--train-images=64", "--device=cpu", "--quiet", f"--out={out}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     for _ in range(600):
-        if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) > 1:
+        if (out / "metrics.jsonl").exists() and len(
+            (out / "metrics.jsonl").read_text().splitlines()
+        ) > 1:
             break
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
@@ -261,7 +317,9 @@ RIGHT = {
 def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, shape in {"gray": (20, 8, 8), "wide": (20, 8, 12, 3), "two": (2, 8, 8, 3)}.items():
-        np.savez(f"{name}.npz", images=np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+        np.savez(
+            f"{name}.npz", images=np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        )
 
 
 @pytest.mark.parametrize("name", RIGHT)
@@ -275,7 +333,9 @@ def test_unusual_settings_train(tmp_path, files, name):
 
 
 def test_wide_images_are_cropped_to_their_middle(files):
-    data = load_split(with_(data="wide.npz", image_size=8, train_images=None), "train", torch.device("cpu"))
+    data = load_split(
+        with_(data="wide.npz", image_size=8, train_images=None), "train", torch.device("cpu")
+    )
     middle = torch.from_numpy(np.load("wide.npz")["images"][:9, :, 2:10]).permute(0, 3, 1, 2)
     assert torch.equal(data.images[:9], middle)
 
@@ -286,15 +346,29 @@ OVERFLOWS = "gives weights that are all 0 or not finite"
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": "gray.npz", "image_size": None, "train_images": None, "conditional": True}, "needs labels"),
+        (
+            {"data": "gray.npz", "image_size": None, "train_images": None, "conditional": True},
+            "needs labels",
+        ),
         ({"zero_terminal_snr": True}, "epsilon' has no weight where SNR = 0"),
         ({"num_timesteps": 1, "bins": 1, "validation_timesteps": 1}, "T >= 2"),
-        ({"normalize": False, "weighting": "min-snr", "weighting_params": {"gamma": 1e-300}}, OVERFLOWS),
-        ({"normalize": False, "weighting": "edm", "weighting_params": {"sigma_data": 1e-30}}, OVERFLOWS),
-        ({"weighting": "variance-aware", "weighting_params": {"strength": 1e300}}, "strength must be a number"),
+        (
+            {"normalize": False, "weighting": "min-snr", "weighting_params": {"gamma": 1e-300}},
+            OVERFLOWS,
+        ),
+        (
+            {"normalize": False, "weighting": "edm", "weighting_params": {"sigma_data": 1e-30}},
+            OVERFLOWS,
+        ),
+        (
+            {"weighting": "variance-aware", "weighting_params": {"strength": 1e300}},
+            "strength must be a number",
+        ),
     ],
 )
-def test_settings_without_a_meaning_are_refused_and_leave_no_folder(tmp_path, files, changes, message):
+def test_settings_without_a_meaning_are_refused_and_leave_no_folder(
+    tmp_path, files, changes, message
+):
     with pytest.raises(ValueError, match=message):
         train(with_(**(MICRO | changes)), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
@@ -304,10 +378,19 @@ def test_settings_without_a_meaning_are_refused_and_leave_no_folder(tmp_path, fi
     ("changes", "what"),
     [
         ({}, "loss is not finite at step 1"),
-        ({"weighting": "ugd", "weighting_params": {"gramian_every": 1, "bins": 4}}, "at step 1, weighting 'ugd': bins"),
+        (
+            {"weighting": "ugd", "weighting_params": {"gramian_every": 1, "bins": 4}},
+            "at step 1, weighting 'ugd': bins",
+        ),
         ({"conflicts_from": 8}, "at step 1, weighting 'const-eps': bins"),
-        ({"weighting": "uncertainty", "weighting_lr": 1e38, "lr": 1e-3}, "loss is not finite at step 1"),
-        ({"weighting": "loss-balance", "weighting_params": {"strength": 1e6}, "lr": 1e-3}, "not finite at step"),
+        (
+            {"weighting": "uncertainty", "weighting_lr": 1e38, "lr": 1e-3},
+            "loss is not finite at step 1",
+        ),
+        (
+            {"weighting": "loss-balance", "weighting_params": {"strength": 1e6}, "lr": 1e-3},
+            "not finite at step",
+        ),
     ],
 )
 def test_overflow_is_divergence_wherever_it_is_met_first(tmp_path, changes, what):
@@ -321,7 +404,13 @@ def test_validations_on_a_geometric_grid_fall_on_its_nearest_steps():
     config = with_(batch_size=32, images=20_000, validate_from=250)
     due = [step * 32 for step in range(625) if config.is_due("validate_from", step, 2**0.5)]
     assert due == [32 * round(7 * 2 ** (k / 2)) for k in range(13)]
-    assert [s for s in range(50) if with_(conflicts_from=24).is_due("conflicts_from", s, 2.0)] == [3, 6, 12, 24, 48]
+    assert [s for s in range(50) if with_(conflicts_from=24).is_due("conflicts_from", s, 2.0)] == [
+        3,
+        6,
+        12,
+        24,
+        48,
+    ]
 
 
 def test_configuration_round_trip_and_unknown_keys():

@@ -37,13 +37,18 @@ SHORT = NoiseSchedule(torch.sigmoid(torch.linspace(5.7, -6.2, 12, dtype=torch.fl
 # Every weighting that make_weighting can make, Dy-Sigma in all variants.
 KINDS = [(name, {}) for name in WEIGHTINGS if name != "dy-sigma"]
 KINDS += [("dy-sigma", {"variant": variant}) for variant in VARIANTS]
-KINDS += [("uncertainty", {"fourier": True}), ("dy-sigma", {"fourier": True, "floor": "online", "variant": "tilt"})]
+KINDS += [
+    ("uncertainty", {"fourier": True}),
+    ("dy-sigma", {"fourier": True, "floor": "online", "variant": "tilt"}),
+]
 IDS = ["-".join([name, *map(str, params.values())]) for name, params in KINDS]
 every_kind = pytest.mark.parametrize(("name", "params"), KINDS, ids=IDS)
 
 
 def random_gramian(size, seed=0):
-    gradients = torch.randn(size, size + 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    gradients = torch.randn(
+        size, size + 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     gradients *= torch.logspace(-0.5, 0.5, size, dtype=torch.float64)[:, None]
     return gradients @ gradients.T
 
@@ -104,9 +109,16 @@ X0_FORMULAS = {
     "split": lambda S: S,
 }
 X0_FORMULAS["const-flow"] = lambda S: (1 + S.sqrt()) ** 2
-ERROR_RATIO = {"sample": lambda S: torch.ones_like(S), "epsilon": lambda S: S, "v_prediction": lambda S: S + 1}
+ERROR_RATIO = {
+    "sample": lambda S: torch.ones_like(S),
+    "epsilon": lambda S: S,
+    "v_prediction": lambda S: S + 1,
+}
 ERROR_RATIO["flow_prediction"] = X0_FORMULAS["const-flow"]
-PATHS = [(name, kind) for name in SCHEDULES for kind in VP_TYPES] + [("flow", "sample"), ("flow", "flow_prediction")]
+PATHS = [(name, kind) for name in SCHEDULES for kind in VP_TYPES] + [
+    ("flow", "sample"),
+    ("flow", "flow_prediction"),
+]
 
 
 @pytest.mark.parametrize(("schedule_name", "kind"), PATHS)
@@ -163,8 +175,12 @@ def test_identities_between_weightings():
         return make_weighting(name, LINEAR, **params).weights()
 
     close = {"rtol": 1e-5, "atol": 0}
-    torch.testing.assert_close(weights("soft-min-snr", gamma=5.0), weights("sigmoid", bias=math.log(5)), **close)
-    torch.testing.assert_close(weights("soft-min-snr", gamma=5.0), weights("p2", k=5.0, gamma=1.0), **close)
+    torch.testing.assert_close(
+        weights("soft-min-snr", gamma=5.0), weights("sigmoid", bias=math.log(5)), **close
+    )
+    torch.testing.assert_close(
+        weights("soft-min-snr", gamma=5.0), weights("p2", k=5.0, gamma=1.0), **close
+    )
     torch.testing.assert_close(weights("truncated-snr", gamma=5.0), weights("max-snr"), **close)
     torch.testing.assert_close(weights("edm", sigma_data=1.0), weights("const-v"), **close)
 
@@ -177,9 +193,15 @@ def test_weights_are_finite_positive_and_of_mean_one(name, params, zero_terminal
         for kind in VP_TYPES[:: 1 + zero_terminal_snr]:
             weighting = make_weighting(name, schedule, kind, **params)
             weights = weighting.weights()
-            assert weights.shape == (1000,) and weights.dtype == torch.float32 and not weights.requires_grad
+            assert (
+                weights.shape == (1000,)
+                and weights.dtype == torch.float32
+                and not weights.requires_grad
+            )
             assert torch.isfinite(weights).all() and (weights >= 0).all()
-            torch.testing.assert_close(weights.double().mean(), torch.tensor(1.0).double(), rtol=1e-5, atol=0)
+            torch.testing.assert_close(
+                weights.double().mean(), torch.tensor(1.0).double(), rtol=1e-5, atol=0
+            )
 
 
 @every_kind
@@ -198,7 +220,9 @@ def test_min_snr_agrees_with_the_diffusers_training_scripts():
     snr = compute_snr(scheduler, torch.arange(1000)).double()
     clipped = snr.clamp(max=5)
     for kind, wanted in {"epsilon": clipped / snr, "v_prediction": clipped / (snr + 1)}.items():
-        ours = make_weighting("min-snr", NoiseSchedule.from_diffusers(scheduler), kind, normalize=False).weights()
+        ours = make_weighting(
+            "min-snr", NoiseSchedule.from_diffusers(scheduler), kind, normalize=False
+        ).weights()
         torch.testing.assert_close(ours.double(), wanted, rtol=1e-3, atol=1e-7)
 
 
@@ -209,7 +233,11 @@ def test_min_snr_agrees_with_denoising_diffusion_pytorch(lucidrains):
     objectives = {"epsilon": "pred_noise", "sample": "pred_x0", "v_prediction": "pred_v"}
     for kind, objective in objectives.items():
         theirs = lucidrains.GaussianDiffusion(
-            Network(), image_size=8, objective=objective, beta_schedule="linear", min_snr_loss_weight=True
+            Network(),
+            image_size=8,
+            objective=objective,
+            beta_schedule="linear",
+            min_snr_loss_weight=True,
         )
         schedule = NoiseSchedule(theirs.alphas_cumprod.double())
         ours = make_weighting("min-snr", schedule, kind, normalize=False).weights()
@@ -228,7 +256,9 @@ def test_min_snr_for_v_is_none_of_the_formulas_in_circulation():
 
 def test_min_snr_clips_from_above():
     weights = make_weighting("min-snr", LINEAR, normalize=False).weights()
-    assert weights.max() == 1 and weights.min() < 1e-3  # max(SNR, 5) / SNR in place of min is >= 1 everywhere
+    assert (
+        weights.max() == 1 and weights.min() < 1e-3
+    )  # max(SNR, 5) / SNR in place of min is >= 1 everywhere
     assert make_weighting("max-snr", LINEAR, normalize=False).weights().min() == 1
 
 
@@ -268,14 +298,20 @@ def parameter_gradient(weighting, kind, timesteps):
     x0, noise = torch.randn(2, len(timesteps), 4, dtype=torch.float64)
     bar = SHORT.alphas_cumprod[timesteps, None]
     x_t = bar**0.5 * x0 + (1 - bar) ** 0.5 * noise
-    target = {"sample": x0, "epsilon": noise, "v_prediction": bar**0.5 * noise - (1 - bar) ** 0.5 * x0}[kind]
+    target = {
+        "sample": x0,
+        "epsilon": noise,
+        "v_prediction": bar**0.5 * noise - (1 - bar) ** 0.5 * x0,
+    }[kind]
     losses = (model.output(SHORT, x_t, timesteps, kind) - target).square().mean(1)
     weighting(losses, timesteps).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 SAME_IN_EVERY_TARGET = [(name, {}) for name in PREDEFINED]
-SAME_IN_EVERY_TARGET += [("dy-sigma", {"variant": v}) for v in ("anchored", "inside", "excess", "tilt")]
+SAME_IN_EVERY_TARGET += [
+    ("dy-sigma", {"variant": v}) for v in ("anchored", "inside", "excess", "tilt")
+]
 
 
 @pytest.mark.parametrize(("name", "params"), SAME_IN_EVERY_TARGET)
@@ -286,7 +322,9 @@ def test_the_gradient_of_the_network_does_not_depend_on_its_target(name, params)
         options = params if name in PREDEFINED else params | {"bins": 6}
         weighting = make_weighting(name, SHORT, kind, normalize=False, **options)
         groups = weighting.parameter_groups(0.1)
-        for _ in range(5 * len(groups)):  # some steps of the learned part, from the losses of this target
+        for _ in range(
+            5 * len(groups)
+        ):  # some steps of the learned part, from the losses of this target
             optimizer = torch.optim.SGD(groups)
             optimizer.zero_grad()
             parameter_gradient(weighting, kind, timesteps)
@@ -329,17 +367,23 @@ def gradient_at(weighting, log_snr, importance=None):
 
 @pytest.mark.parametrize(("schedule_name", "kind"), PATHS)
 def test_predefined_weights_are_exact_at_any_noise_level(schedule_name, kind):
-    schedule = NoiseSchedule.flow(50) if schedule_name == "flow" else make_schedule(schedule_name, 50)
+    schedule = (
+        NoiseSchedule.flow(50) if schedule_name == "flow" else make_schedule(schedule_name, 50)
+    )
     log_snr = torch.linspace(-12, 12, 77, dtype=torch.float64)  # beyond the timesteps too
     for name in X0_FORMULAS:
         snr = log_snr.exp()
         weighting = make_weighting(name, schedule, kind, normalize=False)
         if name != "elbo":  # a difference of neighbours
             wanted = X0_FORMULAS[name](snr) / ERROR_RATIO[kind](snr)
-            torch.testing.assert_close(gradient_at(weighting, log_snr).double(), wanted, rtol=1e-5, atol=0)
+            torch.testing.assert_close(
+                gradient_at(weighting, log_snr).double(), wanted, rtol=1e-5, atol=0
+            )
         scale = make_weighting(name, schedule, kind).weights()[20] / weighting.weights()[20]
         normalized = gradient_at(make_weighting(name, schedule, kind), log_snr)
-        torch.testing.assert_close(normalized, scale * gradient_at(weighting, log_snr), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            normalized, scale * gradient_at(weighting, log_snr), rtol=1e-5, atol=0
+        )
 
 
 def test_between_timesteps_what_is_learned_is_linear_in_log_snr_and_beyond_constant():
@@ -350,13 +394,17 @@ def test_between_timesteps_what_is_learned_is_linear_in_log_snr_and_beyond_const
     for share in (0.25, 0.6):
         level = high + share * (low - high)
         wanted = level.exp().clamp(max=5) * (boost[:-1] + share * boost.diff())
-        torch.testing.assert_close(gradient_at(weighting, level).double(), wanted, rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            gradient_at(weighting, level).double(), wanted, rtol=1e-5, atol=0
+        )
     beyond = torch.tensor([20.0, -20.0])
     wanted = beyond.exp().clamp(max=5) * boost[[0, -1]]
     torch.testing.assert_close(gradient_at(weighting, beyond), wanted.float(), rtol=1e-5, atol=0)
     elbo = make_weighting("elbo", SHORT, "sample", normalize=False)
     middle = gradient_at(elbo, (high + low) / 2)
-    torch.testing.assert_close(middle, (elbo.weights()[1:] + elbo.weights()[:-1]) / 2, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        middle, (elbo.weights()[1:] + elbo.weights()[:-1]) / 2, rtol=1e-5, atol=0
+    )
 
 
 def test_between_timesteps_the_nearest_one_learns():
@@ -366,7 +414,9 @@ def test_between_timesteps_the_nearest_one_learns():
             off, on = (make_weighting(name, SHORT, **params) for _ in range(2))
             off.at(torch.tensor([0.7]), SHORT.log_snr[4:5] - share * gap)
             on(torch.tensor([0.7]), torch.tensor([nearest]))
-            assert all(torch.equal(value, on.state_dict()[key]) for key, value in off.state_dict().items())
+            assert all(
+                torch.equal(value, on.state_dict()[key]) for key, value in off.state_dict().items()
+            )
 
 
 @pytest.mark.parametrize("kind", ["sample", "flow_prediction"])
@@ -375,7 +425,9 @@ def test_no_signal_is_a_level_too(kind):
     for name in ("min-snr", "const-x0", "dy-sigma", "uncertainty", "elbo"):
         weighting = make_weighting(name, flow, kind)
         levels = torch.tensor([-torch.inf, float(flow.log_snr[3])])
-        torch.testing.assert_close(gradient_at(weighting, levels), weighting.weights()[[19, 3]], rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(
+            gradient_at(weighting, levels), weighting.weights()[[19, 3]], rtol=1e-5, atol=1e-9
+        )
 
 
 @pytest.mark.parametrize("name", ["min-snr", "elbo", "dy-sigma"])
@@ -435,7 +487,9 @@ def test_anchored_rests_at_the_lambert_point(kappa):
     wanted = torch.tensor(lambertw((z / kappa * math.exp(1 / kappa)).numpy()).real - 1 / kappa)
     torch.testing.assert_close(weighting.fixed_point(z), wanted, rtol=1e-9, atol=1e-9)
     settle(weighting, LOSSES)
-    torch.testing.assert_close(weighting.log_variances().detach().double(), wanted, rtol=0, atol=2e-3)
+    torch.testing.assert_close(
+        weighting.log_variances().detach().double(), wanted, rtol=0, atol=2e-3
+    )
     boost = (-weighting.log_variances()).exp()
     assert boost.max() < math.exp(1 / kappa)
 
@@ -444,7 +498,9 @@ def test_anchored_rests_at_the_lambert_point(kappa):
 def test_the_lambert_point_solves_its_equation_and_keeps_the_bound(z, kappa):
     weighting = make_weighting("dy-sigma", SHORT, kappa=kappa, bins=3, clamp=60.0)
     s = float(weighting.fixed_point(torch.tensor([z]))[0])
-    assert math.isclose(1 + kappa * s, z * math.exp(-s), rel_tol=1e-6, abs_tol=1e-6 * (1 + 1 / kappa))
+    assert math.isclose(
+        1 + kappa * s, z * math.exp(-s), rel_tol=1e-6, abs_tol=1e-6 * (1 + 1 / kappa)
+    )
     assert s >= -1 / kappa - 1e-9
 
 
@@ -455,7 +511,9 @@ def test_every_variant_rests_where_it_says(variant):
     z = prior * LOSSES if weighting.variant.weighted else LOSSES
     wanted = weighting.fixed_point(z / z.mean())
     settle(weighting, LOSSES)
-    torch.testing.assert_close(weighting.log_variances().detach().double(), wanted, rtol=0, atol=3e-3)
+    torch.testing.assert_close(
+        weighting.log_variances().detach().double(), wanted, rtol=0, atol=3e-3
+    )
 
 
 def test_final_weights_of_the_variants_in_closed_form():
@@ -467,7 +525,9 @@ def test_final_weights_of_the_variants_in_closed_form():
         "tilt": prior * (prior * LOSSES) ** 0.5,
     }
     for variant, formula in wanted.items():
-        weights = settle(make_weighting("dy-sigma", SHORT, variant=variant, bins=12, clamp=12.0), LOSSES)
+        weights = settle(
+            make_weighting("dy-sigma", SHORT, variant=variant, bins=12, clamp=12.0), LOSSES
+        )
         torch.testing.assert_close(weights, formula / formula.mean(), rtol=5e-3, atol=0)
 
 
@@ -486,17 +546,25 @@ def test_a_small_kappa_is_the_learnable_weighting_and_inside_forgets_its_prior()
     pure = settle(make_weighting("uncertainty", SHORT, bins=12), LOSSES)
     torch.testing.assert_close(small, pure, rtol=2e-2, atol=0)
     for prior in ("min-snr", "const-eps", "debiased"):
-        inside = settle(make_weighting("dy-sigma", SHORT, variant="inside", prior=prior, bins=12, clamp=12.0), LOSSES)
+        inside = settle(
+            make_weighting("dy-sigma", SHORT, variant="inside", prior=prior, bins=12, clamp=12.0),
+            LOSSES,
+        )
         torch.testing.assert_close(inside, pure, rtol=5e-3, atol=0)
 
 
 def test_over_a_wide_bin_outside_weighs_the_losses_by_the_prior_and_tempered_does_not():
     w = make_weighting("min-snr", SHORT).weights()
-    wanted = {"outside": (w * LOSSES).sum() / w.sum() / LOSSES.mean(), "tempered": torch.tensor(1.0)}
+    wanted = {
+        "outside": (w * LOSSES).sum() / w.sum() / LOSSES.mean(),
+        "tempered": torch.tensor(1.0),
+    }
     for variant, ratio in wanted.items():
         weighting = make_weighting("dy-sigma", SHORT, variant=variant, bins=1)
         settle(weighting, LOSSES, steps=300)
-        torch.testing.assert_close(weighting.log_variances()[0].detach(), ratio.log(), rtol=0, atol=5e-3)
+        torch.testing.assert_close(
+            weighting.log_variances()[0].detach(), ratio.log(), rtol=0, atol=5e-3
+        )
 
 
 def test_dy_sigma_starts_exactly_at_its_prior():
@@ -504,7 +572,13 @@ def test_dy_sigma_starts_exactly_at_its_prior():
         for prior, params in (("min-snr", {"gamma": 2.0}), ("p2", {}), ("debiased", {})):
             for fourier in (False, True):
                 weighting = make_weighting(
-                    "dy-sigma", LINEAR, "v", variant=variant, prior=prior, prior_params=params, fourier=fourier
+                    "dy-sigma",
+                    LINEAR,
+                    "v",
+                    variant=variant,
+                    prior=prior,
+                    prior_params=params,
+                    fourier=fourier,
                 )
                 wanted = make_weighting(prior, LINEAR, "v", **params).weights()
                 torch.testing.assert_close(weighting.weights(), wanted, rtol=1e-5, atol=0)
@@ -513,7 +587,9 @@ def test_dy_sigma_starts_exactly_at_its_prior():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_scale_of_the_losses_does_not_matter(variant):
     ends = [
-        settle(make_weighting("dy-sigma", SHORT, variant=variant, bins=12), LOSSES * scale, steps=50)
+        settle(
+            make_weighting("dy-sigma", SHORT, variant=variant, bins=12), LOSSES * scale, steps=50
+        )
         for scale in (1.0, 1e-3)
     ]
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=0)
@@ -527,7 +603,9 @@ def test_without_a_running_mean_the_formula_is_literal():
 
 
 def test_s_returns_from_beyond_the_clamp():
-    weighting = make_weighting("dy-sigma", SHORT, variant="inside", bins=12, clamp=1.0, half_life=100.0)
+    weighting = make_weighting(
+        "dy-sigma", SHORT, variant="inside", bins=12, clamp=1.0, half_life=100.0
+    )
     settle(weighting, LOSSES * torch.logspace(-2, 2, 12))
     assert weighting.log_variances().abs().max() == 1
     settle(weighting, 1 / make_weighting("min-snr", SHORT).weights(), steps=400)  # now every z is 1
@@ -545,7 +623,9 @@ def test_importance_corrects_what_is_learned():
         weightings[0].running[1] / weightings[0].running[0],
         (LOSSES * make_weighting("min-snr", SHORT).weights()).mean(),
     )
-    torch.testing.assert_close(15 * weightings[0].coefficients.grad, 12 * weightings[1].coefficients.grad)
+    torch.testing.assert_close(
+        15 * weightings[0].coefficients.grad, 12 * weightings[1].coefficients.grad
+    )
 
 
 # ---------------------------------------------------------------- our own variants
@@ -556,10 +636,14 @@ def test_excess_judges_by_the_learnable_part():
     weighting = make_weighting("dy-sigma", SHORT, variant="excess", bins=12, floor=floor)
     settle(weighting, LOSSES)
     wanted = weighting.fixed_point(relative(None, LOSSES - floor))
-    torch.testing.assert_close(weighting.log_variances().detach().double(), wanted, rtol=0, atol=3e-3)
+    torch.testing.assert_close(
+        weighting.log_variances().detach().double(), wanted, rtol=0, atol=3e-3
+    )
     # Equal weighted losses: the more of a loss is floor, the sooner it counts as solved.
     equal = 1 / make_weighting("min-snr", SHORT).weights()
-    weighting = make_weighting("dy-sigma", SHORT, variant="excess", bins=12, floor=equal * torch.linspace(0.9, 0.1, 12))
+    weighting = make_weighting(
+        "dy-sigma", SHORT, variant="excess", bins=12, floor=equal * torch.linspace(0.9, 0.1, 12)
+    )
     boost = settle(weighting, equal) * equal
     assert (boost.diff() < 0).all()
 
@@ -577,14 +661,17 @@ def test_the_online_floor_finds_the_learnable_share(power):
     torch.testing.assert_close(found, factor * shares, rtol=0.1, atol=0.02)
     # The two means, summed directly with the weights they are meant to have.
     long, short = (
-        (1 - shares) * LOSSES + (learnable * steps[:, None] ** (p - 1.0)).sum(0) / (steps ** (p - 1.0)).sum()
+        (1 - shares) * LOSSES
+        + (learnable * steps[:, None] ** (p - 1.0)).sum(0) / (steps ** (p - 1.0)).sum()
         for p in (2, 8)
     )
     torch.testing.assert_close(found, 4 / 3 * (long - short) / short, rtol=2e-4, atol=0)
 
 
 def test_conflict_without_a_gramian_is_anchored_and_with_one_helps_the_hurt_bin():
-    plain, aware = (make_weighting("dy-sigma", SHORT, variant=v, bins=3) for v in ("anchored", "conflict"))
+    plain, aware = (
+        make_weighting("dy-sigma", SHORT, variant=v, bins=3) for v in ("anchored", "conflict")
+    )
     for weighting in (plain, aware):
         train(weighting, 0)
         settle(weighting, LOSSES, steps=50)
@@ -650,7 +737,10 @@ def test_rules_satisfy_the_equations_of_their_papers():
     torch.testing.assert_close(scaled @ nash, 1 / nash, rtol=1e-3, atol=0)  # Navon et al. 2022
     impartial = shares("imtl-g")
     torch.testing.assert_close(
-        (scaled @ impartial / scaled.diag().sqrt()).diff(), torch.zeros(5).double(), rtol=0, atol=1e-5
+        (scaled @ impartial / scaled.diag().sqrt()).diff(),
+        torch.zeros(5).double(),
+        rtol=0,
+        atol=1e-5,
     )
     mgda, best = shares("mgda"), min_norm_weights(scaled)
     assert mgda @ scaled @ mgda < 1.1 * (best @ scaled @ best)
@@ -662,7 +752,9 @@ def test_unequal_bins_share_their_weight_over_their_timesteps():
     bins = Bins([0, 2, 12])
     weighting = make_weighting("gramian", SHORT, rule="mgda", bins=bins)
     weighting.observe_gramian(torch.diag(torch.tensor([1.0, 3.0])))  # min-norm shares 3/4 and 1/4
-    torch.testing.assert_close(weighting.weights()[[0, 2]], torch.tensor([0.75 * 6, 0.25 * 1.2]), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        weighting.weights()[[0, 2]], torch.tensor([0.75 * 6, 0.25 * 1.2]), rtol=1e-3, atol=0
+    )
 
 
 def test_noisy_indefinite_gramians_are_averaged_into_a_semi_definite_one():
@@ -675,7 +767,10 @@ def test_noisy_indefinite_gramians_are_averaged_into_a_semi_definite_one():
         estimate = gramian + (noise + noise.T) / 2
         assert torch.linalg.eigvalsh(estimate)[0] < 0
         weighting.observe_gramian(estimate)
-        assert torch.linalg.eigvalsh(weighting.gramian)[0] > -1e-5 and abs(weighting.gramian.trace() - 6) < 1e-4
+        assert (
+            torch.linalg.eigvalsh(weighting.gramian)[0] > -1e-5
+            and abs(weighting.gramian.trace() - 6) < 1e-4
+        )
         errors.append(float((weighting.gramian - gramian).square().mean()))
     assert sum(errors[20:]) < 0.4 * errors[0] * 20
 
@@ -718,7 +813,9 @@ def test_bad_gramians_are_refused(name, params, gramian):
 def test_only_those_that_need_a_gramian_take_one():
     for name, params in KINDS:
         weighting = make_weighting(name, LINEAR, **params)
-        assert weighting.needs_gramian == (name in ("ugd", "gramian") or params.get("variant") == "conflict")
+        assert weighting.needs_gramian == (
+            name in ("ugd", "gramian") or params.get("variant") == "conflict"
+        )
         assert (weighting.gramian_every > 0) == weighting.needs_gramian
     with pytest.raises(ValueError, match="uses no Gramian"):
         make_weighting("min-snr", LINEAR).observe_gramian(torch.eye(10))
@@ -737,7 +834,9 @@ def test_loss_balance_and_variance_aware_in_closed_form():
         weighting = make_weighting(name, schedule, bins=4)
         torch.testing.assert_close(weighting.weights(), torch.ones(4))
         weighting(losses, torch.arange(4))
-        torch.testing.assert_close(weighting.weights(), wanted / wanted.mean(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            weighting.weights(), wanted / wanted.mean(), rtol=1e-5, atol=1e-6
+        )
     halved = make_weighting("loss-balance", schedule, bins=4, strength=0.5)
     halved(losses[:3], torch.arange(3))  # the last bin is unseen: average
     wanted = torch.cat([losses[:3], losses[:3].mean()[None]]) ** -0.5
@@ -768,7 +867,9 @@ def test_random_weights_are_a_fresh_softmax_of_normals_and_part_of_the_state():
     assert float(torch.corrcoef(centred.T).fill_diagonal_(0).abs().max()) < 0.25
     again = make_weighting("random", LINEAR, normalize=False, bins=20, seed=4)
     torch.testing.assert_close(again.weights()[::50].log().double(), draws[0])
-    assert not torch.equal(make_weighting("random", LINEAR, normalize=False, seed=5).weights(), again.weights())
+    assert not torch.equal(
+        make_weighting("random", LINEAR, normalize=False, seed=5).weights(), again.weights()
+    )
 
 
 # ---------------------------------------------------------------- in a training loop
@@ -782,12 +883,19 @@ def test_copies_and_moves_keep_state_and_precision(name, params):
     assert torch.equal(pickle.loads(pickle.dumps(weighting)).weights(), wanted)
     half = nn.ModuleList([copy.deepcopy(weighting)]).half().to(torch.bfloat16)[0]
     assert torch.equal(half.weights(), wanted)
-    assert all(tensor.device.type == "meta" for tensor in weighting.to("meta").state_dict().values())
+    assert all(
+        tensor.device.type == "meta" for tensor in weighting.to("meta").state_dict().values()
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "params"),
-    [("uncertainty", {}), ("dy-sigma", {}), ("dy-sigma", {"variant": "outside"}), ("loss-balance", {})],
+    [
+        ("uncertainty", {}),
+        ("dy-sigma", {}),
+        ("dy-sigma", {"variant": "outside"}),
+        ("loss-balance", {}),
+    ],
 )
 def test_gradient_accumulation_equals_one_large_batch(name, params):
     whole = train(
@@ -806,13 +914,23 @@ def test_gradient_accumulation_equals_one_large_batch(name, params):
         for part in torch.arange(96).chunk(parts):
             (weighting(mine[part], timesteps[part]) / parts).backward()
         grads.append([mine.grad, *(p.grad for p in weighting.parameters())])
-    exact = name == "uncertainty"  # a running mean moves within the accumulated batch, by a few per cent of its noise
+    exact = (
+        name == "uncertainty"
+    )  # a running mean moves within the accumulated batch, by a few per cent of its noise
     for one, other in zip(*grads, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5 if exact else 0.05, atol=1e-7 if exact else 2e-3)
+        torch.testing.assert_close(
+            one, other, rtol=1e-5 if exact else 0.05, atol=1e-7 if exact else 2e-3
+        )
     torch.testing.assert_close(whole.weights(), split.weights(), rtol=1e-2, atol=0)
 
 
-COMPILED = [("min-snr", {}), ("uncertainty", {"fourier": True}), ("ugd", {}), ("loss-balance", {}), ("random", {})]
+COMPILED = [
+    ("min-snr", {}),
+    ("uncertainty", {"fourier": True}),
+    ("ugd", {}),
+    ("loss-balance", {}),
+    ("random", {}),
+]
 COMPILED += [("dy-sigma", {"variant": variant}) for variant in ("anchored", "excess", "conflict")]
 
 
@@ -823,7 +941,9 @@ def test_torch_compile_makes_one_graph_with_the_same_numbers(name, params):
     traced = copy.deepcopy(eager)
     compiled = torch.compile(traced, fullgraph=True, backend="aot_eager")
     for losses, timesteps in batches(2, seed=5):
-        values = [module(losses.clone().requires_grad_(), timesteps) for module in (eager, compiled)]
+        values = [
+            module(losses.clone().requires_grad_(), timesteps) for module in (eager, compiled)
+        ]
         torch.testing.assert_close(*values)
         for module, value in zip((eager, traced), values, strict=True):
             module.zero_grad()
@@ -834,20 +954,31 @@ def test_torch_compile_makes_one_graph_with_the_same_numbers(name, params):
         torch.testing.assert_close(value, traced.state_dict()[key])
 
 
-RANKED = [("uncertainty", {}), ("dy-sigma", {"variant": "excess"}), ("loss-balance", {}), ("ugd", {})]
+RANKED = [
+    ("uncertainty", {}),
+    ("dy-sigma", {"variant": "excess"}),
+    ("loss-balance", {}),
+    ("ugd", {}),
+]
 
 
 def step_on_share(name, params, rank, ranks):
     """Three steps on every ranks-th sample of common batches: weights, the gradient of parameters, the state."""
     weighting = make_weighting(name, LINEAR, **params)
-    optimizer = torch.optim.Adam(weighting.parameter_groups() or [torch.zeros(1, requires_grad=True)])
+    optimizer = torch.optim.Adam(
+        weighting.parameter_groups() or [torch.zeros(1, requires_grad=True)]
+    )
     if weighting.needs_gramian:
         weighting.observe_gramian(random_gramian(weighting.bins.num_bins))
     for losses, timesteps in batches(3, size=32):
         optimizer.zero_grad()
         weighting(losses[rank::ranks].requires_grad_(), timesteps[rank::ranks]).backward()
         optimizer.step()
-    return [weighting.weights(), *weighting.state_dict().values(), *(p.grad for p in weighting.parameters())]
+    return [
+        weighting.weights(),
+        *weighting.state_dict().values(),
+        *(p.grad for p in weighting.parameters()),
+    ]
 
 
 def update_on_share(rank, ranks):
@@ -860,8 +991,12 @@ def update_on_share(rank, ranks):
 
 def run_rank(rank, folder):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    results = [step_on_share(name, params, rank, 2) for name, params in RANKED] + [update_on_share(rank, 2)]
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    results = [step_on_share(name, params, rank, 2) for name, params in RANKED] + [
+        update_on_share(rank, 2)
+    ]
     torch.distributed.destroy_process_group()
     torch.save(results, f"{folder}/{rank}.pt")
 
@@ -883,7 +1018,9 @@ def test_parameter_groups_fit_an_optimizer():
     assert group["lr"] == weighting.suggested_lr == 1e-2 and group["weight_decay"] == 0
     assert weighting.parameter_groups(0.3)[0]["lr"] == 0.3
     model = nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW([{"params": model.parameters()}, *weighting.parameter_groups()], lr=1e-3)
+    optimizer = torch.optim.AdamW(
+        [{"params": model.parameters()}, *weighting.parameter_groups()], lr=1e-3
+    )
     assert [g["weight_decay"] for g in optimizer.param_groups] == [1e-2, 0.0]
 
 
@@ -892,14 +1029,18 @@ def test_the_fourier_form_learns_a_smooth_curve():
     weighting = make_weighting("uncertainty", LINEAR, fourier=True)
     settle(weighting, losses, steps=300, lr=0.3)
     error = (weighting.log_variances().detach() - losses.log()).abs()
-    assert error.mean() < 0.05 and error.quantile(0.95) < 0.1  # log_snr moves fast over the first few timesteps
+    assert (
+        error.mean() < 0.05 and error.quantile(0.95) < 0.1
+    )  # log_snr moves fast over the first few timesteps
 
 
 # ---------------------------------------------------------------- comparing weightings
 
 
 def test_effective_sample_size_and_share_changed_by_hand():
-    torch.testing.assert_close(effective_sample_size(torch.tensor([1.0, 1.0, 0.0, 0.0])), torch.tensor(0.5).double())
+    torch.testing.assert_close(
+        effective_sample_size(torch.tensor([1.0, 1.0, 0.0, 0.0])), torch.tensor(0.5).double()
+    )
     weights = make_weighting("min-snr", LINEAR).weights()
     plain = make_weighting("const-eps", LINEAR).weights()
     share = (LINEAR.log_snr > math.log(5 * 1.01)).double().mean()
@@ -916,18 +1057,30 @@ def test_the_table_has_one_unit():
     same = compare_weightings(LINEAR, "v", mixed)
     for kind in VP_TYPES:
         np.testing.assert_allclose(same[kind], table["min-snr"], rtol=1e-5)
-    zero = compare_weightings(make_schedule("cosine", zero_terminal_snr=True), "sample", ["min-snr", "dy-sigma"])
+    zero = compare_weightings(
+        make_schedule("cosine", zero_terminal_snr=True), "sample", ["min-snr", "dy-sigma"]
+    )
     assert np.isfinite(zero.to_numpy()).all()
 
 
 def test_fluctuation_by_hand():
-    steady, noisy = torch.full((400,), 2.0), 2 + torch.randn(400, generator=torch.Generator().manual_seed(0))
+    steady, noisy = (
+        torch.full((400,), 2.0),
+        2 + torch.randn(400, generator=torch.Generator().manual_seed(0)),
+    )
     drift = torch.linspace(1, 3, 400)
     trajectory = torch.stack([steady, noisy, drift], 1)
     plain, detrended = fluctuation(trajectory), fluctuation(trajectory, detrend=True)
     torch.testing.assert_close(plain, trajectory.double().std(0) / trajectory.double().mean(0))
-    assert plain[0] == 0 and abs(float(detrended[1] / plain[1]) - 1) < 0.1 and detrended[2] < plain[2] / 100
-    for detrend in (False, True):  # two rows are enough: 1 and 3 have standard deviation sqrt(2) and mean 2
+    assert (
+        plain[0] == 0
+        and abs(float(detrended[1] / plain[1]) - 1) < 0.1
+        and detrended[2] < plain[2] / 100
+    )
+    for detrend in (
+        False,
+        True,
+    ):  # two rows are enough: 1 and 3 have standard deviation sqrt(2) and mean 2
         assert float(fluctuation(torch.tensor([[1.0], [3.0]]), detrend)) == pytest.approx(0.5**0.5)
     for short in (torch.ones(5), torch.ones(1, 5)):
         with pytest.raises(ValueError, match="trajectory must"):
@@ -958,7 +1111,9 @@ def test_learned_weights_fluctuate_less_the_more_they_are_anchored():
 def test_unknown_names_show_the_choices():
     with pytest.raises(KeyError, match="min-snr"):
         make_weighting("minsnr", LINEAR)
-    with pytest.raises(ValueError, match=r"min-snr has no parameter \['gama'\]; it has \['gamma'\]"):
+    with pytest.raises(
+        ValueError, match=r"min-snr has no parameter \['gama'\]; it has \['gamma'\]"
+    ):
         make_weighting("min-snr", LINEAR, gama=5.0)
     with pytest.raises(ValueError, match=r"dy-sigma has no parameter \['lr'\]"):
         make_weighting("dy-sigma", LINEAR, lr=0.1)
@@ -1010,7 +1165,11 @@ def test_bad_parameters_are_refused(name, params):
 @pytest.mark.parametrize(
     ("losses", "timesteps", "message"),
     [
-        (torch.rand(4, 3, 8, 8), torch.arange(4), r"losses must be \(B,\).*\(4, 3, 8, 8\).*flatten\(1\)"),
+        (
+            torch.rand(4, 3, 8, 8),
+            torch.arange(4),
+            r"losses must be \(B,\).*\(4, 3, 8, 8\).*flatten\(1\)",
+        ),
         (torch.rand(()), torch.arange(4), "losses must be"),
         (torch.ones(4, dtype=torch.int64), torch.arange(4), "losses must be"),
         (torch.rand(4), torch.arange(3), r"timesteps must be \(4,\)"),

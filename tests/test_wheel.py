@@ -14,11 +14,23 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {path.name for path in (ROOT / "dysigma").glob("*.py")} | {"py.typed"}
 # What the extras and a developer bring: a user of the package alone has none of it.
-ABSENT = ["accelerate", "IPython", "ipykernel", "jupytext", "nbclient", "nbformat", "moocore", "torchjd", "pytest"]
+ABSENT = [
+    "accelerate",
+    "IPython",
+    "ipykernel",
+    "jupytext",
+    "nbclient",
+    "nbformat",
+    "moocore",
+    "torchjd",
+    "pytest",
+]
 
 
 def run(*command, **options):
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, **options)
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, **options
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -28,14 +40,19 @@ def built(tmp_path_factory):
     """(wheel, sdist), built without a network from a copy: a build leaves files beside its sources."""
     wanted = 77  # of build-system.requires
     if int(importlib.metadata.version("setuptools").split(".")[0]) < wanted:
-        pytest.skip(f"the build backend, setuptools {wanted} or newer, is not installed, and tests download nothing")
+        pytest.skip(
+            f"the build backend, setuptools {wanted} or newer, is not installed, and tests download nothing"
+        )
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("dysigma", "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     code = "import sys; from setuptools import build_meta as b; print(b.build_{}(sys.argv[1]))"
-    names = [run("-c", code.format(kind), out, cwd=source).stdout.split()[-1] for kind in ("wheel", "sdist")]
+    names = [
+        run("-c", code.format(kind), out, cwd=source).stdout.split()[-1]
+        for kind in ("wheel", "sdist")
+    ]
     return [out / name for name in names]
 
 
@@ -45,15 +62,26 @@ def test_wheel_and_sdist_hold_the_package_and_no_more(built):
         names = {Path(name) for name in file.namelist()}
         (metadata,) = (file.read(str(name)).decode() for name in names if name.name == "METADATA")
     assert {path.name for path in names if path.parent == Path("dysigma")} == MODULES
-    assert {path.parts[0] for path in names} == {"dysigma", wheel.name.split("-py3")[0] + ".dist-info"}
+    assert {path.parts[0] for path in names} == {
+        "dysigma",
+        wheel.name.split("-py3")[0] + ".dist-info",
+    }
     assert "License-Expression: MIT" in metadata and "Requires-Python: >=3.11" in metadata
-    bare = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
-    assert not [line for line in bare if any(name.lower() in line.lower() for name in [*ABSENT, "jupyter"])]
+    bare = [
+        line
+        for line in metadata.splitlines()
+        if line.startswith("Requires-Dist") and "extra ==" not in line
+    ]
+    assert not [
+        line for line in bare if any(name.lower() in line.lower() for name in [*ABSENT, "jupyter"])
+    ]
     with tarfile.open(sdist) as file:
         inside = {Path(*Path(name).parts[1:]) for name in file.getnames()}
     assert {path.name for path in inside if path.parent == Path("dysigma")} == MODULES
     assert {Path("README.md"), Path("LICENSE"), Path("pyproject.toml")} <= inside
-    assert not [path for path in inside if "tests" in path.parts]  # they need the rest of the repository
+    assert not [
+        path for path in inside if "tests" in path.parts
+    ]  # they need the rest of the repository
 
 
 TRAIN = """
@@ -72,7 +100,15 @@ assert main("sample run --num-images 2 --steps 2".split()) == 0
 def test_the_installed_wheel_trains_outside_the_checkout(built, tmp_path):
     target, work = tmp_path / "site", tmp_path / "work"
     work.mkdir()
-    pip = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--disable-pip-version-check")
+    pip = (
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--disable-pip-version-check",
+    )
     run(*pip, "--target", target, built[0])
     assert (target / "dysigma" / "py.typed").exists() and (target / "bin" / "dysigma").exists()
     env = os.environ | {"PYTHONPATH": str(target)}

@@ -26,7 +26,9 @@ from dysigma.runs import provenance, write_atomically, write_json
 class Features(nn.Module):
     """Convolutions at three resolutions and the mean over positions, in units of `scale`."""
 
-    def __init__(self, widths: tuple[int, ...] = (20, 40, 64), strides: tuple[int, ...] = (1, 2, 2)) -> None:
+    def __init__(
+        self, widths: tuple[int, ...] = (20, 40, 64), strides: tuple[int, ...] = (1, 2, 2)
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for before, width, stride in zip((3, *widths), widths, strides, strict=False):
@@ -49,9 +51,19 @@ def features(network: Features, images: Tensor) -> Tensor:
     return torch.cat([network(part) for part in images.split(500)])
 
 
-def fit(network: Features, head: nn.Linear, data: ImageData, epochs: int, seed: int, batch_size: int = 128) -> None:
+def fit(
+    network: Features,
+    head: nn.Linear,
+    data: ImageData,
+    epochs: int,
+    seed: int,
+    batch_size: int = 128,
+) -> None:
     """Cross-entropy with one cycle of the learning rate, on mirrored images."""
-    parameters, steps = [*network.parameters(), *head.parameters()], epochs * len(data) // batch_size
+    parameters, steps = (
+        [*network.parameters(), *head.parameters()],
+        epochs * len(data) // batch_size,
+    )
     optimizer = torch.optim.SGD(parameters, 0.2, momentum=0.9, nesterov=True, weight_decay=5e-4)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=steps, pct_start=0.2)
     network.train()
@@ -66,7 +78,8 @@ def fit(network: Features, head: nn.Linear, data: ImageData, epochs: int, seed: 
         rate.step()
         if step % 50 == 0:
             print(
-                f"step {step} of {steps}: {float(loss.detach()):.3f}, {time.perf_counter() - start:.0f} s", flush=True
+                f"step {step} of {steps}: {float(loss.detach()):.3f}, {time.perf_counter() - start:.0f} s",
+                flush=True,
             )
 
 
@@ -100,13 +113,20 @@ def main() -> None:
     }
     network.scale.copy_(features(network, train.images).std(0))
     if not (network.scale > 0).all():
-        raise ValueError("a feature is the same for all images: train longer, or from another --seed")
+        raise ValueError(
+            "a feature is the same for all images: train longer, or from another --seed"
+        )
     path, content = args.out / "cifar10-classifier.pt", torchscript(network)
     write_atomically(path, content)
     approximate = sum(len(data) - len(data.originals) for data in (train, test))
     about = {"sha256": hashlib.sha256(content).hexdigest(), "accuracy": accuracy}
     about |= {"data": f"cifar10, {approximate} of {len(train) + len(test):,} images approximate"}
-    about |= {"seed": args.seed, "epochs": args.epochs, "parameters": count_parameters(network), "features": 64}
+    about |= {
+        "seed": args.seed,
+        "epochs": args.epochs,
+        "parameters": count_parameters(network),
+        "features": 64,
+    }
     write_json(path.with_suffix(".json"), about | {"provenance": provenance()})
     print(about)
 

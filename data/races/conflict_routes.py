@@ -21,18 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dysigma.benchmark import BINS, MICRO_BATCHES, cuda_peak, time_in_turn
 from dysigma.bins import Bins
-from dysigma.draws import generator
+from dysigma.devices import resolve_device
 from dysigma.gradients import bin_gramian, bin_timesteps, conflicts
+from dysigma.lab.benchmark import BINS, MICRO_BATCHES, cuda_peak, time_in_turn
 from dysigma.models import make_model
 from dysigma.objective import sample_losses
+from dysigma.randomness import generator
 from dysigma.runs import provenance, write_json
 from dysigma.schedule import make_schedule
-from dysigma.training import resolve_device
 
 
-def _routes(preset: str, image_size: int, per_bin: int, device: torch.device) -> dict[str, Callable[[], Any]]:
+def _routes(
+    preset: str, image_size: int, per_bin: int, device: torch.device
+) -> dict[str, Callable[[], Any]]:
     """Calls that compute the Gramian (K, K) of the bins' mean losses on one batch, each in its own way.
 
     The first two return none: MICRO_BATCHES forward and backward passes of the mean loss of per_bin samples of each
@@ -53,7 +55,15 @@ def _routes(preset: str, image_size: int, per_bin: int, device: torch.device) ->
             losses().mean().backward()
 
     def report() -> None:
-        conflicts(model, x0, schedule, bins, micro_batches=MICRO_BATCHES, batch_per_bin=per_bin, progress=False)
+        conflicts(
+            model,
+            x0,
+            schedule,
+            bins,
+            micro_batches=MICRO_BATCHES,
+            batch_per_bin=per_bin,
+            progress=False,
+        )
 
     def means() -> Tensor:
         return losses().view(BINS, per_bin).mean(1)
@@ -81,14 +91,18 @@ def _routes(preset: str, image_size: int, per_bin: int, device: torch.device) ->
         "training steps": steps,
         "conflicts": report,
         "bin_gramian": lambda: bin_gramian(model, schedule, x0, noise, timesteps, bins, splits=1),
-        "TorchJD autogram, per sample": lambda: autogram(0)(losses()).view(BINS, per_bin, BINS, per_bin).mean((1, 3)),
+        "TorchJD autogram, per sample": lambda: (
+            autogram(0)(losses()).view(BINS, per_bin, BINS, per_bin).mean((1, 3))
+        ),
         "TorchJD autogram, per bin": lambda: autogram(None)(means()),
         "TorchJD jac, bin by bin": jac,
         "retained graph": retained,
     }
 
 
-def _peak_memory(name: str, preset: str, image_size: int, per_bin: int, device: torch.device) -> int | None:
+def _peak_memory(
+    name: str, preset: str, image_size: int, per_bin: int, device: torch.device
+) -> int | None:
     """Bytes a route takes at its peak above the model and the batch; None where the system does not tell."""
     status = Path("/proc/self/status")
     _routes("micro", 8, 1, device)[name]()  # late imports, lasting buffers
@@ -113,11 +127,15 @@ def _measure(name: str, call: Callable[[], Any], expected: Tensor, *batch: Any) 
             raise ValueError(f"its Gramian differs by {found['error']:.1%} of the largest entry")
     if expected.is_cuda:
         return found | {"bytes": _peak_memory(name, *batch)}
-    with ProcessPoolExecutor(1, get_context("spawn")) as fresh:  # with no memory of another route to use again
+    with ProcessPoolExecutor(
+        1, get_context("spawn")
+    ) as fresh:  # with no memory of another route to use again
         return found | {"bytes": fresh.submit(_peak_memory, name, *batch).result()}
 
 
-def conflict_costs(preset: str, image_size: int, per_bin: int, rounds: int, device: torch.device) -> dict[str, Any]:
+def conflict_costs(
+    preset: str, image_size: int, per_bin: int, rounds: int, device: torch.device
+) -> dict[str, Any]:
     """Print and return what a report of conflicts costs beside training steps and other routes to its Gramians.
 
     In "routes", "fails" with the reason, or: "seconds" for per_bin samples of each bin (median), "ratio" to a training
@@ -139,13 +157,22 @@ def conflict_costs(preset: str, image_size: int, per_bin: int, rounds: int, devi
     for name, row in results.items():
         if name in seconds:
             ratios = [a / b for a, b in zip(seconds[name], seconds["training steps"], strict=True)]
-            quartiles = torch.tensor(ratios, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
+            quartiles = torch.tensor(ratios, dtype=torch.float64).quantile(
+                torch.tensor([0.25, 0.5, 0.75]).double()
+            )
             row |= {"seconds": statistics.median(seconds[name]), "ratio": quartiles.tolist()}
             memory = "" if row["bytes"] is None else f"{row['bytes'] / 2**20:6.0f} MiB"
-            print(f"  {name:28s} {1e3 * row['seconds']:8.1f} ms   {row['ratio'][1]:6.2f} steps   {memory}")
+            print(
+                f"  {name:28s} {1e3 * row['seconds']:8.1f} ms   {row['ratio'][1]:6.2f} steps   {memory}"
+            )
         else:
             print(f"  {name:28s} fails: {row['fails']}")
-    return {"bins": BINS, "batch_per_bin": per_bin, "micro_batches": MICRO_BATCHES, "routes": results}
+    return {
+        "bins": BINS,
+        "batch_per_bin": per_bin,
+        "micro_batches": MICRO_BATCHES,
+        "routes": results,
+    }
 
 
 def main() -> None:

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
-from dysigma.benchmark import flops_per_image
+from dysigma.devices import fast_kernels, resolve_device
 from dysigma.evaluation import elbo, evaluation_timesteps, validation_losses
+from dysigma.lab.benchmark import flops_per_image
 from dysigma.models import PRESETS, count_parameters
 from dysigma.runs import provenance, read_json, write_json
-from dysigma.training import TrainConfig, build, check_compiled, fast_kernels, iterate, load_split, resolve_device
+from dysigma.training import TrainConfig, build, check_compiled, iterate, load_split
 
 COMPACT = PRESETS["compact"]
 _CHANGES: dict[str, dict[str, Any]] = {
@@ -45,9 +46,21 @@ def judge(state: Any, config: TrainConfig, images: torch.Tensor) -> dict[str, fl
     model = copy.deepcopy(state.model)
     state.ema.copy_to(model)
     timesteps = evaluation_timesteps(config.num_timesteps, config.validation_timesteps)
-    losses = validation_losses(model, images, state.schedule, config.prediction, timesteps=timesteps)
-    bound = elbo(model, images, state.schedule, config.prediction, timesteps_per_image=config.validation_timesteps)
-    return {"loss": float(losses.mean()), "diffusion": bound.diffusion, "standard_error": bound.standard_error}
+    losses = validation_losses(
+        model, images, state.schedule, config.prediction, timesteps=timesteps
+    )
+    bound = elbo(
+        model,
+        images,
+        state.schedule,
+        config.prediction,
+        timesteps_per_image=config.validation_timesteps,
+    )
+    return {
+        "loss": float(losses.mean()),
+        "diffusion": bound.diffusion,
+        "standard_error": bound.standard_error,
+    }
 
 
 def run(config: TrainConfig, seconds: float) -> dict[str, Any]:
@@ -70,7 +83,11 @@ def run(config: TrainConfig, seconds: float) -> dict[str, Any]:
             spent += time.perf_counter() - start
             row = {"seconds": spent, "images": state.step * config.batch_size}
             curve.append(row | judge(state, config, test.images[: config.validation_images]))
-    row = {"network": config.model, "seed": config.seed, "parameters": count_parameters(state.model)}
+    row = {
+        "network": config.model,
+        "seed": config.seed,
+        "parameters": count_parameters(state.model),
+    }
     row |= {"flops_per_image": flops_per_image(config.model, train.images.shape[-1])}
     row |= {"images_per_second": (state.step - first) * config.batch_size / spent}
     return row | {"curve": curve}
@@ -79,7 +96,9 @@ def run(config: TrainConfig, seconds: float) -> dict[str, Any]:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--networks", nargs="+", choices=PRESETS | CANDIDATES, default=[*CANDIDATES])
+    parser.add_argument(
+        "--networks", nargs="+", choices=PRESETS | CANDIDATES, default=[*CANDIDATES]
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--data", default="leaves")
@@ -99,21 +118,32 @@ def main() -> None:
     """Train what is missing, print and write."""
     args = vars(parse())
     PRESETS.update(CANDIDATES)
-    networks, seeds, seconds, out = (args.pop(name) for name in ("networks", "seeds", "seconds", "out"))
-    settings = {key: value for key, value in args.items() if key not in ("data_root", "device")} | {"seconds": seconds}
+    networks, seeds, seconds, out = (
+        args.pop(name) for name in ("networks", "seeds", "seconds", "out")
+    )
+    settings = {key: value for key, value in args.items() if key not in ("data_root", "device")} | {
+        "seconds": seconds
+    }
     record = read_json(out) if out.exists() else {"settings": settings, "rows": []}
     if record["settings"] != settings:
-        raise ValueError(f"{out} was made with {record['settings']}; got {settings}: choose another --out")
+        raise ValueError(
+            f"{out} was made with {record['settings']}; got {settings}: choose another --out"
+        )
     for seed, name in itertools.product(seeds, networks):
         if any((row["network"], row["seed"]) == (name, seed) for row in record["rows"]):
             continue
-        row = run(TrainConfig(model=name, seed=seed, weighting="min-snr", images=10**12, **args), seconds)
+        row = run(
+            TrainConfig(model=name, seed=seed, weighting="min-snr", images=10**12, **args), seconds
+        )
         record["rows"].append(row | {"provenance": provenance()})
         write_json(out, record)
         end = row["curve"][-1]
         size = f"{row['parameters'] / 1e6:6.2f} M, {row['flops_per_image'] / 1e9:6.2f} GFLOP/image"
         quality = f"loss {end['loss']:.4f}, diffusion {end['diffusion']:.3f} bits/dim"
-        print(f"{name:16s} seed {seed}: {size}, {row['images_per_second']:8,.0f} images/s, {quality}", flush=True)
+        print(
+            f"{name:16s} seed {seed}: {size}, {row['images_per_second']:8,.0f} images/s, {quality}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

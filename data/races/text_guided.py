@@ -20,8 +20,9 @@ from torch import nn
 
 import dysigma
 from dysigma.data import ImageData
-from dysigma.draws import generator
-from dysigma.evaluation import evaluation_timesteps, sample_images, save_grid, validation_losses
+from dysigma.evaluation import evaluation_timesteps, sample_images, validation_losses
+from dysigma.images import save_grid
+from dysigma.randomness import generator
 from dysigma.runs import provenance, write_json
 
 ARMS = ("const-eps", "const-x0", "min-snr", "uncertainty", "dy-sigma")
@@ -35,7 +36,9 @@ WORDS_PER_CAPTION = 8
 
 def captions(data: ImageData) -> list[str]:
     """The empty caption, then one for every class and template."""
-    return [""] + [t.format(*name.split()) for name in data.class_names for t in TEMPLATES[data.name]]
+    return [""] + [
+        t.format(*name.split()) for name in data.class_names for t in TEMPLATES[data.name]
+    ]
 
 
 class TextToImage(nn.Module):
@@ -63,7 +66,9 @@ class TextToImage(nn.Module):
             attention_head_dim=8,
         )
 
-    def forward(self, x_t: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x_t: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor
+    ) -> torch.Tensor:
         text = self.norm(self.embed(self.tokens[class_labels]) + self.place)
         return self.unet(x_t, timesteps, encoder_hidden_states=text).sample
 
@@ -75,8 +80,12 @@ class Guided(nn.Module):
         super().__init__()
         self.model, self.factor = model, factor
 
-    def forward(self, x_t: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
-        told, free = (self.model(x_t, timesteps, labels) for labels in (class_labels, 0 * class_labels))
+    def forward(
+        self, x_t: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor
+    ) -> torch.Tensor:
+        told, free = (
+            self.model(x_t, timesteps, labels) for labels in (class_labels, 0 * class_labels)
+        )
         return free + self.factor * (told - free)
 
 
@@ -91,9 +100,15 @@ def fit(model, data, schedule, name, seed, args, images, phase, checkpoints=()):
         x0, labels, _ = dysigma.batch(data, seed, step, args.batch_size)
         draw = generator(seed, step, phase)
         timesteps = torch.randint(schedule.num_timesteps, (len(x0),), generator=draw).to(device)
-        caption = 1 + labels.cpu() * per_class + torch.randint(per_class, (len(x0),), generator=draw)
-        caption[torch.rand(len(x0), generator=draw) < 0.1] = 0  # so that the model also learns to do without
-        noise = torch.randn(x0.shape, generator=generator(seed, step, f"{phase} noise", device), device=device)
+        caption = (
+            1 + labels.cpu() * per_class + torch.randint(per_class, (len(x0),), generator=draw)
+        )
+        caption[torch.rand(len(x0), generator=draw) < 0.1] = (
+            0  # so that the model also learns to do without
+        )
+        noise = torch.randn(
+            x0.shape, generator=generator(seed, step, f"{phase} noise", device), device=device
+        )
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             losses = dysigma.sample_losses(
                 model, schedule, x0, noise, timesteps, "epsilon", class_labels=caption.to(device)
@@ -102,7 +117,9 @@ def fit(model, data, schedule, name, seed, args, images, phase, checkpoints=()):
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = args.lr * min(1.0, step * args.batch_size / args.warmup_images)
+        optimizer.param_groups[0]["lr"] = args.lr * min(
+            1.0, step * args.batch_size / args.warmup_images
+        )
         optimizer.step()
         ema.update(model, step * args.batch_size, args.batch_size)
         if step * args.batch_size in checkpoints:
@@ -120,7 +137,11 @@ def judge_losses(model, data, schedule):
 
 
 def of_classes(data, classes, count):
-    keep = torch.isin(data.labels, torch.tensor(classes, device=data.labels.device)).nonzero().flatten()[:count]
+    keep = (
+        torch.isin(data.labels, torch.tensor(classes, device=data.labels.device))
+        .nonzero()
+        .flatten()[:count]
+    )
     return ImageData(data.images[keep], data.labels[keep], data.name, data.class_names)
 
 
@@ -129,7 +150,9 @@ def histograms(images):
     red, green, blue = (images >> 6).long().flatten(2).unbind(1)
     codes = red * 16 + green * 4 + blue
     return (
-        images.new_zeros(len(images), 64, dtype=torch.float32).scatter_add_(1, codes, torch.ones_like(codes).float())
+        images.new_zeros(len(images), 64, dtype=torch.float32).scatter_add_(
+            1, codes, torch.ones_like(codes).float()
+        )
         / codes.shape[1]
     )
 
@@ -144,7 +167,9 @@ def obedience(model, train, schedule, count, factor):
     caption = 1 + labels * len(TEMPLATES[train.name])
     shape = (count, *train.images.shape[1:])
     images = sample_images(Guided(model, factor), schedule, shape, num_steps=20, labels=caption)
-    means = torch.stack([histograms(train.images[train.labels == k]).mean(0) for k in range(10)]).sqrt()
+    means = torch.stack(
+        [histograms(train.images[train.labels == k]).mean(0) for k in range(10)]
+    ).sqrt()
     nearest = torch.cdist(histograms(images).sqrt(), means).argmin(1)
     right = torch.isin(nearest, torch.tensor(HELD_OUT, device=nearest.device))
     return images, float(right.float().mean())
@@ -168,48 +193,89 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    settings = {
+        key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
+    }
     settings.pop("out"), settings.pop("device"), settings.pop("data_root")
     options = {"root": args.data_root, "size": args.size}
-    train, test = (dysigma.load_data(args.data, split=split, **options).to(args.device) for split in ("train", "test"))
-    train.name = test.name = args.data  # which templates are meant, whatever file the images come from
+    train, test = (
+        dysigma.load_data(args.data, split=split, **options).to(args.device)
+        for split in ("train", "test")
+    )
+    train.name = test.name = (
+        args.data
+    )  # which templates are meant, whatever file the images come from
     known = tuple(k for k in range(10) if k not in HELD_OUT)
     old, new = of_classes(train, known, len(train)), of_classes(train, HELD_OUT, args.train_new)
-    test_old, args.test_new = of_classes(test, known, args.test), of_classes(test, HELD_OUT, args.test)
+    test_old, args.test_new = (
+        of_classes(test, known, args.test),
+        of_classes(test, HELD_OUT, args.test),
+    )
     schedule, texts = dysigma.NoiseSchedule.linear().to(args.device), captions(train)
     steps = args.images // args.batch_size
     checkpoints = sorted(
-        {args.batch_size * max(1, round(steps * share)) for share in (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1)}
+        {
+            args.batch_size * max(1, round(steps * share))
+            for share in (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1)
+        }
     )
     path, started = args.out / "records.jsonl", provenance()
     done = (
-        {tuple(json.loads(line)[k] for k in ("seed", "arm")) for line in path.read_text().splitlines()}
+        {
+            tuple(json.loads(line)[k] for k in ("seed", "arm"))
+            for line in path.read_text().splitlines()
+        }
         if path.exists()
         else set()
     )
-    write_json(args.out / "config.json", settings | {"arms": ARMS, "held_out": HELD_OUT, "checkpoints": checkpoints})
+    write_json(
+        args.out / "config.json",
+        settings | {"arms": ARMS, "held_out": HELD_OUT, "checkpoints": checkpoints},
+    )
     for seed in range(200, 200 + args.seeds):
         if all((seed, arm) in done for arm in ARMS):
             continue
         torch.manual_seed(seed)
         start = TextToImage(texts, args.size, args.width).to(args.device)
-        start, _ = fit(start, old, schedule, "const-eps", seed, args, args.pretrain_images, "pretrain")
+        start, _ = fit(
+            start, old, schedule, "const-eps", seed, args, args.pretrain_images, "pretrain"
+        )
         before = {"old": judge_losses(start, test_old, schedule).tolist()}
         before["new"] = judge_losses(start, args.test_new, schedule).tolist()
         for arm in (arm for arm in ARMS if (seed, arm) not in done):
             began = time.process_time()
-            model, curve = fit(copy.deepcopy(start), new, schedule, arm, seed, args, args.images, "adapt", checkpoints)
+            model, curve = fit(
+                copy.deepcopy(start),
+                new,
+                schedule,
+                arm,
+                seed,
+                args,
+                args.images,
+                "adapt",
+                checkpoints,
+            )
             record = {"seed": seed, "arm": arm, "losses": curve, "before": before}
             record["old_after"] = judge_losses(model, test_old, schedule).tolist()
             for factor in (1.0, 3.0):
-                images, record[f"obedience_{factor:g}"] = obedience(model, train, schedule, args.samples, factor)
+                images, record[f"obedience_{factor:g}"] = obedience(
+                    model, train, schedule, args.samples, factor
+                )
             record |= {"parameters": sum(p.numel() for p in model.parameters())}
             record |= {"cpu_seconds": round(time.process_time() - began, 1), "provenance": started}
             if seed == 200:
-                save_grid(images, args.out / f"samples-{arm}.png", columns=args.samples // 2, scale=3)
+                save_grid(
+                    images, args.out / f"samples-{arm}.png", columns=args.samples // 2, scale=3
+                )
             with path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-            print(seed, arm, [round(sum(row) / len(row), 4) for row in curve], record["obedience_3"], flush=True)
+            print(
+                seed,
+                arm,
+                [round(sum(row) / len(row), 4) for row in curve],
+                record["obedience_3"],
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

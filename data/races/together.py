@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
+from dysigma.devices import fast_kernels, resolve_device
 from dysigma.runs import provenance, write_json
-from dysigma.training import TrainConfig, build, fast_kernels, load_split, resolve_device, train_step
+from dysigma.training import TrainConfig, build, load_split, train_step
 
 PATIENCE = 900  # seconds that a process waits for the others to load and compile
 meet: Any = None
@@ -57,13 +58,19 @@ def train(config: TrainConfig, warmup: int, steps: int) -> tuple[float, float, i
 def measure(config: TrainConfig, jobs: int, warmup: int, steps: int) -> dict[str, Any]:
     """Images per second of `jobs` trainings at once, or "fails" with the reason."""
     context = get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, initializer=join, initargs=(context.Barrier(jobs),)) as pool:
+    with ProcessPoolExecutor(
+        jobs, context, initializer=join, initargs=(context.Barrier(jobs),)
+    ) as pool:
         futures = [
-            pool.submit(train, TrainConfig(**{**config.to_dict(), "seed": i}), warmup, steps) for i in range(jobs)
+            pool.submit(train, TrainConfig(**{**config.to_dict(), "seed": i}), warmup, steps)
+            for i in range(jobs)
         ]
         failures = [str(error).partition("\n")[0] for f in futures if (error := f.exception())]
         if failures:
-            return {"jobs": jobs, "fails": min(failures, key=lambda text: text.startswith("another training"))}
+            return {
+                "jobs": jobs,
+                "fails": min(failures, key=lambda text: text.startswith("another training")),
+            }
         starts, ends, used = zip(*(future.result() for future in futures), strict=True)
     seconds = max(ends) - min(starts)
     return {
@@ -99,9 +106,18 @@ def main() -> None:
     for count in jobs:
         rows.append(measure(config, count, warmup, steps))
         row = rows[-1]
-        print(count, row.get("fails") or f"{row['images_per_second']:,.0f} images/s together", flush=True)
+        print(
+            count,
+            row.get("fails") or f"{row['images_per_second']:,.0f} images/s together",
+            flush=True,
+        )
         settings = {key: value for key, value in args.items() if key != "data_root"}
-        record = settings | {"warmup": warmup, "steps": steps, "rows": rows, "provenance": provenance()}
+        record = settings | {
+            "warmup": warmup,
+            "steps": steps,
+            "rows": rows,
+            "provenance": provenance(),
+        }
         write_json(out, record)
 
 

@@ -20,7 +20,9 @@ nb_execution_mode = "off"
 nb_ipywidgets_js = {}  # would be fetched
 nb_render_markdown_format = "myst"  # captions hold formulas
 myst_enable_extensions = ["dollarmath"]
-suppress_warnings = ["myst.xref_missing"]  # the README is no page of the site; tests follow every link
+suppress_warnings = [
+    "myst.xref_missing"
+]  # the README is no page of the site; tests follow every link
 html_math_renderer = "mathml"
 
 default_role = "py:obj"  # `name` in a docstring links where it can
@@ -57,7 +59,9 @@ def as_rst(app, what, name, obj, options, lines):
 def setup(app):
     def math(display):
         def visit(self, node):
-            formula = convert(node.astext(), display=display).replace("&#x02015;", "&#x000AF;")  # a bar that stretches
+            formula = convert(node.astext(), display=display).replace(
+                "&#x02015;", "&#x000AF;"
+            )  # a bar that stretches
             if "\\" in formula:
                 raise ValueError(f"MathML has no form of {node.astext()}")
             self.body.append(formula)

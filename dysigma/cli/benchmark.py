@@ -1,0 +1,38 @@
+"""dysigma benchmark"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def _add_benchmark(commands: Any) -> None:
+    parser = commands.add_parser(
+        "benchmark",
+        help="time training steps, ours and others', each weighting and a conflict report, in one run",
+    )
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--image-size", type=int, default=16)
+    parser.add_argument(
+        "--batch-size", type=int, nargs="+", default=[32], help="one or more (default: 32)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=20, help="timed rounds; each round runs every contender once"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    parser.add_argument("--out", type=Path, help="JSON record to write, with a figure beside it")
+    parser.set_defaults(run=_benchmark)
+
+
+def _benchmark(args: argparse.Namespace) -> None:
+    from ..lab.benchmark import benchmark
+
+    benchmark(
+        args.model,
+        args.image_size,
+        args.batch_size,
+        rounds=args.rounds,
+        device=args.device,
+        out=args.out,
+    )

@@ -1,0 +1,53 @@
+"""dysigma compare"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .common import _write
+
+
+def _add_compare(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="finished runs against the first: losses, ELBO, images to its loss; paired by seed, with intervals",
+        description="Runs that differ in the seed alone are one arm. Columns: loss, of the last validation; ratio, of "
+        "that to the first arm's, geometric mean over timesteps; bits, difference of the ELBO's diffusion term in "
+        "bits/dim; reached, in how many seeds the arm gets where the first ends, after reach images, speedup times "
+        "sooner; fluctuation of weights; mean losses of the two halves of the timesteps, whether no arm is lower in "
+        "both, and in which share of seeds.",
+    )
+    parser.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="two run folders or more, the baseline first",
+    )
+    parser.add_argument("--out", type=Path, help="folder for compare.json and compare.png")
+    parser.set_defaults(run=_compare)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from ..lab.compare import compare, draw
+    from ..runs.folder import load_run
+    from ..runs.provenance import provenance
+
+    result = compare([load_run(path) for path in args.runs])
+    intervals = (
+        "95 % intervals over paired seeds" if len(result.seeds) > 1 else "one seed, so no intervals"
+    )
+    left_out = len(args.runs) - len(result.seeds) * len(result.table)
+    print(
+        f"against {result.table.index[0]}; seeds {', '.join(map(str, result.seeds))}: {intervals}"
+    )
+    print(f"left out: {left_out} runs of seeds that not all arms have\n" if left_out else "")
+    print(result)
+    if args.out:
+        record = result.to_dict() | {
+            "runs": [path.resolve().name for path in args.runs],
+            "provenance": provenance(),
+        }
+        _write(args.out, "compare", record, draw(result))

@@ -1,0 +1,41 @@
+"""dysigma notebooks"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def _add_notebooks(commands: Any) -> None:
+    parser = commands.add_parser("notebooks", help="execute the notebooks")
+    parser.add_argument(
+        "names", nargs="*", help="notebooks to run, such as 00 or 06_train (default: all)"
+    )
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="small sizes, in a temporary folder; committed pages stay",
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("notebooks"), help="where they are (default: notebooks)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="write pages and figures here instead of beside the sources"
+    )
+    parser.add_argument(
+        "--no-solutions",
+        action="store_true",
+        help="leave the solutions out, for a class; needs --out",
+    )
+    parser.set_defaults(run=_notebooks)
+
+
+def _notebooks(args: argparse.Namespace) -> None:
+    from ..course.pages import build, find
+
+    build(
+        find(args.folder, args.names), fast=args.fast, out=args.out, solutions=not args.no_solutions
+    )
+    if args.out:
+        print(f"executed notebooks and figures: {args.out}")

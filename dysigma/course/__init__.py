@@ -1,0 +1,1 @@
+"""What the notebooks need: predictions and exercises, and the builder that executes the pages."""

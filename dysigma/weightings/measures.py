@@ -1,0 +1,67 @@
+"""What a table of weights amounts to: effective sample size, differences, fluctuation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..schedule import NoiseSchedule
+from .base import Weighting
+from .formulas import PREDEFINED, log_conversion
+from .registry import make_weighting
+
+
+def effective_sample_size(weights: Tensor) -> Tensor:
+    """(sum w)^2 / (T sum w^2) in (0, 1], the share of timesteps that does the work: weights (T,) to () float64."""
+    w = weights.double()
+    return w.sum() ** 2 / (len(w) * (w * w).sum())
+
+
+def share_changed(weights: Tensor, reference: Tensor, tolerance: float = 0.01) -> Tensor:
+    """Share of timesteps whose weight relative to reference (T,) is off the median by more than tolerance; () float64.
+
+    A factor common to all is no change.
+    """
+    ratio = weights.double() / reference.double()
+    return ((ratio / ratio.nanmedian() - 1).abs() > tolerance).double().mean()
+
+
+def compare_weightings(
+    schedule: NoiseSchedule,
+    prediction_type: str = "epsilon",
+    names: Sequence[str] | Mapping[str, Weighting] = tuple(PREDEFINED),
+) -> Any:
+    """Weights in one unit, on the error of prediction_type with mean 1 over timesteps: a pandas DataFrame (T, names).
+
+    names: names of WEIGHTINGS, made with their defaults, or {label: weighting}; those may be for any prediction type
+    and are read as they are now. For a summary see effective_sample_size and share_changed.
+    """
+    from pandas import DataFrame
+
+    if not isinstance(names, Mapping):
+        names = {name: make_weighting(name, schedule, prediction_type) for name in names}
+    unit = log_conversion(schedule.log_snr, prediction_type)
+    logs = {
+        label: each.weights().double().log() - each.log_conversion + unit
+        for label, each in names.items()
+    }
+    columns = {label: (log.softmax(0) * len(log)).cpu().numpy() for label, log in logs.items()}
+    return DataFrame(columns).rename_axis("timestep")
+
+
+def fluctuation(trajectory: Tensor, detrend: bool = False) -> Tensor:
+    """Coefficient of variation of weights over training: (steps, T) or (steps, K) to (T,) or (K,), float64.
+
+    Standard deviation over steps, divided by the mean. detrend=True counts only the changes from one row to the next
+    (root mean square over sqrt 2: the same for independent values), so that a weight that drifts scores near 0.
+    """
+    w = torch.as_tensor(trajectory, dtype=torch.float64)
+    if w.ndim != 2 or len(w) < 2:
+        raise ValueError(
+            f"trajectory must be (steps, T) with at least two steps; got shape {tuple(w.shape)}"
+        )
+    spread = (w.diff(dim=0) ** 2).mean(0).div(2).sqrt() if detrend else w.std(0)
+    return spread / w.mean(0)
