@@ -12,7 +12,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = {path.name for path in (ROOT / "dysigma").glob("*.py")} | {"py.typed"}
+FILES = {
+    path.relative_to(ROOT)
+    for path in (ROOT / "dysigma").rglob("*")
+    if path.suffix == ".py" or path.name == "py.typed"
+}
 # What the extras and a developer bring: a user of the package alone has none of it.
 ABSENT = [
     "accelerate",
@@ -61,7 +65,7 @@ def test_wheel_and_sdist_hold_the_package_and_no_more(built):
     with zipfile.ZipFile(wheel) as file:
         names = {Path(name) for name in file.namelist()}
         (metadata,) = (file.read(str(name)).decode() for name in names if name.name == "METADATA")
-    assert {path.name for path in names if path.parent == Path("dysigma")} == MODULES
+    assert {path for path in names if path.parts[0] == "dysigma"} == FILES
     assert {path.parts[0] for path in names} == {
         "dysigma",
         wheel.name.split("-py3")[0] + ".dist-info",
@@ -76,8 +80,8 @@ def test_wheel_and_sdist_hold_the_package_and_no_more(built):
         line for line in bare if any(name.lower() in line.lower() for name in [*ABSENT, "jupyter"])
     ]
     with tarfile.open(sdist) as file:
-        inside = {Path(*Path(name).parts[1:]) for name in file.getnames()}
-    assert {path.name for path in inside if path.parent == Path("dysigma")} == MODULES
+        inside = {Path(*Path(item.name).parts[1:]) for item in file if item.isfile()}
+    assert {path for path in inside if path.parts[:1] == ("dysigma",)} == FILES
     assert {Path("README.md"), Path("LICENSE"), Path("pyproject.toml")} <= inside
     assert not [
         path for path in inside if "tests" in path.parts

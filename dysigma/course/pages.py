@@ -17,7 +17,7 @@ from typing import Any
 
 from ..runs.files import read_json, write_atomically, write_json
 
-MAX_BYTES = 300_000
+MAX_BYTES = 4_000_000  # of a published page, pictures included
 
 METADATA = {
     "jupytext": {"formats": "ipynb,py:percent", "cell_metadata_filter": "tags,-all"},

@@ -28,8 +28,20 @@ from typing import Any
 
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-MODULES = ("schedule", "pareto", "gradients", "weightings")
+ROOT = Path(__file__).resolve().parents[2]
+# The tests of a module are those of its room: tests/test_gradients.py for gradients.estimator.
+MODULES = (
+    "schedule",
+    "pareto",
+    "gradients.estimator",
+    "gradients.measure",
+    "gradients.report",
+    "weightings.base",
+    "weightings.formulas",
+    "weightings.adaptive",
+    "weightings.gramian",
+    "weightings.dy_sigma",
+)
 PAIRS = (
     (ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.Is, ast.IsNot), (ast.In, ast.NotIn),
     (ast.And, ast.Or), (ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.BitAnd, ast.BitOr), (ast.Pow, ast.Mult),
@@ -41,8 +53,8 @@ CHECK = "a check of the code on itself: the two are made with one length a few l
 SAME: dict[str, str] = {
     "pareto.knee: np.where(span > 0, span, 1) → np.where(span > 0, span, 2)":
         "where the front has no span, only dominated points lie elsewhere, and none of those is the knee",
-    "gradients._cross_fitted: strict=True → strict=False": CHECK,
-    "gradients._Accumulator.add: strict=True → strict=False": CHECK,
+    "gradients.estimator._cross_fitted: strict=True → strict=False": CHECK,
+    "gradients.estimator._Accumulator.add: strict=True → strict=False": CHECK,
 }  # fmt: skip
 
 
@@ -114,9 +126,19 @@ def shown(before: str, after: str) -> str:
     return " → ".join(" ".join(part.split()) for part in parts)
 
 
+def source_of(module: str) -> Path:
+    """The file of a module of the package, as gradients.estimator."""
+    return (ROOT / "dysigma").joinpath(*module.split(".")).with_suffix(".py")
+
+
+def tests_of(module: str) -> Path:
+    """The file of the tests of the module's room."""
+    return ROOT / "tests" / f"test_{module.split('.')[0]}.py"
+
+
 def parse(module: str) -> tuple[ast.Module, dict[str, Callable[[], None]]]:
     """(syntax tree, mutants by name; one that occurs again gets its number)."""
-    tree = ast.parse((ROOT / "dysigma" / f"{module}.py").read_text())
+    tree = ast.parse(source_of(module).read_text())
     found: dict[str, Callable[[], None]] = {}
     seen: Counter[str] = Counter()
     for name, change in places(tree, module):
@@ -129,13 +151,15 @@ class Mutated(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Imports one module of the package from a tree, and leaves the others to the usual finders."""
 
     def __init__(self, module: str, tree: ast.Module) -> None:
-        self.name, self.tree = f"dysigma.{module}", tree
+        self.name = f"dysigma.{module}"
+        self.path = source_of(module)
+        self.tree = tree
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         return importlib.util.spec_from_loader(name, self) if name == self.name else None
 
     def exec_module(self, module: Any) -> None:
-        module.__file__ = str(ROOT / "dysigma" / f"{self.name.split('.')[1]}.py")
+        module.__file__ = str(self.path)
         exec(compile(self.tree, module.__file__, "exec"), module.__dict__)
 
 
@@ -173,7 +197,7 @@ def run(module: str, name: str | None, times: Path, seconds: int) -> str:
         sys.meta_path.insert(0, Mutated(module, tree))
         import pytest
 
-        options = ["-x", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / f"test_{module}.py")]
+        options = ["-x", "-q", "-p", "no:cacheprovider", str(tests_of(module))]
         os._exit(pytest.main(options, plugins=[Ordered(times)]))
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if code < 0:
@@ -203,7 +227,7 @@ def trial(module: str, record: dict[str, Any], args: argparse.Namespace, times: 
     """Try the drawn mutants of one module; the record is written after each."""
     found, before = parse(module)[1], os.times().children_user
     if run(module, None, times, 600) != "survived":
-        raise SystemExit(f"tests/test_{module}.py fails without a mutant")
+        raise SystemExit(f"{tests_of(module)} fails without a mutant")
     limit = 20 + 5 * int(os.times().children_user - before)
     drawn = sorted(found, key=lambda name: hashlib.sha256(f"{args.seed} {name}".encode()).digest())[
         : args.each

@@ -17,7 +17,7 @@ from packaging.version import Version
 
 import dysigma
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAKEFILE = (ROOT / "Makefile").read_text()
 INSTALL = '-e ".[notebooks,test]"'

@@ -1,0 +1,167 @@
+"""The builder of the pages: what it writes, what it leaves alone, and what it says when a cell fails."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from dysigma.course.pages import MAX_BYTES, NotebookError, build, find, normalise
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def page(source: Path) -> nbformat.NotebookNode:
+    return nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+
+
+def printed(cell) -> str:
+    return "".join(output.get("text", "") for output in cell.get("outputs", []))
+
+
+@pytest.fixture
+def project(tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "dysigma").mkdir()
+    (tmp_path / "dysigma" / "plots.py").touch()  # marks a checkout
+
+    def write(name: str, *cells: str) -> Path:
+        path = tmp_path / "notebooks" / f"{name}.py"
+        path.write_text("\n\n".join(cells), encoding="utf-8")
+        return path
+
+    return write
+
+
+PICTURE = """# %%
+import matplotlib.pyplot as plt
+from dysigma import plots
+fig, ax = plt.subplots(figsize=(1, 1))
+plots.show(fig, "07_dot", title="T", caption="C", alt="An empty square.", notebook="07_tiny")"""
+
+
+def test_build_writes_page_and_figures_beside_the_source_and_the_same_bytes_again(
+    project, tmp_path
+):
+    stub, answer = "# %%\nx = ...\nprint(x)", '# %% tags=["solution"]\nx = 1\nprint(x)'
+    source = project("07_tiny", "# %% [markdown]\n# # Title", PICTURE, stub, answer)
+    build([source])
+    first = source.with_suffix(".ipynb").read_bytes()
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
+        "07_dot.png",
+        "07_dot.svg",
+        "manifest.json",
+    ]
+    notebook = page(source)
+    assert [printed(cell) for cell in notebook.cells[2:]] == ["Ellipsis\n", "1\n"]
+    assert notebook.cells[3].metadata.jupyter.source_hidden
+    assert notebook.cells[1].metadata.mystnb.image.alt == "An empty square."
+
+    # The figure is renamed: the old one goes. Then the same source gives the same bytes.
+    source.write_text(source.read_text().replace("07_dot", "07_point"))
+    build([source])
+    assert sorted(path.name for path in (tmp_path / "figures").glob("*.*g")) == [
+        "07_point.png",
+        "07_point.svg",
+    ]
+    source.write_text(source.read_text().replace("07_point", "07_dot"))
+    build([source])
+    assert source.with_suffix(".ipynb").read_bytes() == first
+
+
+def test_fast_and_student_builds_leave_the_published_page_alone(project, tmp_path):
+    show = "# %%\nimport os\nprint(os.environ['DYSIGMA_FAST'])"
+    source = project("07_tiny", show, PICTURE, '# %% tags=["solution"]\nprint("secret")')
+    build([source], fast=True)
+    assert not source.with_suffix(".ipynb").exists() and not (tmp_path / "figures").exists()
+    with pytest.raises(ValueError, match="out="):
+        build([source], solutions=False)
+    build([source], fast=True, solutions=False, out=tmp_path / "class")
+    text = (tmp_path / "class" / "07_tiny.ipynb").read_text()
+    assert "secret" not in text and '"1\\n"' in text
+    assert (tmp_path / "class" / "figures" / "07_dot.png").exists()
+    assert not source.with_suffix(".ipynb").exists()
+
+
+def test_a_failing_cell_is_named_the_others_still_run_and_nothing_is_written(project):
+    bad, good = (
+        project("07_bad", "# %%\n1 + 1", "# %%\nraise ValueError('seven')"),
+        project("08_good", "# %%\n1 + 1"),
+    )
+    with pytest.raises(NotebookError, match=r"07_bad\.py, code cell 2: ValueError: seven"):
+        build([bad, good])
+    assert not bad.with_suffix(".ipynb").exists()
+    assert good.with_suffix(".ipynb").exists()
+
+
+def test_a_kernel_that_dies_is_a_failure_like_others(project):
+    with pytest.raises(NotebookError, match=r"07_dies\.py, code cell .*died"):
+        build([project("07_dies", "# %%\nimport os\nos._exit(1)")])
+
+
+def test_an_interrupt_stops_the_kernel_and_says_where(project, tmp_path):
+    source = project(
+        "07_slow", "# %%\nimport pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(600)"
+    )
+    command = [sys.executable, "-m", "dysigma", "notebooks", "--folder", source.parent]
+    # Background jobs of a shell ignore SIGINT, and what they start inherits that.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    running = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=heard
+    )
+    while not (source.parent / "begun").exists():
+        assert running.poll() is None
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    said = running.communicate(timeout=60)[1].strip()
+    assert (running.returncode, said) == (
+        130,
+        "dysigma: interrupted in 07_slow.py; those before it are written",
+    )
+
+
+def test_a_page_that_is_too_large_is_refused(project):
+    source = project("07_large", f"# %%\nprint('x\\n' * {MAX_BYTES})")
+    with pytest.raises(NotebookError, match=str(MAX_BYTES)):
+        build([source])
+    assert not source.with_suffix(".ipynb").exists()
+
+
+def test_normalise_keeps_results_and_drops_bars_paths_and_widgets(tmp_path):
+    bar = nbformat.v4.new_output(
+        "stream", name="stderr", text="\r 10%|#  | 1/9\r100%|####| 9/9 [00:01]\n"
+    )
+    warning = nbformat.v4.new_output(
+        "stream", name="stderr", text=f"{tmp_path}/dysigma/x.py:3: Warning\n"
+    )
+    widget = nbformat.v4.new_output(
+        "display_data", {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "w"}
+    )
+    value = nbformat.v4.new_output(
+        "execute_result", {"text/plain": f"PosixPath('{Path.home()}/x')"}, execution_count=1
+    )
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell("1", outputs=[bar, warning, widget, value])]
+    )
+    normalise(notebook, tmp_path)
+    kept = notebook.cells[0].outputs
+    assert [output.get("text") for output in kept] == ["dysigma/x.py:3: Warning\n", None]
+    assert kept[1].data["text/plain"] == "PosixPath('~/x')"
+
+
+def test_find_knows_numbers_names_and_files(tmp_path):
+    for name in ("00_a.py", "01_b.py", "conftest.py"):
+        (tmp_path / name).touch()
+    assert [path.name for path in find(tmp_path)] == ["00_a.py", "01_b.py"]
+    for name in ("01", "01_b", "notebooks/01_b.ipynb"):
+        assert [path.name for path in find(tmp_path, [name])] == ["01_b.py"]
+    with pytest.raises(KeyError, match=r"'07'.*'00_a', '01_b'"):
+        find(tmp_path, ["07"])
+    with pytest.raises(ValueError, match="checkout"):
+        find(tmp_path / "no")
