@@ -6,6 +6,7 @@ With an independent reconstruction of Dy-Sigma from its abstract (Liu, Ye, Liu, 
 from typing import TYPE_CHECKING, Any
 
 from . import pareto
+from .auditing import Audit, audit
 from .bins import Bins
 from .data import ImageData, batch, leaves, load_data
 from .gradients import ConflictReport, conflicts
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "EMA", "SCHEDULES", "TIMESTEP_SAMPLERS", "WEIGHTINGS", "Bins", "ConflictReport", "ImageData", "NoiseSchedule",
-    "Run", "TrainConfig", "TrainingDiverged", "Weighting", "batch", "conflicts", "leaves", "load_data", "load_run",
+    "EMA", "SCHEDULES", "TIMESTEP_SAMPLERS", "WEIGHTINGS", "Audit", "Bins", "ConflictReport", "ImageData", "NoiseSchedule",
+    "Run", "TrainConfig", "TrainingDiverged", "Weighting", "audit", "batch", "conflicts", "leaves", "load_data", "load_run",
     "make_model", "make_sampler", "make_schedule", "make_weighting", "pareto", "sample_losses", "train",
 ]  # fmt: skip
 
