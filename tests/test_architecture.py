@@ -19,7 +19,7 @@ FLOORS = (
     ("checks", "randomness", "devices", "parallel", "intervals", "images", "downloads", "pareto"),
     ("schedule", "bins", "models", "runs", "data"),
     ("objective", "weightings", "samplers", "exact", "distances"),
-    ("testing", "gradients", "evaluation", "audit"),
+    ("testing", "gradients", "evaluation", "auditing"),
     ("training",),
     ("plots",),
     ("lab", "convergence"),
