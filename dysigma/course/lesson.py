@@ -1,0 +1,191 @@
+"""What a page of the course does besides teaching: set-up, figures, tables, guesses, exercises.
+
+A page makes one `Lesson` in its first cell and calls its methods, so that the other cells show
+ideas alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import plots
+from ..images import tile
+from . import lessons
+
+if TYPE_CHECKING:
+    import pandas
+    import torch
+    from matplotlib.figure import Figure
+
+# What one animation may weigh; a page is opened over slow lines too.
+MAX_ANIMATION_BYTES = 1_500_000
+
+
+class Lesson:
+    """One page of the course.
+
+    notebook: the name of its file without ending, such as "03_snr_weightings". Its number starts
+    the names of the page's figures. trains_on: the device on which the page trains a network, which
+    the first line of output then names.
+    """
+
+    def __init__(self, notebook: str, trains_on: torch.device | str | None = None) -> None:
+        self.notebook = notebook
+        plots.use_style()
+        lessons.banner(notebook, trains_on)
+
+    def fast(self, full: Any, quick: Any) -> Any:
+        """`quick` in a short run (DYSIGMA_FAST=1), else `full`."""
+        return lessons.fast(full, quick)
+
+    def show(self, fig: Figure, name: str, *, title: str, caption: str, alt: str) -> None:
+        """Write the conclusion above a figure, save it as ``figures/name.png`` and ``.svg``, show it.
+
+        name: words that go into the file's name after the page's number. title: the conclusion.
+        caption: what is plotted and what to see in it. alt: the picture in words.
+        """
+        columns = int(fig.get_figwidth() * 9.5)
+        heading = textwrap.fill(title, columns)
+        fig.suptitle(heading, x=0.01, ha="left", fontsize=12, fontweight="bold")
+        plots.show(
+            fig, self._file(name), title=title, caption=caption, alt=alt, notebook=self.notebook
+        )
+
+    def gallery(
+        self,
+        rows: Mapping[str, Any],
+        name: str,
+        *,
+        title: str,
+        caption: str,
+        alt: str,
+        columns: int = 8,
+        pixels: int = 64,
+    ) -> None:
+        """Show images enlarged, a labelled block for each entry of rows.
+
+        rows: label to images (N, 1 or 3, H, W), uint8 or in [-1, 1]. columns: images side by side.
+        pixels: the height of one image on the page, at least.
+        """
+        import matplotlib.pyplot as plt
+
+        blocks = {label: tile(np.asarray(images), columns) for label, images in rows.items()}
+        first = next(iter(rows.values()))
+        scale = max(1, round(pixels / np.shape(first)[2]))
+        height = sum(block.shape[0] for block in blocks.values()) * scale / 100
+        width = next(iter(blocks.values())).shape[1] * scale / 100
+        fig, axes = plt.subplots(
+            len(blocks),
+            1,
+            figsize=(width + 0.2, height + 0.45 * len(blocks) + 0.5),
+            squeeze=False,
+        )
+        for ax, (label, block) in zip(axes[:, 0], blocks.items(), strict=True):
+            ax.imshow(block, interpolation="nearest")
+            ax.set_title(label)
+            ax.axis("off")
+        self.show(fig, name, title=title, caption=caption, alt=alt)
+
+    def animate(
+        self,
+        frames: Sequence[NDArray[np.uint8]],
+        name: str,
+        *,
+        title: str,
+        caption: str,
+        alt: str,
+        milliseconds: int = 250,
+    ) -> None:
+        """Show pictures (H, W, 3) one after the other, as a GIF with a static twin (the last one).
+
+        The files are ``figures/name.gif`` and ``figures/name.png``. Raises ValueError above 1.5 MB.
+        """
+        from IPython.display import Markdown, display
+        from PIL import Image
+
+        pictures = [Image.fromarray(frame).quantize(128) for frame in frames]
+        stream = io.BytesIO()
+        hold = [milliseconds] * (len(pictures) - 1) + [8 * milliseconds]
+        pictures[0].save(
+            stream, "GIF", save_all=True, append_images=pictures[1:], duration=hold, loop=0
+        )
+        content = stream.getvalue()
+        if len(content) > MAX_ANIMATION_BYTES:
+            raise ValueError(
+                f"animation {name!r} has {len(content):,} bytes and may have {MAX_ANIMATION_BYTES:,}: "
+                "use fewer or smaller frames"
+            )
+        path = plots.save_animation(
+            content,
+            frames[-1],
+            self._file(name),
+            title=title,
+            caption=caption,
+            alt=alt,
+            notebook=self.notebook,
+        )
+        encoded = base64.b64encode(Path(path).with_suffix(".png").read_bytes()).decode()
+        display(
+            {"image/png": encoded, "text/plain": alt},
+            raw=True,
+            metadata={"image/png": {"alt": alt}},
+        )
+        link = f"[watch it move](../figures/{path.name})"
+        display(Markdown(f"**{title.rstrip('.')}.** {caption} ({link})"))
+
+    def table(
+        self, frame: pandas.DataFrame, *, caption: str, mark: Any = None, digits: int = 3
+    ) -> None:
+        """Show a table with a caption and, if mark is given, the row of that name in bold.
+
+        mark: a label of the index, or a list of labels.
+        """
+        from IPython.display import display
+
+        marked = mark if isinstance(mark, list) else [mark]
+
+        def emphasise(row: pandas.Series) -> list[str]:
+            style = "font-weight: bold; background-color: #fdf0cf; color: black"
+            return [style if row.name in marked else ""] * len(row)
+
+        styled = frame.style.apply(emphasise, axis=1)
+        styled = styled.format(precision=digits, na_rep="–").set_caption(caption)
+        styled = styled.set_uuid(self._file("table")).set_table_styles(
+            [
+                {"selector": "caption", "props": "text-align: left; font-weight: bold"},
+                {"selector": "td, th", "props": "text-align: right; padding: 2px 10px"},
+                {"selector": "th.row_heading", "props": "text-align: left"},
+            ]
+        )
+        display(styled)
+
+    def predict(self, question: str, guess: Any) -> None:
+        """Keep a guess before the result is known; None says that no guess was made."""
+        lessons.predict(question, guess)
+
+    def reveal(self, question: str, measured: Any) -> None:
+        """Show what was measured beside the guess."""
+        lessons.reveal(question, measured)
+
+    def exercise(self, name: str, expected: Any, **options: Any) -> None:
+        """Declare an exercise; see `lessons.exercise`."""
+        lessons.exercise(name, expected, **options)
+
+    def check(self, name: str, answer: Any) -> None:
+        """Check an answer to an exercise; see `lessons.check`."""
+        lessons.check(name, answer)
+
+    def end(self) -> None:
+        """Say with which versions the page was run."""
+        lessons.watermark()
+
+    def _file(self, name: str) -> str:
+        return f"{self.notebook[:2]}_{name}"
