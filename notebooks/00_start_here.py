@@ -74,13 +74,13 @@ banner(NOTEBOOK)
 # | [01 Forward process and SNR](01_forward_process_and_snr.ipynb) | what is a noise schedule, in one number per timestep? |
 # | [02 One network, many objectives](02_one_network_many_objectives.ipynb) | does training one noise level hurt another? |
 # | [03 SNR weightings](03_snr_weightings.ipynb) | where do Min-SNR and its relatives come from, and are they right in the wild? |
-# | [04 Learnable weightings](04_learnable_weightings.ipynb) | what do learned weights converge to, and why do they fluctuate? |
-# | [05 Dy-Sigma derived](05_dy_sigma_derived.ipynb) | which formulas fit the abstract, what does each minimise, and does it help? |
-# | [06 Train a compact DDPM](06_train_a_compact_ddpm.ipynb) | a real model, live on dead leaves and recorded on CIFAR-10 |
-# | [07 Gradient conflicts](07_gradient_conflicts.ipynb) | do the timesteps really pull apart, once noise is accounted for? |
-# | [08 Pareto trade-offs](08_pareto_trade_offs.ipynb) | what is the best any weighting could do? |
-# | [09 The convergence race](09_the_convergence_race.ipynb) | is it 3.7 times faster, and than what? |
-# | [10 Reuse](10_reuse.ipynb) | your own loop, your own data, your own weighting |
+# | [05 Learnable weightings](05_learnable_weightings.ipynb) | what do learned weights converge to, and why do they fluctuate? |
+# | [06 Dy-Sigma derived](06_dy_sigma_derived.ipynb) | which formulas fit the abstract, what does each minimise, and does it help? |
+# | [07 Train a compact DDPM](07_train_a_compact_ddpm.ipynb) | a real model, live on dead leaves and recorded on CIFAR-10 |
+# | [08 Gradient conflicts](08_gradient_conflicts.ipynb) | do the timesteps really pull apart, once noise is accounted for? |
+# | [10 Pareto trade-offs](10_pareto_trade_offs.ipynb) | what is the best any weighting could do? |
+# | [12 The convergence race](12_the_convergence_race.ipynb) | is it 3.7 times faster, and than what? |
+# | [13 Reuse](13_your_own_loop.ipynb) | your own loop, your own data, your own weighting |
 #
 # **Three routes.** *The 45-minute tour:* this notebook, sections 1 to 4 of 01, sections 1, 2 and 7 of 03; later 05 and 09. *The full course:* in order; each
 # notebook needs the ones before it, says how long it takes, and has exercises with checks. *Only the API:* read the

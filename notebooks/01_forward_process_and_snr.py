@@ -342,7 +342,7 @@ plots.show(
 # At the clean end the two-point data give the noise away completely: you know $x_0$ exactly, so you can subtract it. Gaussian data give
 # nothing away. Images lie in between, and their floor differs from timestep to timestep. A loss of 0.02 may be
 # hopelessly far from the floor at one timestep and below reach at another, which is why "weight by loss" and "weight by what can
-# still be learned" are different ideas. Notebook [05](05_dy_sigma_derived.ipynb) comes back to this.
+# still be learned" are different ideas. Notebook [06](06_dy_sigma_derived.ipynb) comes back to this.
 
 # %% [markdown]
 # ## 6 · A failure on purpose: noise that is exactly zero
@@ -489,7 +489,7 @@ print(
 # ## Limitations
 #
 # - Only variance-preserving schedules with discrete timesteps. Flow matching and EDM use other axes; in log-SNR they are the same story,
-#   and notebook [10](10_reuse.ipynb) converts them.
+#   and notebook [13](13_your_own_loop.ipynb) converts them.
 # - The floors are those of one-dimensional toys. For images the floor is unknown, which is part of the difficulty of this field.
 # - The size of the brightness leak depends on the image size and the data; the numbers above are for 16 × 16 dead leaves.
 #

@@ -389,7 +389,7 @@ assert (own[late] - control[late]).mean() < (own[early] - control[early]).mean()
 # $$L_j(\theta-\eta g_i)-L_j(\theta)=-\eta\,g_i\cdot g_j+O(\eta^2)=-\eta\,G_{ij}+O(\eta^2).$$
 #
 # A negative $G_{ij}$ is a **conflict**: a step for $i$ is a step against $j$. The diagonal is $-\eta|g_i|^2$ and cannot be positive. `conflicts` estimates $G$, corrected for
-# minibatch noise; how, and why it must be corrected, is the subject of notebook [07](07_gradient_conflicts.ipynb). `report.lookahead(lr)` is the prediction, relative to the loss. We
+# minibatch noise; how, and why it must be corrected, is the subject of notebook [08](08_gradient_conflicts.ipynb). `report.lookahead(lr)` is the prediction, relative to the loss. We
 # compare it with one real SGD step on 256 images of a band, and with a step a thousand times as large. Last: does the sign of the cosine give that of the 20 *Adam* steps in section 3?
 
 # %%
@@ -467,7 +467,7 @@ assert all(np.diff(list(prices.values())) < 1e-12), "more capacity must never co
 assert abs(prices[40]) < 1e-9, "with nothing shared there is no price"
 
 # %% [markdown]
-# At the end of training, on this problem, the trade-off exists because capacity is finite, and ten coefficients all but remove it. Notebook [08](08_pareto_trade_offs.ipynb) draws the
+# At the end of training, on this problem, the trade-off exists because capacity is finite, and ten coefficients all but remove it. Notebook [10](10_pareto_trade_offs.ipynb) draws the
 # whole front. The networks above, after 300 steps, are still far from any end: their fight is over the *next step* as much as over capacity.
 #
 # ## 6 · The weight decides who wins

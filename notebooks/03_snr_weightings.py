@@ -260,7 +260,7 @@ print("soft-min-snr(γ = 4) = sigmoid(bias = ln 4) = p2(k = 4, γ = 1), all thre
 # ## 5 · EDM's weight is learned uncertainty, for the simplest data
 #
 # *Uncertainty weighting* (Kendall et al. 2018) gives each task a learned variance $\varsigma^2$ and minimises $L/\varsigma^2+\ln\varsigma^2$. Set the derivative with respect to
-# $\ln\varsigma^2$ to zero: $\varsigma^2=L$, so the task ends up with weight $1/L$. Notebook 04 trains such weights. Here we ask what they would be for **white
+# $\ln\varsigma^2$ to zero: $\varsigma^2=L$, so the task ends up with weight $1/L$. Notebook 05 trains such weights. Here we ask what they would be for **white
 # Gaussian data** of standard deviation $\sigma_d$. The posterior of $x_0$ is Gaussian, precisions add, and the smallest error is the posterior variance:
 #
 # $$L^{x,\star}=\Big(S+\frac1{\sigma_d^2}\Big)^{-1}\quad\Longrightarrow\quad w^x=\frac1{L^{x,\star}}=S+\frac{1}{\sigma_d^2},$$
@@ -302,7 +302,7 @@ reveal(QUESTION_EDM, round(float(ratio["two points (control)"].mean(0)[at_snr_20
 # %% [markdown]
 # The last value stands for infinity: the floor is 0 there. With structure in the data the floor drops much faster as the noise recedes, and uncertainty weighting would pile weight on the clean end far beyond EDM's.
 # That gap is what a *learned* weight can add to a *predefined* one, and it is the idea behind combining the two: EDM2 does it, and so does Dy-Sigma as far as its
-# abstract tells (what we build in notebook [05](05_dy_sigma_derived.ipynb) is an independent reconstruction from that abstract).
+# abstract tells (what we build in notebook [06](06_dy_sigma_derived.ipynb) is an independent reconstruction from that abstract).
 #
 # ## 6 · Failures on purpose: the bugs in the wild
 #
@@ -498,7 +498,7 @@ check("3.2", finite_everywhere)
 #   [B4, Min-SNR pull request 4](https://github.com/TiankaiHang/Min-SNR-Diffusion-Training/pull/4);
 #   [B5, diffusers issue 1733](https://github.com/huggingface/diffusers/issues/1733).
 #
-# **Next:** [04, learnable weightings](04_learnable_weightings.ipynb). Back to the [map](00_start_here.ipynb).
+# **Next:** [05, learnable weightings](05_learnable_weightings.ipynb). Back to the [map](00_start_here.ipynb).
 
 # %%
 watermark()

@@ -721,4 +721,4 @@ def test_notebook_10_runs_as_printed(tmp_path):
     from dysigma.course.pages import build, find
 
     build(find(Path(__file__).parent.parent / "notebooks", ["10"]), fast=True, out=tmp_path)
-    assert (tmp_path / "10_reuse.ipynb").exists()
+    assert (tmp_path / "13_your_own_loop.ipynb").exists()

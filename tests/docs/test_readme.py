@@ -112,7 +112,7 @@ def test_each_number_of_the_race_stands_in_notebook_09_and_the_readme_rounds_it(
     """Ratios with an interval, as `2.39 [1.81, 3.16]`; the README has `2.4 (1.8 to 3.2)`."""
     readme, race = (" ".join(text.split()) for text in (README, RESULTS.split("\n## Front")[0]))
     rows = re.findall(r"(\d+\.\d+) \[(\d+\.\d+), (\d+\.\d+)\]", race)
-    page = (ROOT / "notebooks/09_the_convergence_race.ipynb").read_text()
+    page = (ROOT / "notebooks/12_the_convergence_race.ipynb").read_text()
     assert len(rows) > 30
     assert [row for row in rows if "{} [{}, {}]".format(*row) not in page] == []
     shown = re.findall(r"(\d\.\d) \((\d\.\d) to (\d\.\d)\)", readme)

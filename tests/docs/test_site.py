@@ -129,6 +129,6 @@ def test_the_site_builds_without_a_warning_and_needs_nothing_from_elsewhere(tmp_
     for name in dysigma.__all__:
         documented = rf'id="(module-)?dysigma\.([\w.]+\.)?{name}"'
         assert re.search(documented, pages["api"]), name
-    assert pages["05_dy_sigma_derived"].count("Show code cell source") >= 2
-    assert "<img" in pages["05_dy_sigma_derived"] and "<math" in pages["05_dy_sigma_derived"]
-    assert "<details>" in pages["05_dy_sigma_derived"]
+    assert pages["06_dy_sigma_derived"].count("Show code cell source") >= 2
+    assert "<img" in pages["06_dy_sigma_derived"] and "<math" in pages["06_dy_sigma_derived"]
+    assert "<details>" in pages["06_dy_sigma_derived"]

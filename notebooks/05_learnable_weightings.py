@@ -10,7 +10,7 @@
 # ---
 
 # %% [markdown]
-# # 04 · Learn the weights, and know beforehand where they will go
+# # 05 · Learn the weights, and know beforehand where they will go
 #
 # > **Claim.** A learnable weighting has a fixed point that you can write down before you train. Uncertainty weighting
 # > goes to $1/L_t$; with a network that predicts noise, that is nearly all weight on the noisiest timesteps. How fast it
@@ -50,7 +50,7 @@ from dysigma.schedule import NoiseSchedule
 from dysigma.training import TrainConfig, TrainState, train_step
 from dysigma.weightings import effective_sample_size, fluctuation, make_weighting
 
-NOTEBOOK = "04_learnable_weightings"
+NOTEBOOK = "05_learnable_weightings"
 plots.use_style()
 banner(NOTEBOOK)
 
@@ -118,7 +118,7 @@ plots.weight_curves(
 )
 plots.show(
     fig,
-    "04_first_look",
+    "05_first_look",
     title="Weights that a network learned for itself",
     caption="Starting from equal weights, uncertainty weighting moves weight towards high noise and away from the clean end, further with every step of training.",
     alt="Weight against log-SNR on a logarithmic axis at four moments of one training run. The first curve is flat at 1. Later ones rise on the noisy left and fall on the clean right, more and more steeply.",
@@ -462,7 +462,7 @@ right.set_yticks(range(len(ARMS)), labels=list(ARMS))
 right.legend(loc=(0.03, 0.3), fontsize=8)
 plots.show(
     fig,
-    "04_fluctuation",
+    "05_fluctuation",
     title="Learned weights travel more than they shake",
     caption="Around their trend, learned weights fluctuate by a few per cent, far below the random null. Most of their variation is travel, which Dy-Sigma's anchor ends early. UGD is the one whose final weights depend on the seed most. Bars: 95 %.",
     alt="Left: weight at timestep 900 against training step; random weights jump over two decades, uncertainty rises steadily, Dy-Sigma rises and settles, UGD dips and returns. Right: coefficients of variation of eight weightings on a logarithmic axis, from exactly 0 for predefined weights to about 1 for random ones.",
@@ -484,7 +484,7 @@ assert np.mean(cv["dy-sigma"]["over time"]) < fast(travel / 3, 1), (
 #   times more: that factor belongs to gradient descent, and Adam's bounded steps damp rarely seen timesteps.
 # - **UGD** looks at the gradients every 50 steps only and shakes no more than the others, but where it ends differs from seed to seed.
 #   Gramians from a few samples are noisy; Min-SNR's authors name this as UGD's weakness.
-# - **Dy-Sigma** (notebook 05; its start is Min-SNR) is held near a predefined weighting. It varies least of all that learn.
+# - **Dy-Sigma** (notebook 06; its start is Min-SNR) is held near a predefined weighting. It varies least of all that learn.
 #
 # ## 8 · A failure on purpose: the fixed point itself
 #
@@ -516,7 +516,7 @@ right.axhline(1, color="0.3", linewidth=1)
 right.set(ylabel="held-out loss, relative to equal weights", title="What it does to the losses")
 plots.show(
     fig,
-    "04_taken_over",
+    "05_taken_over",
     title="With an epsilon network, uncertainty weighting turns into Const-x0 at high noise",
     caption="Once it has arrived (learning rate 0.1; loss-balance, same fixed point), losses at high noise are a tiny fraction of those with equal weights, and losses on the cleaner timesteps are over 1.5 times as high. Bands: 95 % over seeds.",
     alt="Left: weights against log-SNR; the learned curves fall from left to right along the lines of 1 / L* and const-x0. Right: ratio of losses to equal weights against timestep; two arms start above 1.5 at clean timesteps and fall to about 0.01 at noisy ones, the slower one stays just below 1 at the clean end.",
@@ -560,8 +560,8 @@ assert (arrived > 0).all(), "at the fixed point, every seed must lose on the cle
 # adds is weight at the clean end, and it helps (last line of the table). What a strategy does depends first of all on
 # the target of the network.
 #
-# Whether a shift of losses from one end to the other is good for *samples* is another question (notebook [09](09_the_convergence_race.ipynb)). What we can say
-# is that uncertainty weighting has no term that stops it. Notebook 05 adds one.
+# Whether a shift of losses from one end to the other is good for *samples* is another question (notebook [12](12_the_convergence_race.ipynb)). What we can say
+# is that uncertainty weighting has no term that stops it. Notebook 06 adds one.
 #
 # **Try it yourself.** Set `weighting_lr` to 0.3 and predict both columns of section 7 first. Give `"uncertainty"` a clamp
 # (`clamp=2.0`) and see the takeover stop. Replace the network's `x_t +` by `0 * x_t +`: it can no longer pass its input through, and its
@@ -572,7 +572,7 @@ assert (arrived > 0).all(), "at the fixed point, every seed must lose on the cle
 #
 # Replace each `...` and run the cell; the check says what is wrong. Solutions are collapsed below.
 #
-# **4.1** (●○○, 4 min) A milder rule uses $w_t=e^{-\beta s_t}$ on the network's loss while $s$ is trained as before. Compute its weights
+# **5.1** (●○○, 4 min) A milder rule uses $w_t=e^{-\beta s_t}$ on the network's loss while $s$ is trained as before. Compute its weights
 # at the fixed point for $\beta=\frac12$ and the losses `floor`, with mean 1.
 #
 # <details><summary>Hint</summary>
@@ -583,7 +583,7 @@ assert (arrived > 0).all(), "at the fixed point, every seed must lose on the cle
 
 # %%
 exercise(
-    "4.1",
+    "5.1",
     expected=floor**-0.5 / (floor**-0.5).mean(),
     mistakes={
         "That is the full weight, 1 / L: apply beta.": perfect,
@@ -591,10 +591,10 @@ exercise(
     },
 )
 half_way = ...  # (1000,) from floor
-check("4.1", half_way)
+check("5.1", half_way)
 
 # %% [markdown]
-# **4.2** (●●○, 6 min) Batches of 128, per-sample losses with coefficient of variation $c=1$, gradient descent with $\eta=0.05$ on
+# **5.2** (●●○, 6 min) Batches of 128, per-sample losses with coefficient of variation $c=1$, gradient descent with $\eta=0.05$ on
 # $\tfrac12(Le^{-s}+s)$. How many equal bins can you afford at most if no weight may fluctuate by more than 5 %?
 #
 # <details><summary>Hint</summary>
@@ -605,7 +605,7 @@ check("4.1", half_way)
 
 # %%
 exercise(
-    "4.2",
+    "5.2",
     expected=25,
     mistakes={
         "The 4 of the formula is missing.": 6,
@@ -613,21 +613,21 @@ exercise(
     },
 )
 most_bins = ...  # a whole number
-check("4.2", most_bins)
+check("5.2", most_bins)
 
 # %% [markdown]
 # ### Solutions
 
 # %% tags=["solution"]
 half_way = floor**-0.5 / (floor**-0.5).mean()
-check("4.1", half_way)
+check("5.1", half_way)
 print(
     f"effective sample size: {effective_sample_size(half_way):.2f}, full weight {effective_sample_size(perfect):.2f}"
 )
 
 # %% tags=["solution"]
 most_bins = int(4 * 128 * 0.05**2 / 0.05)  # sqrt(lr K / (4 * 128)) <= 0.05
-check("4.2", most_bins)
+check("5.2", most_bins)
 simulated = plots.t_interval([simulated_cv(1.0, 0.05, 128 / most_bins, seed) for seed in range(5)])
 print("simulated with that many bins: {:.2%} ± {:.2%}".format(*simulated))
 
@@ -661,7 +661,7 @@ print("simulated with that many bins: {:.2%} ± {:.2%}".format(*simulated))
 # - Lin, Ye, Zhang, Tsang, *Reasonable Effectiveness of Random Weighting*, 2022,
 #   [arXiv:2111.10603](https://arxiv.org/abs/2111.10603): random weights as the baseline every learned weighting should meet.
 #
-# **Next:** [05, Dy-Sigma derived](05_dy_sigma_derived.ipynb). Back to the [map](00_start_here.ipynb).
+# **Next:** [06, Dy-Sigma derived](06_dy_sigma_derived.ipynb). Back to the [map](00_start_here.ipynb).
 
 # %%
 watermark()

@@ -10,7 +10,7 @@
 # ---
 
 # %% [markdown]
-# # 10 · Reuse: your loop, your data, your weighting
+# # 13 · Reuse: your loop, your data, your weighting
 #
 # > **Claim.** Three lines put any weighting into a training loop that you already have, and nothing in them depends on the network. What they
 # > do depend on is the noise level of each sample and the target of the network. Both are one conversion, and both can be checked in
@@ -23,7 +23,7 @@
 # - write a weighting of your own in a file of a few lines, run the laws on it, and train with it by name;
 # - put the same three lines into a text-to-image fine-tuning with low-rank adapters.
 #
-# **You need** the weightings on one scale ([03](03_snr_weightings.ipynb)) and Dy-Sigma ([05](05_dy_sigma_derived.ipynb)). Dy-Sigma here is our
+# **You need** the weightings on one scale ([03](03_snr_weightings.ipynb)) and Dy-Sigma ([06](06_dy_sigma_derived.ipynb)). Dy-Sigma here is our
 # reconstruction from the abstract of Liu, Ye, Liu and Qin (IJCNN 2024). The loops use `accelerate`.
 #
 # **Time** reading 30 min · running about 60 s (short run 20 s) on two CPU cores · memory under 1 GB.
@@ -52,7 +52,7 @@ from dysigma.evaluation import evaluation_timesteps
 from dysigma.lab.convergence import images_to_threshold, speedup
 from dysigma.testing import check_weighting
 
-NOTEBOOK = "10_reuse"
+NOTEBOOK = "13_your_own_loop"
 plots.use_style()
 banner(NOTEBOOK)
 import diffusers
@@ -518,7 +518,7 @@ right.set(ylabel="loss / that of const-eps", title="At the end, timestep by time
 right.get_legend().remove()
 plots.show(
     fig,
-    "10_text_guided",
+    "13_text_guided",
     title="Adapting a text-to-image model to a palette it has not seen",
     caption="By the mean over timesteps dy-sigma comes first, then min-snr, then uncertainty; const-x0 is worse than const-eps. The right panel says where: on the noisy half, paid for at the clean end. Bands: 95 % over four paired seeds.",
     alt="Left: geometric mean of losses against images seen, both logarithmic; five curves, dy-sigma lowest, const-x0 highest. Right: loss relative to const-eps against timestep; dy-sigma and min-snr are above 1 at the cleanest timesteps and fall to about half on the noisy side; const-x0 starts far above 1 and ends below it.",
@@ -568,7 +568,7 @@ plots.show(
 #
 # Replace each `...` and run the cell; the check says what is wrong. Solutions are collapsed below.
 #
-# **10.1** (●○○, 3 min) Your script draws EDM noise levels $\sigma$ for $x=x_0+\sigma\epsilon$. What is `log_snr` for `weighting.at`?
+# **13.1** (●○○, 3 min) Your script draws EDM noise levels $\sigma$ for $x=x_0+\sigma\epsilon$. What is `log_snr` for `weighting.at`?
 #
 # <details><summary>Hint</summary>
 #
@@ -582,12 +582,12 @@ wrong = {
     "SNR has squares: that is half of it.": -sigma.log(),
     "That is noise over signal.": 2 * sigma.log(),
 }
-exercise("10.1", expected=-2 * sigma.log(), mistakes=wrong)
+exercise("13.1", expected=-2 * sigma.log(), mistakes=wrong)
 log_snr_edm = ...
-check("10.1", log_snr_edm)
+check("13.1", log_snr_edm)
 
 # %% [markdown]
-# **10.2** (●●○, 8 min) A flow-matching script multiplies the squared error of the velocity by $\frac2{\pi(1-2r+2r^2)}$. Write this as a weighting of your own: the
+# **13.2** (●●○, 8 min) A flow-matching script multiplies the squared error of the velocity by $\frac2{\pi(1-2r+2r^2)}$. Write this as a weighting of your own: the
 # *log* of the weight on the $x_0$ error, as a function of `log_snr`. The check calls it at the levels below.
 #
 # <details><summary>Hint</summary>
@@ -607,16 +607,16 @@ wrong = {
     + 2 * share.log(),
     "That is the weight, not its log.": on_u.exp() / share**2,
 }
-exercise("10.2", expected=on_u - 2 * share.log(), mistakes=wrong)
+exercise("13.2", expected=on_u - 2 * share.log(), mistakes=wrong)
 cosmap = ...  # lambda log_snr: ...
-check("10.2", cosmap if cosmap is ... else cosmap(at))
+check("13.2", cosmap if cosmap is ... else cosmap(at))
 
 # %% [markdown]
 # ### Solutions
 
 # %% tags=["solution"]
 log_snr_edm = -2 * sigma.log()
-check("10.1", log_snr_edm)
+check("13.1", log_snr_edm)
 
 
 def cosmap(log_snr):
@@ -624,7 +624,7 @@ def cosmap(log_snr):
     return (2 / math.pi / (1 - 2 * s + 2 * s**2)).log() - 2 * s.log()
 
 
-check("10.2", cosmap(at))
+check("13.2", cosmap(at))
 check_weighting(cosmap)
 
 # %% [markdown]

@@ -10,7 +10,7 @@
 # ---
 
 # %% [markdown]
-# # 08 · Pareto trade-offs: the best that any weighting could do
+# # 10 · Pareto trade-offs: the best that any weighting could do
 #
 # > **Claim.** A loss weighting chooses a point on a trade-off curve. For a linear denoiser the curve is known exactly: no
 # > weighting passes it, and it vanishes when every timestep has parameters of its own. For a DDPM the curve must be measured, by
@@ -24,8 +24,8 @@
 # - measure how far a strategy lies beyond a swept front, with an interval and against the noise of two seeds;
 # - use hypervolume without being fooled by its reference point.
 #
-# **You need** weightings on one scale ([03](03_snr_weightings.ipynb)), the strategies of [05](05_dy_sigma_derived.ipynb),
-# gradient conflicts ([07](07_gradient_conflicts.ipynb)).
+# **You need** weightings on one scale ([03](03_snr_weightings.ipynb)), the strategies of [06](06_dy_sigma_derived.ipynb),
+# gradient conflicts ([08](08_gradient_conflicts.ipynb)).
 #
 # **Time** reading 35 min · running about 15 s (short run 15 s) on two CPU cores · memory under 1 GB.
 #
@@ -56,14 +56,14 @@ from dysigma.lab.race import Race, load_race, race
 from dysigma.schedule import NoiseSchedule
 from dysigma.weightings import make_weighting
 
-NOTEBOOK = "08_pareto_trade_offs"
+NOTEBOOK = "10_pareto_trade_offs"
 plots.use_style()
 banner(NOTEBOOK)
 
 # %% [markdown]
 # ## 1 · Every weighting is a point
 #
-# Take the Gaussian images of notebook 05 and the simplest denoiser: each Fourier mode of $x_t$ times a number $\theta_j$, *the
+# Take the Gaussian images of notebook 06 and the simplest denoiser: each Fourier mode of $x_t$ times a number $\theta_j$, *the
 # same at all 20 noise levels*. Its losses are known without sampling, and the minimiser of any weighted sum is a linear solve. We
 # watch two averages, over the ten low-noise and the ten high-noise levels, above the floor that the best denoiser leaves.
 #
@@ -199,7 +199,7 @@ for each, place in ((ax, "upper right"), (bx, "lower left")):
     each.legend(loc=place)
 plots.show(
     fig,
-    "08_exact_fronts",
+    "10_exact_fronts",
     title="A front that weighted sums reach, and one that they do not",
     caption="Left: linear denoiser, exact. The weightings choose trade-offs that differ by a factor of 100 in high-noise loss, and none passes the front. Right: where the front bulges outwards, no weighted sum finds its middle; both Tchebycheff forms do (27 of 999 weights each, the sets shifted apart for the eye).",
     alt="Left: a falling curve in the plane of low-noise and high-noise excess loss. Const-eps, min-snr, p2 and debiased lie on it from the middle to the lower right end, const-x0 and 1 / L* just behind that end; a star marks utopia at the lower left. Right: a front that bulges away from the origin, circles of weighted sums at its two ends only, squares and triangles of the Tchebycheff forms all along it.",
@@ -245,7 +245,7 @@ ax.set(
 ax.legend(title="open: its utopia")
 plots.show(
     fig,
-    "08_capacity",
+    "10_capacity",
     title="With capacity the front collapses",
     caption="Exact. As the shared denoiser gains features, its front shrinks into the corner where both losses are at their floors; at degree 20 it is the corner and nothing is left to trade.",
     alt="Falling curves in the plane of low- and high-noise excess loss, for degrees 1, 2, 3, 4 and 6, each closer to the origin, with open markers for their utopia points near the horizontal axis. Degree 20 is a single point at the origin.",
@@ -311,7 +311,7 @@ for mix in mixes[100:301:25]:
 # `data/races/front-fields.toml` specifies one: a small U-Net that predicts noise on the Gaussian images, weight `split` with
 # ratio $R$ between the low-noise half of the timesteps ($t<500$) and the high-noise half; $R=1$ is const-eps. Part of it also
 # runs at half and twice the learning rate. Beside it, on the same seeds, every other strategy of `WEIGHTINGS` (`dy-sigma` is our
-# reconstruction, notebook 05). The floor is the Wiener filter on the same images and noise, as in 05. `dysigma race
+# reconstruction, notebook 06). The floor is the Wiener filter on the same images and noise, as in 05. `dysigma race
 # data/races/front-fields.toml --out data/runs/front-fields` computes it.
 
 
@@ -412,7 +412,7 @@ bx.set_yticks(-np.arange(len(looks)), labels=list(looks))
 bx.set(xlabel="distance beyond the swept front, δ (right is better)")
 plots.show(
     fig,
-    "08_ddpm_front",
+    "10_ddpm_front",
     title="No strategy passes the swept static weights",
     caption="Left: static weights (dots, with their ratio R; grey steps: the front that three, two and one of the three seeds reach), the same at half and twice the learning rate (stars), and strategies, marked as on the right. Right: distance beyond the sweep of the same seed; a swept ratio is judged by the others. Black ticks: against the front of all three learning rates. Bars: 95 % over three seeds.",
     alt="Left: low- against high-noise excess loss in logarithms. Dots for ratios from 64 to 1 run down on the left; those from 1 to 0.001 bend to the right along the bottom. Most strategies lie above and to the right of them; a star, ratio 0.06 at twice the learning rate, lies below. Right: a row per arm with its distance and bar. Strategies lie left of zero, except uncertainty and loss-balance, whose bars reach across it, and gramian, at zero.",
@@ -546,7 +546,7 @@ ax.set(
 fig.legend(*ax.get_legend_handles_labels(), loc="outside right center")
 plots.show(
     fig,
-    "08_quality",
+    "10_quality",
     title="The loss front is not the quality front",
     caption="Between ratios 0.016 and 16 samples are about as close to the data as those of the perfect denoiser with the same 20 steps. At the high-noise end of the front, where const-x0, const-v, truncated-snr, max-snr and edm lie as well, they are 15 to 20 times further. Stars: other learning rates. Bars: 95 % over three seeds.",
     alt="Squared Fréchet distance against trade-off, both in logarithms. The line of swept weights is high on the left, falls to a plateau at the dotted line of the Wiener filter with 20 steps, and rises at its right end. Five strategies lie at the top left, debiased on the slope, ugd high on the right, the others on the plateau. Lines for held-out images and for the Wiener filter with 100 steps lie far below.",
@@ -567,7 +567,7 @@ plots.show(
 #
 # Replace each `...` and run the cell; the check says what is wrong.
 #
-# **8.1** (●○○, 4 min) By hand: the hypervolume of the points (1, 3), (2, 2), (4, 1) with reference (5, 4).
+# **10.1** (●○○, 4 min) By hand: the hypervolume of the points (1, 3), (2, 2), (4, 1) with reference (5, 4).
 #
 # <details><summary>Hint</summary>
 #
@@ -576,12 +576,12 @@ plots.show(
 # </details>
 
 # %%
-exercise("8.1", expected=8, mistakes={"The boxes overlap: count shared area once.": 13})
+exercise("10.1", expected=8, mistakes={"The boxes overlap: count shared area once.": 13})
 area = ...  # a number
-check("8.1", area)
+check("10.1", area)
 
 # %% [markdown]
-# **8.2** (●●○, 5 min) A linear denoiser, `mystery`, was trained to convergence on $aE_1+(1-a)E_2$. Find $a$ from its parameters
+# **10.2** (●●○, 5 min) A linear denoiser, `mystery`, was trained to convergence on $aE_1+(1-a)E_2$. Find $a$ from its parameters
 # alone.
 #
 # <details><summary>Hint</summary>
@@ -593,23 +593,23 @@ check("8.1", area)
 # %%
 mystery = denoiser.minimiser(mixes[230] @ halves)
 exercise(
-    "8.2",
+    "10.2",
     expected=mixes[230, 0],
     mistakes={"That is the share of the high-noise half.": mixes[230, 1]},
 )
 share_found = ...  # a number
-check("8.2", share_found)
+check("10.2", share_found)
 
 # %% [markdown]
 # ### Solutions
 
 # %% tags=["solution"]
 area = (5 - 1) * (4 - 3) + (5 - 2) * (3 - 2) + (5 - 4) * (2 - 1)
-check("8.1", area)
+check("10.1", area)
 
 # %% tags=["solution"]
 share_found = pareto.min_norm_weights(pair(mystery)[1])[0]
-check("8.2", share_found)
+check("10.2", share_found)
 
 # %% [markdown]
 # ## What you can now do
@@ -640,7 +640,7 @@ check("8.2", share_found)
 # - Lin, Zhang, Yang, Liu, Wang, Zhang, *Smooth Tchebycheff Scalarization for Multi-Objective Optimization*, 2024,
 #   [arXiv:2402.19078](https://arxiv.org/abs/2402.19078): reaches bulging fronts with gradients.
 #
-# **Next:** [09, the convergence race](09_the_convergence_race.ipynb). Back to the [map](00_start_here.ipynb).
+# **Next:** [12, the convergence race](12_the_convergence_race.ipynb). Back to the [map](00_start_here.ipynb).
 
 # %%
 watermark()

@@ -10,7 +10,7 @@
 # ---
 
 # %% [markdown]
-# # 09 · The convergence race: is it 3.7 times faster, and than what?
+# # 12 · The convergence race: is it 3.7 times faster, and than what?
 #
 # > **Claim.** "So many times faster" hides three choices: the constant that is beaten, the threshold, and the seed. Made afterwards,
 # > they yield almost any factor, even for a weighting against itself. Made beforehand, in four primary comparisons: our Dy-Sigma is
@@ -24,7 +24,7 @@
 # - read a registered race: what was asked first, what is secondary, and what was not asked;
 # - decide which weighting to start from, for a network that predicts $x_0$ and for one that predicts $\epsilon$.
 #
-# **You need** both meanings of "Const" from [03](03_snr_weightings.ipynb) and the anchored Dy-Sigma from [05](05_dy_sigma_derived.ipynb).
+# **You need** both meanings of "Const" from [03](03_snr_weightings.ipynb) and the anchored Dy-Sigma from [06](06_dy_sigma_derived.ipynb).
 #
 # **Time** reading 30 min · running about 60 s (short run 20 s) on two CPU cores · memory under 1 GB.
 #
@@ -61,7 +61,7 @@ from dysigma.schedule import NoiseSchedule
 from dysigma.training import train
 from dysigma.weightings import fluctuation
 
-NOTEBOOK = "09_the_convergence_race"
+NOTEBOOK = "12_the_convergence_race"
 plots.use_style()
 banner(NOTEBOOK)
 
@@ -70,7 +70,7 @@ banner(NOTEBOOK)
 #
 # Dy-Sigma (Liu, Ye, Liu, Qin, IJCNN 2024) is known to us by its abstract. It promises convergence **3.7 times faster than "Const"**, and
 # does not say by which metric, to which value, with which network, or over how many seeds. What we race is **our reconstruction**, derived in
-# notebook 05. It can fail where theirs does not.
+# notebook 06. It can fail where theirs does not.
 #
 # The abstract's words are those of the Min-SNR paper (Hang et al. 2023), which promised 3.4 times. That paper has a table of FID
 # along training (U-Net, ImageNet 256). The same weighting appears there twice, each time beside a constant:
@@ -197,7 +197,7 @@ null = np.array(chosen["const-x0, another seed"])
 calm = f"{np.nanmin(null[:, steep]):.2g} to {np.nanmax(null[:, steep]):.2g}"
 plots.show(
     fig,
-    "09_any_factor",
+    "12_any_factor",
     title="Thresholds and seeds chosen afterwards give almost any factor",
     caption=f"A line per pair of trainings; distance of samples, x0 network. Const against itself, where the truth is 1, spans {spans[0]}, and {calm} even where the protocol looks (grey). Min-snr against Const spans {spans[1]}, dy-sigma {spans[2]}. Red: the 3.7 of the abstract.",
     alt=f"Three panels of thin lines: times faster against the threshold, both logarithmic, with lines at 1 and 3.7. Left, const-x0 against itself: symmetric about 1, from {spans[0]}, wide at easy thresholds. Middle and right, min-snr and dy-sigma against const-x0, nearly alike: falling from {spans[1].split()[-1]} through 3.7 to about 2.",
@@ -236,7 +236,7 @@ print(
 # ## 5 · Can the records be trusted? And can the metric?
 #
 # First we train the first stretch of two arms again, on the same seed, and compare with the record. Second, a
-# control for the distance: the **best possible denoiser** of Gaussian fields (notebook 05) goes through the same sampler.
+# control for the distance: the **best possible denoiser** of Gaussian fields (notebook 06) goes through the same sampler.
 
 # %%
 spec, stretch = Race.read(Path("..") / protocol["races"][0]["spec"]), fast(1792, 640)
@@ -353,7 +353,7 @@ assert [panel for panel in PANELS if lead(*panel, own[panel[0].split()[1]]).mean
 ], "the upper row"
 plots.show(
     fig,
-    "09_curves",
+    "12_curves",
     title="Distance and bits per dimension against images seen",
     caption=f"Sample networks predict x0, epsilon networks the noise. Averaged along training, dy-sigma is ahead of the network's own constant in every panel above and in none below. It stays within {100 * np.expm1(gap):.0f} % of its prior min-snr everywhere. Where the network predicts the noise, const-x0 stalls or gets worse again. Solid line: the primary threshold; dotted: the best denoiser with the race's sampler; bands: 95 % over paired seeds.",
     alt="Six panels of six curves with bands, both axes logarithmic. Sample networks, upper row: min-snr, dy-sigma and dy-sigma tuned fall first and side by side, then const-eps, last const-x0 and uncertainty, close together. Epsilon networks, lower row: all curves fall together except const-x0, which levels off far above them and on fields rises; at the end const-eps is lowest in bits.",
@@ -461,7 +461,7 @@ assert counts == [2, 0, 1, 1] and gained == 0, (
 )
 plots.show(
     fig,
-    "09_race",
+    "12_race",
     title="How many times fewer images than Const?",
     caption=f"Against Const, dy-sigma is sooner in {counts[0]} of the four primary comparisons (black edge) and as claimed in {counts[1]}: in {counts[2]} the interval lies below 3.7, in {counts[3]} it contains 3.7. Against its own prior, min-snr, it is sooner in {gained}. {'; '.join(', '.join(key[:3]) + ': ' + row.said for key, row in primary.iterrows())}. Middle threshold; dashed: 3.7; bars: 95 % over {primary.pairs.max()} paired seeds; triangles: bounds; ?: no statement.",
     alt="Six panels with ten arms as rows and R on a logarithmic axis, lines at 1 and 3.7. Sample networks: all arms with min-snr or dy-sigma lie between 1.5 and 5 against both constants, uncertainty near 1 or below, ugd below. Epsilon networks: against const-x0 every arm, const-eps too, is a bound above 3.7; against const-eps nearly every arm is a bound near one half, or a question mark.",
@@ -519,7 +519,7 @@ print("\nR of dy-sigma against min-snr:\n\n" + prior.said.unstack().to_string())
 
 # %% [markdown]
 # By distance and bits, with $x_0$-networks, learning adds nothing to Min-SNR on the linear schedule, perhaps costs a few per cent; on the cosine
-# schedule it gains as little. By validation loss it adds more: that is what it is fitted to (notebook 05).
+# schedule it gains as little. By validation loss it adds more: that is what it is fitted to (notebook 06).
 #
 # ## 8 · Who pays, and do the weights fluctuate?
 #
@@ -673,7 +673,7 @@ print(pandas.crosstab([mine.predicts, mine.arm], outcome).to_string())
 #
 # Replace each `...` and run the cell; the check says what is wrong. Solutions are collapsed below.
 #
-# **9.1** (●○○, 4 min) Late in training a metric falls like $n^{-0.25}$. At equal images, an arm's value is 20 % below that of Const, that is
+# **12.1** (●○○, 4 min) Late in training a metric falls like $n^{-0.25}$. At equal images, an arm's value is 20 % below that of Const, that is
 # 0.8 times as large. How many times faster is it?
 #
 # <details><summary>Hint</summary>
@@ -688,12 +688,12 @@ wrong = {
     "Turned round.": 0.8**4,
     "To the power a.": 1.25**0.25,
 }
-exercise("9.1", expected=1.25**4, mistakes=wrong)
+exercise("12.1", expected=1.25**4, mistakes=wrong)
 times_faster = ...  # a number
-check("9.1", times_faster)
+check("12.1", times_faster)
 
 # %% [markdown]
-# **9.2** (●●○, 6 min) Cheat for Min-SNR, which nobody calls 3.7 times faster: choose the *lowest* threshold in `levels` at which it looks at least 3.7
+# **12.2** (●●○, 6 min) Cheat for Min-SNR, which nobody calls 3.7 times faster: choose the *lowest* threshold in `levels` at which it looks at least 3.7
 # times as fast as const-x0, with any one seed (distance, $x_0$-network). The curves are `const[seed]` and `min_snr[seed]`.
 #
 # <details><summary>Hint</summary>
@@ -705,23 +705,23 @@ check("9.1", times_faster)
 # %%
 looks = np.any([factors(const[seed], min_snr[seed], levels) >= 3.7 for seed in const], axis=0)
 exercise(
-    "9.2", expected=levels[looks].min(), mistakes={"That is the highest.": levels[looks].max()}
+    "12.2", expected=levels[looks].min(), mistakes={"That is the highest.": levels[looks].max()}
 )
 chosen_threshold = ...  # use factors, const, min_snr, levels
-check("9.2", chosen_threshold)
+check("12.2", chosen_threshold)
 
 # %% [markdown]
 # ### Solutions
 
 # %% tags=["solution"]
 times_faster = (1 / 0.8) ** (1 / 0.25)
-check("9.1", times_faster)
+check("12.1", times_faster)
 
 # %% tags=["solution"]
 chosen_threshold = min(
     at for at in levels if any(factors(const[k], min_snr[k], [at]) >= 3.7 for k in const)
 )
-check("9.2", chosen_threshold)
+check("12.2", chosen_threshold)
 
 # %% [markdown]
 # ## What you can now do
@@ -729,7 +729,7 @@ check("9.2", chosen_threshold)
 # - Ask of any "times faster": than which constant, at which threshold, chosen when, over how many seeds, with what interval?
 # - Compare your own arms: write a specification like `data/races/race-fields.toml`, run `dysigma race`, and read it with
 #   `load_races`, `thresholds_at` and `race_table`.
-# - Re-create every number above with `dysigma notebooks 09`, and the records themselves with `RECOMPUTE = True`.
+# - Re-create every number above with `dysigma notebooks 12`, and the records themselves with `RECOMPUTE = True`.
 #
 # ## Limitations
 #
@@ -752,7 +752,7 @@ check("9.2", chosen_threshold)
 # - Kingma, Salimans, Poole, Ho, *Variational Diffusion Models*, 2021, [arXiv:2107.00630](https://arxiv.org/abs/2107.00630): bits per
 #   dimension as an integral of losses over log-SNR.
 #
-# **Next:** [10, reuse](10_reuse.ipynb). Back to the [map](00_start_here.ipynb).
+# **Next:** [13, reuse](13_your_own_loop.ipynb). Back to the [map](00_start_here.ipynb).
 
 # %%
 watermark()

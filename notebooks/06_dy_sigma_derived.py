@@ -10,7 +10,7 @@
 # ---
 
 # %% [markdown]
-# # 05 · Derive Dy-Sigma: a predefined weighting that learns
+# # 06 · Derive Dy-Sigma: a predefined weighting that learns
 #
 # > **Claim.** There is a family of ways to combine a predefined weighting with a learned uncertainty. Its members differ in one line, and that
 # > line decides whether the predefined part survives training. One of them has a unique fixed point in closed form and a
@@ -26,7 +26,7 @@
 # - tell which member forgets its prior, which weights learnable loss instead of total loss, and which listens to gradients;
 # - read a race with paired seeds, and say what won, against what, and how surely.
 #
-# **You need** uncertainty weighting and its fixed point from [04](04_learnable_weightings.ipynb), the weightings on one scale from
+# **You need** uncertainty weighting and its fixed point from [05](05_learnable_weightings.ipynb), the weightings on one scale from
 # [03](03_snr_weightings.ipynb).
 #
 # **Time** reading 35 min · running about 50 s (short run 15 s) on two CPU cores · memory under 1 GB.
@@ -55,7 +55,7 @@ from dysigma.schedule import NoiseSchedule
 from dysigma.training import train
 from dysigma.weightings import fluctuation, make_weighting
 
-NOTEBOOK = "05_dy_sigma_derived"
+NOTEBOOK = "06_dy_sigma_derived"
 plots.use_style()
 banner(NOTEBOOK)
 
@@ -65,7 +65,7 @@ banner(NOTEBOOK)
 # In our words, the abstract says this: predefined weightings are stable but not optimal; learned ones reach better objectives but fluctuate;
 # Dy-Sigma combines both through an uncertainty, and converges 3.7 times faster than a constant weighting. That leaves many formulas.
 #
-# Here are five weightings on data whose least losses $L^\star_t$ are known exactly (Gaussian images, notebook 04): the predefined
+# Here are five weightings on data whose least losses $L^\star_t$ are known exactly (Gaussian images, notebook 05): the predefined
 # Min-SNR, the fully learned $1/L$, and three of one family in between, at the point where their training ends.
 
 # %%
@@ -88,7 +88,7 @@ fig, ax = plt.subplots()
 plots.weight_curves(ax, schedule.log_snr, curves)
 plots.show(
     fig,
-    "05_between",
+    "06_between",
     title="Between predefined and learned",
     caption="With perfect losses, uncertainty weighting gives nearly everything to the noisiest timesteps. The anchored family lies between it and its prior; κ sets where.",
     alt="Weights against log-SNR on a logarithmic axis. Min-SNR is flat on the noisy left and falls on the right. 1 / L is a steep falling line. Three anchored curves with κ = 4, 1 and 0.25 lie in between, in that order.",
@@ -237,7 +237,7 @@ ax.set(
 )
 plots.show(
     fig,
-    "05_trust_region",
+    "06_trust_region",
     title="κ is a trust region around the predefined weights",
     caption="However small a loss, the anchored variant raises its weight by at most e^(1/κ) (grey lines: 1.3, 2.7, 7.4, 55). The inside variant has no bound.",
     alt="Factor on the weight against z, both logarithmic. A straight falling line for inside; four curves that follow it for large z and level off for small z at grey lines at 1.3, 2.7, 7.4 and 55.",
@@ -518,7 +518,7 @@ fig.legend(
 )
 plots.show(
     fig,
-    "05_race",
+    "06_race",
     title="Fourteen weightings against both constants and against Min-SNR",
     caption="Anchored Dy-Sigma beats its prior in all four settings. How far it is from a constant depends on which constant and on the target. By this judge plain uncertainty does at least as well; by likelihood it does not (table above). Bars: 95 % over five paired seeds.",
     alt="Four panels, one per data set and target. Each has fourteen rows, one per weighting, with three points and 95 % bars: the geometric-mean loss relative to const-eps, const-x0 and min-snr. Most members of the family lie left of 1; ugd lies right of it in three panels, tilt and conflict where the network predicts noise.",
@@ -552,7 +552,7 @@ for row, target in zip(axes, ("epsilon", "sample"), strict=True):
 fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
 plots.show(
     fig,
-    "05_along_training",
+    "06_along_training",
     title="What is left to learn, against images seen",
     caption="No weighting leads everywhere. Const-eps leads at the clean end of an epsilon network and trails elsewhere; uncertainty leads at the noisy end and pays at the clean one, const-x0 more so; Dy-Sigma stays close to Min-SNR at the clean end and gains on it elsewhere. With an x0 network, const-x0 and uncertainty reach the floor in the middle and noisy panels to within what 128 held-out images can tell. Gaussian fields; bands: 95 % over five paired seeds.",
     alt="Six panels: loss above the floor against images seen for five weightings, for an epsilon and a sample network, at the cleanest, middle and noisiest tenth of timesteps. The order of the curves differs between panels; dy-sigma lies at or below min-snr in the middle and noisy panels.",
@@ -570,7 +570,7 @@ plots.show(
 #   $x_0$-network it pays in likelihood. `tilt` loses to its prior by the first judge. `conflict` and UGD follow noisy Gramians and have the
 #   widest intervals (recorded with a running mean that the large Gramians of the start ruled; the package now scales each).
 # - `outside` and `tempered` with an $x_0$-network do the reverse: best likelihood of all, worse than their prior by the first judge.
-# - *Stability*: the last column is the fluctuation of weights over the second half of training (notebook 04). Anchored weights fluctuate
+# - *Stability*: the last column is the fluctuation of weights over the second half of training (notebook 05). Anchored weights fluctuate
 #   less than half as much as those of uncertainty weighting or UGD in these four settings. This part of the abstract's promise holds for our
 #   reconstruction.
 # - *Against "Const"*: with an ε-network, Dy-Sigma improves on both constants by the first judge. With an $x_0$-network it improves greatly on
@@ -587,7 +587,7 @@ plots.show(
 #
 # Replace each `...` and run the cell; the check says what is wrong. Solutions are collapsed below.
 #
-# **5.1** (●○○, 3 min) You accept that a predefined weight is raised tenfold, but not more. What is the smallest $\kappa$ of the anchored variant
+# **6.1** (●○○, 3 min) You accept that a predefined weight is raised tenfold, but not more. What is the smallest $\kappa$ of the anchored variant
 # that guarantees it, whatever the losses?
 #
 # <details><summary>Hint</summary>
@@ -598,17 +598,17 @@ plots.show(
 
 # %%
 exercise(
-    "5.1",
+    "6.1",
     expected=1 / math.log(10),
     mistakes={
         "That is 1/κ.": math.log(10),
     },
 )
 smallest = ...  # with math.log
-check("5.1", smallest)
+check("6.1", smallest)
 
 # %% [markdown]
-# **5.2** (●●○, 6 min) At which relative loss $z$ does the anchored variant with $\kappa=2$ lower a weight to exactly $1/e$ of its prior?
+# **6.2** (●●○, 6 min) At which relative loss $z$ does the anchored variant with $\kappa=2$ lower a weight to exactly $1/e$ of its prior?
 #
 # <details><summary>Hint</summary>
 #
@@ -621,20 +621,20 @@ wrong = {
     "That is variant inside, without the prior on s.": math.e,
     "The sign of s is wrong.": 3 / math.e,
 }
-exercise("5.2", expected=3 * math.e, mistakes=wrong)
+exercise("6.2", expected=3 * math.e, mistakes=wrong)
 z_needed = ...  # a number
-check("5.2", z_needed)
+check("6.2", z_needed)
 
 # %% [markdown]
 # ### Solutions
 
 # %% tags=["solution"]
 smallest = 1 / math.log(10)
-check("5.1", smallest)
+check("6.1", smallest)
 
 # %% tags=["solution"]
 z_needed = (1 + 2 * 1) * math.exp(1)
-check("5.2", z_needed)
+check("6.2", z_needed)
 
 # %% [markdown]
 # ## What you can now do
@@ -646,7 +646,7 @@ check("5.2", z_needed)
 # ## Limitations
 #
 # - A reconstruction. If the paper's formula becomes known, compare it with section 3 first.
-# - Tiny networks, short runs, two small data sets, one learning rate for all arms; losses, not samples. Notebook [09](09_the_convergence_race.ipynb) asks about speed and samples.
+# - Tiny networks, short runs, two small data sets, one learning rate for all arms; losses, not samples. Notebook [12](12_the_convergence_race.ipynb) asks about speed and samples.
 # - Fourteen arms, three baselines, four settings: some intervals miss the truth by chance, and we did not correct for it. The
 #   seeds of these races were for choosing a default; a confirmation needs fresh ones.
 # - $s$ is fitted to noisy losses in bins; the fixed points hold for constant ones.
@@ -664,7 +664,7 @@ check("5.2", z_needed)
 # - Désidéri, *Multiple-gradient descent algorithm (MGDA) for multiobjective optimization*, 2012,
 #   [doi:10.1016/j.crma.2012.03.014](https://doi.org/10.1016/j.crma.2012.03.014): where the conflict term comes from.
 #
-# **Next:** [06, train a compact DDPM](06_train_a_compact_ddpm.ipynb). Back to the [map](00_start_here.ipynb).
+# **Next:** [07, train a compact DDPM](07_train_a_compact_ddpm.ipynb). Back to the [map](00_start_here.ipynb).
 
 # %%
 watermark()

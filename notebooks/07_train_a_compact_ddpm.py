@@ -10,7 +10,7 @@
 # ---
 
 # %% [markdown]
-# # 06 · Train a compact DDPM and watch every timestep
+# # 07 · Train a compact DDPM and watch every timestep
 #
 # > **Claim.** A diffusion training step is eight lines. If every draw in it is a function of (seed, step), two loss weightings can be
 # > compared on exactly the same images, timesteps and noise, and an interrupted run ends where an uninterrupted one does. The loss per
@@ -52,7 +52,7 @@ from dysigma.runs import load_run
 from dysigma.schedule import NoiseSchedule
 from dysigma.training import TrainConfig, build, iterate, load_split, train
 
-NOTEBOOK = "06_train_a_compact_ddpm"
+NOTEBOOK = "07_train_a_compact_ddpm"
 plots.use_style()
 banner(NOTEBOOK)
 
@@ -246,7 +246,7 @@ plots.trajectories(right, images, {arm: curves[arm].mean(2).numpy() for arm in a
 right.set(xlabel="images seen", ylabel="mean loss", title="The mean hides where it happens")
 plots.show(
     fig,
-    "06_two_consts",
+    "07_two_consts",
     title="Two weightings that are both called Const",
     caption="On the same draws, weight 1 on the x0 error (const-x0) leaves an epsilon network far behind on the clean half, which gets almost no "
     "weight, and wins nothing on the noisy half that seeds could tell apart. Bands: 95 % over seeds.",
@@ -274,7 +274,7 @@ fig, ax = plt.subplots(figsize=(7.5, 2.1))
 plots.image_grid(ax, torch.cat([test.images[:12], *rows]), columns=12, row_labels=["real", *arms])
 plots.show(
     fig,
-    "06_samples",
+    "07_samples",
     title="The same latents through both networks",
     caption="A few hundred steps are far too few for pictures, yet the order is plain: const-eps has turned much of the noise into soft grey blotches, "
     "const-x0 has not removed it at all. The recorded run below shows what eight times as many steps of a larger network give.",
@@ -362,7 +362,7 @@ right.set(xticks=[], yticks=[], title=f"64 samples after {seen:,} images", frame
 right.grid(False)
 plots.show(
     fig,
-    "06_cifar10_cpu",
+    "07_cifar10_cpu",
     title="An honest small baseline: CIFAR-10 on a CPU",
     caption="One network, very different speeds: after the first validation the loss at the noisy end still falls several-fold, at the clean "
     "end by about a quarter. The samples have colour, light and layout, and hardly an object.",
@@ -390,7 +390,7 @@ print(
 #
 # Replace each `...` and run the cell; the check says what is wrong. Solutions are collapsed below.
 #
-# **6.1** (●○○, 4 min) The average of the weights forgets half of the past in `half_life` images. After a step of `batch_size` images the average
+# **7.1** (●○○, 4 min) The average of the weights forgets half of the past in `half_life` images. After a step of `batch_size` images the average
 # moves towards the weights by a fraction `a`: $\bar\theta\leftarrow(1-a)\bar\theta+a\theta$. Write `a`.
 #
 # <details><summary>Hint</summary>
@@ -402,7 +402,7 @@ print(
 # %%
 half_life, batch_size = 500_000, 512
 exercise(
-    "6.1",
+    "7.1",
     expected=1 - 0.5 ** (batch_size / half_life),
     mistakes={
         "That is what is kept, 1 - a.": 0.5 ** (batch_size / half_life),
@@ -412,10 +412,10 @@ exercise(
     },
 )
 a = ...
-check("6.1", a)
+check("7.1", a)
 
 # %% [markdown]
-# **6.2** (●●○, 8 min) `losses_eps` are losses of the predicted noise at `timesteps`. Turn them into losses of the $x_0$ that the network implies,
+# **7.2** (●●○, 8 min) `losses_eps` are losses of the predicted noise at `timesteps`. Turn them into losses of the $x_0$ that the network implies,
 # to see them as the error of an image.
 #
 # <details><summary>Hint</summary>
@@ -428,7 +428,7 @@ check("6.1", a)
 losses_eps = final["const-eps"].mean(0)
 snr = states["const-eps"].schedule.log_snr[timesteps].exp()
 exercise(
-    "6.2",
+    "7.2",
     expected=losses_eps / snr,
     mistakes={
         "Upside down: at the noisy end a small error in the noise is a large one in x0.": losses_eps
@@ -438,16 +438,16 @@ exercise(
     },
 )
 losses_x0 = ...
-check("6.2", losses_x0)
+check("7.2", losses_x0)
 
 # %% [markdown]
 # ### Solutions
 
 # %% tags=["solution"]
 a = 1 - 0.5 ** (batch_size / half_life)
-check("6.1", a)
+check("7.1", a)
 losses_x0 = losses_eps / snr
-check("6.2", losses_x0)
+check("7.2", losses_x0)
 
 # %% [markdown]
 # ## What you can now do
@@ -459,7 +459,7 @@ check("6.2", losses_x0)
 # ## Limitations
 #
 # - A `micro` network and a minute of training. `const-x0` on an epsilon network is a known bad pair, chosen because the effect is visible at this size.
-# - Differences between *good* weightings are much smaller: notebook [05](05_dy_sigma_derived.ipynb) measures some with five paired seeds.
+# - Differences between *good* weightings are much smaller: notebook [06](06_dy_sigma_derived.ipynb) measures some with five paired seeds.
 # - The recorded run is one seed at one learning rate, on a CPU.
 #
 # ## References
@@ -470,7 +470,7 @@ check("6.2", losses_x0)
 # - Karras et al., *Elucidating the Design Space of Diffusion-Based Generative Models*, 2022, [arXiv:2206.00364](https://arxiv.org/abs/2206.00364): averages of weights counted in images.
 # - Lee, Mumford, Huang, *Occlusion Models for Natural Images*, 2001, [doi:10.1023/A:1011109015675](https://doi.org/10.1023/A:1011109015675): the statistics of dead leaves.
 #
-# **Next:** [07, gradient conflicts](07_gradient_conflicts.ipynb). Back to the [map](00_start_here.ipynb).
+# **Next:** [08, gradient conflicts](08_gradient_conflicts.ipynb). Back to the [map](00_start_here.ipynb).
 
 # %%
 watermark()

@@ -10,7 +10,7 @@
 # ---
 
 # %% [markdown]
-# # 07 · Measure gradient conflicts, with the noise taken out
+# # 08 · Measure gradient conflicts, with the noise taken out
 #
 # > **Claim.** The cosine between the gradients of two timesteps, measured on a batch, is pulled towards 0 by noise, by a factor that can be
 # > derived and undone. What is left is real: timesteps do pull against each other. But part of it *must* appear as
@@ -23,8 +23,8 @@
 # - tell conflict that hurts from conflict that every minimum has;
 # - read off which layers conflict, whom a step hurts, and how noisy each timestep's gradient is.
 #
-# **You need** log-SNR from [01](01_forward_process_and_snr.ipynb) and the training step of [06](06_train_a_compact_ddpm.ipynb). Negative transfer ([02](02_one_network_many_objectives.ipynb)) and
-# the weightings of [05](05_dy_sigma_derived.ipynb) say why one asks.
+# **You need** log-SNR from [01](01_forward_process_and_snr.ipynb) and the training step of [07](07_train_a_compact_ddpm.ipynb). Negative transfer ([02](02_one_network_many_objectives.ipynb)) and
+# the weightings of [06](06_dy_sigma_derived.ipynb) say why one asks.
 #
 # **Time** reading 35 min · running about 80 s (short run 20 s) on two CPU cores · memory under 1 GB.
 #
@@ -55,9 +55,9 @@ from dysigma.randomness import generator
 from dysigma.schedule import NoiseSchedule
 from dysigma.training import TrainConfig, build, iterate
 
-show = functools.partial(plots.show, notebook="07_gradient_conflicts")
+show = functools.partial(plots.show, notebook="08_gradient_conflicts")
 plots.use_style()
-banner("07_gradient_conflicts")
+banner("08_gradient_conflicts")
 
 # %% [markdown]
 # ## 1 · Two arrows
@@ -135,7 +135,7 @@ for ax, n, G in zip(axes, counts, plain, strict=True):
     ax.set(xlim=(-2.4, 4), ylim=(-0.3, 4.6), aspect="equal", title=title)
 show(
     fig,
-    "07_arrows",
+    "08_arrows",
     title="The gradients of two timesteps, measured over and over",
     caption="Few samples make arrows too long and turn them towards a right angle. Blue: t = 80, laid to the right; orange: t = 700, at the measured angle. Black: all samples of the right panel taken together, drawn with length 1.",
     alt="Three panels: thin blue arrows to the right and a fan of thin orange ones, beside black lines of length 1 to the right and to the upper left. With 4 samples the arrows are two to four times longer than the lines and the orange ones stand near the vertical; with 512 all nearly coincide with the lines.",
@@ -221,7 +221,7 @@ plots.trajectories(
 ax.set(xlabel="pair of timesteps, sorted by the truth", ylabel="cosine")
 show(
     fig,
-    "07_shrink",
+    "08_shrink",
     title="Where the truth is known: cosines from 16 samples of each timestep, mean of many repeats",
     caption="Independent samples shrink the naive cosine exactly as predicted. Shared ones bend it upwards and hide conflicts. The debiased estimate finds the truth in both cases.",
     alt="The 45 pairs of timesteps in order of their true cosine, a rising step from −1 to 1. Predicted and measured naive cosines of independent samples coincide, closer to 0 than the truth. The naive curve of shared samples lies above them, near 0 where the truth is −0.5. The two debiased curves coincide with the truth.",
@@ -404,7 +404,7 @@ for line, report in zip(axes, (few, many), strict=True):
         ax.set_xlabel("log-SNR of the bin (clean → noisy)")
 show(
     fig,
-    "07_matrices",
+    "08_matrices",
     title="The same network, measured four times",
     caption="With 64 samples of each bin the naive matrix looks like an answer: neighbours agree, the rest is weak. Debiased, the same samples say that most of it is unknown (hatched). With 1024 both show what was hidden: blocks of noise levels, and the middle one pulls hard against the noisy one.",
     alt="Four 10 by 10 matrices of cosines, log-SNR from 9 to −9. Top left: red near the diagonal, pale blue and red elsewhere. Top right: nine red or pale cells at the clean corner, the rest hatched. Bottom left and right nearly equal: red blocks of clean, middle and noisy bins along the diagonal, strong blue between middle and noisy.",
@@ -493,7 +493,7 @@ tabulate(STAGES[1:3], step | {"conflicts": lambda r: r.conflict_rate} | adam)
 #
 # ## 7 · Does Dy-Sigma become Pareto stationary sooner?
 #
-# Dy-Sigma (here our reconstruction, notebook 05) is meant to help convergence of many objectives at once. A point is *Pareto stationary* when some convex combination of the gradients
+# Dy-Sigma (here our reconstruction, notebook 06) is meant to help convergence of many objectives at once. A point is *Pareto stationary* when some convex combination of the gradients
 # vanishes, so $\ell=\min_{\omega}\left|\sum_k\omega_kg_k\right|$ measures the distance (Désidéri 2012). Naively it can never read 0: the diagonal holds noise, and $\omega$ is
 # fitted to it. `conflicts` fits $\omega$ on half of the micro-batches and judges it on the other; values that are negative are not told apart from 0.
 #
@@ -550,7 +550,7 @@ for ax, (title, rows) in zip(axes.flat, tables.items(), strict=True):
         reveal(QUESTION_SOONER, speedup(reached["min-snr"], reached["dy-sigma"]).ratio)
 show(
     fig,
-    "07_stationarity",
+    "08_stationarity",
     title="The way to Pareto stationarity, noise removed",
     caption="On both data sets: with a network that predicts noise, all arms but const-x0 come down together, Dy-Sigma on top of its prior. With one that predicts x0, const-eps lags behind; the others cannot be told apart. Values below 0.005, not told from 0, are drawn there. Bands: 95 % over three paired seeds.",
     alt="Four panels, stationarity relative to its start against images seen, both logarithmic, five weightings; fields above, leaves below. Left, epsilon networks: all fall from 0.2 to 0.5 at 1000 images to about 0.01 at 32,000; const-x0 falls last. Right, sample networks: const-eps stays highest and ends at 0.08 and 0.03; the four others fall below 0.1 within about 2000 images, with wide bands.",
@@ -572,7 +572,7 @@ show(
 #
 # Replace each `...` and run the cell; the check says what is wrong. Solutions are collapsed below.
 #
-# **7.1** (●○○, 5 min) Two bins, $M=4$ micro-batches, paired samples. The sums are $|S_1|^2=40$, $|S_2|^2=24$, $S_1\cdot S_2=-12$ and
+# **8.1** (●○○, 5 min) Two bins, $M=4$ micro-batches, paired samples. The sums are $|S_1|^2=40$, $|S_2|^2=24$, $S_1\cdot S_2=-12$ and
 # $q_{11}=22$, $q_{22}=12$, $q_{12}=2$. What is the debiased cosine?
 #
 # <details><summary>Hint</summary>
@@ -586,12 +586,12 @@ diagnosis = {
     "That is the naive cosine.": -12 / 960**0.5,
     "q belongs in the numerator too.": -12 / 216**0.5,
 }
-exercise("7.1", expected=-14 / 216**0.5, mistakes=diagnosis)
+exercise("8.1", expected=-14 / 216**0.5, mistakes=diagnosis)
 debiased_cosine = ...  # a number
-check("7.1", debiased_cosine)
+check("8.1", debiased_cosine)
 
 # %% [markdown]
-# **7.2** (●●○, 8 min) Two bins have noise scales 20 and 80. From how many samples of each bin on is the naive cosine within 10 % of the truth?
+# **8.2** (●●○, 8 min) Two bins have noise scales 20 and 80. From how many samples of each bin on is the naive cosine within 10 % of the truth?
 #
 # <details><summary>Hint</summary>
 #
@@ -601,20 +601,20 @@ check("7.1", debiased_cosine)
 
 # %%
 wrong = {"That shrinks both factors to 0.9.": 720.0, "Do not forget the square roots.": 915.73}
-exercise("7.2", expected=441.76, mistakes=wrong, rtol=0.001)
+exercise("8.2", expected=441.76, mistakes=wrong, rtol=0.001)
 samples = ...  # a number
-check("7.2", samples)
+check("8.2", samples)
 
 # %% [markdown]
 # ### Solutions
 
 # %% tags=["solution"]
 debiased_cosine = (-12 - 2) / ((40 - 22) * (24 - 12)) ** 0.5
-check("7.1", debiased_cosine)
+check("8.1", debiased_cosine)
 
 # %% tags=["solution"]
 samples = (81 + (81**2 + 4 * 0.19 * 1296) ** 0.5) / (2 * 0.19)  # n² = 0.81 (n + 20)(n + 80)
-check("7.2", samples)
+check("8.2", samples)
 
 # %% [markdown]
 # ## What you can now do
@@ -626,7 +626,7 @@ check("7.2", samples)
 # ## Limitations
 #
 # - One small architecture, 8 × 8 images, unweighted losses in sections 5 and 6. More capacity means less conflict at the minimum.
-# - Conflict says what an infinitesimal step does, not where training ends; [08](08_pareto_trade_offs.ipynb) looks at the trade-off itself.
+# - Conflict says what an infinitesimal step does, not where training ends; [10](10_pareto_trade_offs.ipynb) looks at the trade-off itself.
 # - Showing cosines only where they are determined selects large gradients.
 # - Section 7: three seeds, one learning rate; most arms reach a tenth within its warm-up.
 #
@@ -644,7 +644,7 @@ check("7.2", samples)
 # - Désidéri, *Multiple-gradient descent algorithm (MGDA) for multiobjective optimization*, 2012,
 #   [doi:10.1016/j.crma.2012.03.014](https://doi.org/10.1016/j.crma.2012.03.014): Pareto stationarity and the min-norm point.
 #
-# **Next:** [08, Pareto trade-offs](08_pareto_trade_offs.ipynb). Back to the [map](00_start_here.ipynb).
+# **Next:** [10, Pareto trade-offs](10_pareto_trade_offs.ipynb). Back to the [map](00_start_here.ipynb).
 
 # %%
 watermark()
