@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from .gradients import ConflictReport, NegativeTransfer
+
 
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
 
@@ -49,18 +51,26 @@ def use_style() -> None:
 
 
 def figures_folder() -> Path:
-    """$DYSIGMA_FIGURES, or ``figures/`` of the checkout around the working folder; temporary when DYSIGMA_FAST=1."""
-    here, aside = Path.cwd(), Path(tempfile.gettempdir()) / f"dysigma-figures-{os.getpid()}"
-    root = next(
-        (root for root in (here, *here.parents) if (root / "dysigma/plots.py").exists()), here
-    )
-    default = aside if os.environ.get("DYSIGMA_FAST") == "1" else root / "figures"
-    return Path(os.environ.get("DYSIGMA_FIGURES") or default)
+    """Where figures go: $DYSIGMA_FIGURES, or ``figures/`` of the checkout around the working folder.
+
+    With DYSIGMA_FAST=1, whose figures show shortened runs, it is a temporary folder instead.
+    """
+    chosen = os.environ.get("DYSIGMA_FIGURES")
+    if chosen:
+        return Path(chosen)
+    if os.environ.get("DYSIGMA_FAST") == "1":
+        return Path(tempfile.gettempdir()) / f"dysigma-figures-{os.getpid()}"
+    here = Path.cwd()
+    for root in (here, *here.parents):
+        if (root / "dysigma/plots.py").exists():
+            return root / "figures"
+    return here / "figures"
 
 
 def _write(path: Path, content: bytes) -> None:
     # An interrupted run leaves the old file or the new one, never half of one.
-    (part := path.with_name(f".{path.name}.{os.getpid()}")).write_bytes(content)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_bytes(content)
     part.replace(path)
 
 
@@ -68,10 +78,12 @@ def _shrink(png: io.BytesIO, words: Mapping[str, str]) -> bytes:
     # A palette of 256 colours keeps a notebook with its pictures small. No date, no version: equal data, equal bytes.
     from PIL import Image, PngImagePlugin
 
-    info, out = PngImagePlugin.PngInfo(), io.BytesIO()
+    info = PngImagePlugin.PngInfo()
     for key, text in words.items():
         info.add_itxt(key, text)
-    Image.open(png).convert("RGB").quantize(256).save(out, "PNG", optimize=True, pnginfo=info)
+    picture = Image.open(png).convert("RGB").quantize(256)
+    out = io.BytesIO()
+    picture.save(out, "PNG", optimize=True, pnginfo=info)
     return out.getvalue()
 
 
@@ -96,7 +108,8 @@ def save_figure(
             f"name must be NN_words with the number of its notebook; got {name!r} for {notebook!r}"
         )
     texts = {"title": title, "caption": caption, "alt": alt}
-    if empty := [key for key, text in texts.items() if not text.strip()]:
+    empty = [key for key, text in texts.items() if not text.strip()]
+    if empty:
         raise ValueError(f"figure {name!r} needs a non-empty {' and '.join(empty)}")
     folder = figures_folder() if folder is None else Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -143,31 +156,26 @@ def trajectories(
                 f"series {label!r} has shape {np.shape(values)}; expected (N,) or (S, N), N = {len(x)}"
             )
         array = np.asarray(values, dtype=float)
-        array, undo = (np.log(array), np.exp) if log else (array, np.copy)
-        middle, half = t_interval(array) if array.ndim == 2 else (array, np.zeros(1))
-        # Markers start at different points so that curves on top of each other still show both.
-        marks: dict[str, Any] = {
-            "marker": MARKERS[i % 10],
-            "markevery": (i * every // 5 % every, every),
-        }
+        if log:
+            array = np.log(array)
+        undo = np.exp if log else np.copy
+        middle, half = t_interval(array) if array.ndim == 2 else (array, None)
+        colour = f"C{i % 10}"
         ax.plot(
             x,
             undo(middle),
             label=label,
-            color=f"C{i % 10}",
+            color=colour,
             linestyle=DASHES[i % 5],
+            marker=MARKERS[i % 10],
             markersize=4.5,
-            **marks,
+            # Markers start at different points so that curves on top of each other still show both.
+            markevery=(i * every // 5 % every, every),
         )
-        if array.ndim == 2:
-            ax.fill_between(
-                x,
-                undo(middle - half),
-                undo(middle + half),
-                color=f"C{i % 10}",
-                alpha=0.18,
-                linewidth=0,
-            )
+        if half is not None:
+            low = undo(middle - half)
+            high = undo(middle + half)
+            ax.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
     ax.set_yscale("log" if log else "linear")
     ax.legend()
     return ax
@@ -181,12 +189,10 @@ def loss_by_timestep(ax: Axes, timesteps: ArrayLike, losses: Mapping[str, ArrayL
 
 def weight_curves(ax: Axes, log_snr: ArrayLike, curves: Mapping[str, ArrayLike]) -> Axes:
     """Weights (T,) against log_snr (T,), noisy on the left. A step with SNR 0 has no place on the axis: not drawn."""
-    keep = np.isfinite(np.asarray(log_snr, dtype=float))
-    ax = trajectories(
-        ax,
-        np.asarray(log_snr)[keep],
-        {name: np.asarray(curve)[keep] for name, curve in curves.items()},
-    )
+    levels = np.asarray(log_snr, dtype=float)
+    keep = np.isfinite(levels)
+    kept = {name: np.asarray(curve)[keep] for name, curve in curves.items()}
+    trajectories(ax, levels[keep], kept)
     ax.set(yscale="log", xlabel="log-SNR (noisy → clean)", ylabel="weight")
     return ax
 
@@ -198,32 +204,48 @@ def heatmap(
     labels: Sequence[str] = (),
     limit: float = 1,
     unit: str = "cosine",
+    colorbar: bool = True,
 ) -> Axes:
-    """A signed matrix (R, C) on a diverging map from -limit to limit, numbers up to 12 x 12, NaN (unknown) hatched."""
+    """A signed matrix (R, C) on a diverging map from -limit to limit, with ``seaborn.heatmap``.
+
+    Numbers are written into cells up to 12 x 12; NaN (unknown) is hatched. labels: of rows and columns. The cell of
+    row r and column c has its centre at (c + 0.5, r + 0.5).
+    """
+    import seaborn as sns
+
     values = np.asarray(matrix, dtype=float)
-    image, size = (
-        ax.imshow(values, cmap="vlag", vmin=-limit, vmax=limit),
-        9 if max(values.shape) <= 8 else 7,
+    texts: Any = False
+    if max(values.shape) <= 12:
+        numbers = [f"{value:.2f}".replace("-", "\N{MINUS SIGN}") for value in values.flat]
+        texts = np.reshape(numbers, values.shape)
+    ticks: Any = list(labels) if labels else True
+    # Cells without a value are left out, so the hatched background shows.
+    ax.patch.set(facecolor="white", edgecolor="0.5", hatch="////", linewidth=0)
+    sns.heatmap(
+        values,
+        ax=ax,
+        cmap="vlag",
+        vmin=-limit,
+        vmax=limit,
+        square=True,
+        mask=np.isnan(values),
+        annot=texts,
+        fmt="",
+        annot_kws={"fontsize": 9 if max(values.shape) <= 8 else 7},
+        xticklabels=ticks,
+        yticklabels=ticks,
+        cbar=colorbar,
+        cbar_kws={"label": unit} if colorbar else None,
     )
-    for row, column in np.ndindex(values.shape):
-        if np.isnan(values[row, column]):
-            ax.fill_between(
-                [column - 0.5, column + 0.5],
-                row - 0.5,
-                row + 0.5,
-                fc="none",
-                hatch="////",
-                ec="0.5",
-                lw=0,
-            )
-        elif max(values.shape) <= 12:
-            text = f"{values[row, column]:.2f}".replace("-", "\N{MINUS SIGN}")
-            colour = "white" if abs(values[row, column]) > 0.7 * limit else "black"
-            ax.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
-    for axis, count in zip((ax.yaxis, ax.xaxis), values.shape, strict=True):
-        axis.set_ticks(range(count), labels=labels or [str(i) for i in range(count)])
-    ax.grid(False)
-    ax.figure.colorbar(image, ax=ax, label=unit)
+    ax.tick_params(axis="y", rotation=0)
+    return ax
+
+
+def mark_cells(ax: Axes, cells: ArrayLike, *, filled: bool = True) -> Axes:
+    """Mark cells (R, C) bool of a `heatmap` with a dot, or a circle, in their upper right corner."""
+    rows, columns = np.nonzero(np.asarray(cells))
+    faces = "black" if filled else "none"
+    ax.scatter(columns + 0.86, rows + 0.15, s=14, facecolors=faces, edgecolors="black", zorder=3)
     return ax
 
 
@@ -239,19 +261,39 @@ def image_grid(
     return ax
 
 
-def matrices(
-    panels: dict[str, Any], spans: Sequence[str], limit: float = 1, unit: str = "cosine"
-) -> Any:
+def _bin_matrices(
+    panels: Mapping[str, Any], spans: Sequence[str], limit: float = 1, unit: str = "cosine"
+) -> Figure:
     """Matrices of bins side by side on one scale."""
     import matplotlib.pyplot as plt
 
     use_style()
     side = max(5.6, 0.16 * len(spans))
-    fig, axes = plt.subplots(
-        1, len(panels), figsize=((side + 1) * len(panels), side), squeeze=False
-    )
+    figsize = ((side + 1) * len(panels), side)
+    fig, axes = plt.subplots(1, len(panels), figsize=figsize, squeeze=False)
     for ax, (title, matrix) in zip(axes[0], panels.items(), strict=True):
         heatmap(ax, matrix, labels=spans, limit=limit, unit=unit)
         ax.tick_params(axis="x", rotation=90)
         ax.set(title=title, xlabel="timesteps", ylabel="timesteps")
+    return fig
+
+
+def conflict_matrices(report: ConflictReport) -> Figure:
+    """The cosines of a conflict report between all bins, naive beside debiased."""
+    panels = {
+        "naive: of averaged gradients": report.cosine,
+        "debiased; hatched: undetermined": report.cosine_debiased,
+    }
+    return _bin_matrices(panels, report.spans())
+
+
+def transfer_matrix(transfer: NegativeTransfer) -> Figure:
+    """What fine-tuning on one bin (row) did to the loss of every bin (column), in percent of the loss before."""
+    change, half = transfer.percent()
+    limit = float(change.abs().max())
+    title = "dots: 95 % interval excludes 0"
+    fig = _bin_matrices({title: change}, transfer.spans(), limit, "change of the loss, %")
+    ax = fig.axes[0]
+    mark_cells(ax, change.abs() > half)
+    ax.set(xlabel="loss at timesteps", ylabel="fine-tuned on timesteps")
     return fig

@@ -309,15 +309,11 @@ reveal(QUESTION_FAR, float(change[late].mean(0)[4, 1]))
 fig, axes = plt.subplots(1, 3, figsize=(12.5, 4.1), sharey=True)
 for ax, (age, values) in zip(axes, change.items(), strict=True):
     mean, half = plots.t_interval(values)
-    plots.heatmap(ax, mean, labels=labels, unit="change / excess before")
-    rows, columns = np.nonzero(abs(mean) < half)
-    ax.scatter(
-        columns + 0.34, rows - 0.34, s=28, facecolors="none", edgecolors="black", linewidths=1
-    )
+    last = ax is axes[-1]
+    plots.heatmap(ax, mean, labels=labels, unit="change / excess before", colorbar=last)
+    plots.mark_cells(ax, abs(mean) < half, filled=False)
     ax.set(title=f"after {age}", xlabel="measured on", ylabel="trained on" if ax is axes[0] else "")
     ax.tick_params(axis="x", labelrotation=30)
-for ax in axes[:2]:
-    ax.images[0].colorbar.remove()
 plots.show(
     fig,
     "02_transfer",

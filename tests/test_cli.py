@@ -386,8 +386,6 @@ def test_conflicts_of_a_class_conditional_network_use_the_labels(tmp_path):
 
 
 def test_sentences_say_what_the_report_does(capsys):
-    from dysigma.gradients.report import _conflict_sentences
-
     torch.manual_seed(1)
     network, schedule = torch.nn.Conv2d(3, 3, 3, padding=1), dysigma.NoiseSchedule.linear(30)
     model = Timeless(network)
@@ -396,7 +394,8 @@ def test_sentences_say_what_the_report_does(capsys):
         model, images, schedule, 3, micro_batches=20, batch_per_bin=16, progress=False
     )
     assert report.undetermined == 0
-    lines = _conflict_sentences(report, spans)
+    assert report.spans() == spans
+    lines = report.sentences()
     i, j = divmod(int(report.cosine_debiased.argmin()), 3)
     (low, high), lowest = (end[i, j] for end in report.interval()), report.cosine_debiased[i, j]
     assert (
@@ -416,19 +415,14 @@ def test_sentences_say_what_the_report_does(capsys):
         cosine[i, j] = cosine[j, i] = value
         error[i, j] = error[j, i] = se
     mixed = dataclasses.replace(report, cosine_debiased=cosine, cosine_se=error)
-    assert (
-        "Conflict: 2 pairs have a negative cosine, 1 of them for sure"
-        in _conflict_sentences(mixed, spans)[1]
-    )
+    assert "Conflict: 2 pairs have a negative cosine, 1 of them for sure" in mixed.sentences()[1]
     unknown = report.cosine_debiased.clone()
     unknown[2], unknown[:, 2] = float("nan"), float("nan")
-    lines = _conflict_sentences(
-        dataclasses.replace(report, cosine_debiased=unknown, undetermined=2), spans
-    )
+    lines = dataclasses.replace(report, cosine_debiased=unknown, undetermined=2).sentences()
     assert (
         "Undetermined: 2 of 3 pairs. The gradient of timesteps 20-29 does not stand out" in lines[3]
     )
-    assert "more --micro-batches (now 20)" in lines[3] and "Mean cosine of 1 pairs" in lines[0]
+    assert "more micro-batches (now 20)" in lines[3] and "Mean cosine of 1 pairs" in lines[0]
 
 
 class Timeless(torch.nn.Module):

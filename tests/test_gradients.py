@@ -263,9 +263,10 @@ def test_sketches_carry_the_intervals_of_large_models(monkeypatch):
     """Folded into few columns, estimates stay exact and intervals stay about right."""
     options = {"micro_batches": 12, "batch_per_bin": 2, "progress": False}
     full = conflicts(Net(), IMAGES, SCHEDULE, BINS, **options)
-    monkeypatch.setattr("dysigma.gradients.SKETCH_COLUMNS", 500)
+    monkeypatch.setattr("dysigma.gradients.statistics.SKETCH_COLUMNS", 500)
     folded = conflicts(Net(), IMAGES, SCHEDULE, BINS, **options)
     torch.testing.assert_close(folded.gramian, full.gramian)
+    assert not torch.equal(folded.gramian_se, full.gramian_se)
     torch.testing.assert_close(folded.gramian_se, full.gramian_se, rtol=0.3, atol=0)
     assert folded.stationarity == pytest.approx(full.stationarity, rel=0.2)
 
@@ -419,6 +420,7 @@ def test_report_survives_json():
             assert getattr(again, name) == value
     with pytest.raises(TypeError):
         ConflictReport.from_dict({"edges": [0, 1]})
+    assert report != again and report == report and len({report, again}) == 2
     table = report.table()
     assert len(table) == 10 and list(table["last"]) == list(range(10))
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import types
 
 import matplotlib
 import numpy as np
@@ -12,6 +13,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 from dysigma import plots
+from dysigma.gradients import NegativeTransfer
 
 TEXTS = {
     "title": "A title",
@@ -155,13 +157,54 @@ def test_weight_curves_leave_out_only_the_step_without_snr(ax):
 
 
 def test_unknown_cells_are_hatched_not_coloured(ax):
-    plots.heatmap(ax, [[1.0, -0.4], [np.nan, 1.0]])
-    assert ax.images[0].get_array().mask.tolist() == [[False, False], [True, False]]
-    (hatched,) = (patch for patch in ax.collections if patch.get_hatch())
-    assert hatched.get_datalim(ax.transData).bounds == pytest.approx((-0.5, 0.5, 1, 1)), (
-        "row 1, column 0"
-    )
+    plots.heatmap(ax, [[1.0, -0.4], [np.nan, 1.0]], labels=["a", "b"])
+    cells = ax.collections[0]
+    assert np.ma.getmaskarray(cells.get_array()).tolist() == [[False, False], [True, False]]
+    assert ax.patch.get_hatch() == "////", "what is left out shows the hatched background"
     assert [text.get_text() for text in ax.texts] == ["1.00", "\N{MINUS SIGN}0.40", "1.00"]
+    assert cells.get_clim() == (-1, 1)
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["a", "b"]
+
+
+def test_large_matrices_carry_no_numbers(ax):
+    plots.heatmap(ax, np.eye(13), colorbar=False)
+    assert not ax.texts and len(ax.figure.axes) == 1
+
+
+def test_marks_lie_in_the_cells_that_they_mark(ax):
+    plots.heatmap(ax, [[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    plots.mark_cells(ax, [[False, True, False], [True, False, False]])
+    points = ax.collections[-1].get_offsets().data
+    assert np.floor(points).tolist() == [[1, 0], [0, 1]], "(column, row), rows from the top"
+    assert ax.get_ylim() == (2, 0)
+
+
+def test_reports_are_drawn_from_their_own_numbers():
+    nan = float("nan")
+    cosine = torch.tensor([[1.0, -0.5], [-0.5, 1.0]], dtype=torch.float64)
+    unknown = torch.tensor([[1.0, nan], [nan, nan]], dtype=torch.float64)
+    report = types.SimpleNamespace(
+        cosine=cosine, cosine_debiased=unknown, spans=lambda: ["0-9", "10-19"]
+    )
+    fig = plots.conflict_matrices(report)
+    naive, debiased = fig.axes[:2]
+    np.testing.assert_array_equal(naive.collections[0].get_array().data, cosine)
+    assert debiased.collections[0].get_array().mask.sum() == 3
+    assert [tick.get_text() for tick in naive.get_xticklabels()] == ["0-9", "10-19"]
+    plt.close(fig)
+
+    transfer = NegativeTransfer(
+        edges=[0, 10, 20],
+        losses=torch.tensor([1.0, 2.0]),
+        change=torch.tensor([[-0.5, 0.2], [0.1, -0.2]]),
+        change_se=torch.tensor([[0.1, 0.2], [0.01, 0.01]]),
+    )
+    fig = plots.transfer_matrix(transfer)
+    cells, dots = fig.axes[0].collections[:2]
+    np.testing.assert_allclose(cells.get_array(), [[-50, 10], [10, -10]], rtol=1e-6)
+    assert np.floor(dots.get_offsets().data).tolist() == [[0, 0], [0, 1], [1, 1]]
+    assert "1 rose" in transfer.sentence() and "0-9 changed 10-19 by +10.0" in transfer.sentence()
+    plt.close(fig)
 
 
 def test_image_grid_puts_each_image_where_it_belongs(ax):

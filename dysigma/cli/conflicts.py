@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..gradients.report import _conflict_sentences
-from ..plots import matrices
+from ..plots import conflict_matrices, transfer_matrix
 from .common import _add_draws, _device_run, _write
 
 
@@ -179,47 +176,21 @@ def _conflicts(args: argparse.Namespace) -> None:
     common: dict[str, Any] = {"prediction_type": kind, "model_kwargs": kwargs, "seed": args.seed}
     sizes = {"micro_batches": args.micro_batches, "batch_per_bin": args.batch_per_bin}
     report = conflicts(network, data, schedule, bins, weighting=weighting, **sizes, **common)
-    spans = [f"{first}-{end - 1}" for first, end in pairwise(report.edges)]
     print(
         f"{name}: {kind} network, {len(data):,} images of {data.name}, weighting {args.weighting or 'none'}\n"
     )
     print(
         report.table().to_string(index=False, float_format="{:.3g}".format, na_rep="?"), end="\n\n"
     )
-    print(*_conflict_sentences(report, spans), sep="\n")
-    cosines = {
-        "naive: of averaged gradients": report.cosine,
-        "debiased; hatched: undetermined": report.cosine_debiased,
-    }
+    print(*report.sentences(), sep="\n")
     about = {"path": name, "data": data.name, "images": len(data), "provenance": provenance()}
     record = about | {"weighting": args.weighting, "report": report.to_dict()}
-    _write(out, "conflicts", record, matrices(cosines, spans))
+    _write(out, "conflicts", record, conflict_matrices(report))
     if args.transfer:
         transfer = negative_transfer(
             network, data, schedule, bins, steps=args.transfer_steps, **common
         )
         rows = {key: getattr(transfer, key).tolist() for key in ("losses", "change", "change_se")}
         settings = {"edges": transfer.edges, "steps": args.transfer_steps, "seed": args.seed}
-        _write(out, "transfer", about | settings | rows, _transfer(transfer, spans))
-
-
-def _transfer(transfer: Any, spans: Sequence[str]) -> Any:
-    """Print what fine-tuning on one bin did to the others, and return its figure."""
-    import torch
-
-    # Two standard errors are a 95 % interval for the 64 draws of a bin.
-    change, half = (100 * x / transfer.losses for x in (transfer.change, 2 * transfer.change_se))
-    rose, fell, others = change > half, change < -half, ~torch.eye(len(spans), dtype=torch.bool)
-    i, j = divmod(int(torch.where(others, change, -torch.inf).argmax()), len(spans))
-    print(
-        f"Transfer: fine-tuning on one bin lowered its own loss for sure in {int(fell.diagonal().sum())} of "
-        f"{len(spans)} bins. Of {int(others.sum())} losses of other bins {int(rose[others].sum())} rose and "
-        f"{int(fell[others].sum())} fell for sure (95 % intervals of the evaluation; each fine-tuning ran once). "
-        f"Most: {spans[i]} changed {spans[j]} by {change[i, j]:+.1f} ± {half[i, j]:.1f} %."
-    )
-    title, limit = "dots: 95 % interval excludes 0", float(change.abs().max())
-    fig = matrices({title: change}, spans, limit, "change of the loss, %")
-    rows, columns = torch.nonzero(rose | fell).T
-    fig.axes[0].plot(columns + 0.38, rows - 0.36, "k.", markersize=5)
-    fig.axes[0].set(xlabel="loss at timesteps", ylabel="fine-tuned on timesteps")
-    return fig
+        print(transfer.sentence())
+        _write(out, "transfer", about | settings | rows, transfer_matrix(transfer))

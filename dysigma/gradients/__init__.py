@@ -1,12 +1,12 @@
-"""Gradients of the losses of timestep bins: which bins conflict, by how much, and how much of it is minibatch noise."""
+"""Gradients of the losses of timestep bins: which conflict, by how much, and how much is minibatch noise."""
 
-from .estimator import SKETCH_COLUMNS, bin_gramian, bin_timesteps, cosine_matrix, layer_group
+from .batches import bin_timesteps
+from .estimator import bin_gramian, cosine_matrix, layer_group
 from .measure import conflicts
 from .report import ConflictReport
 from .transfer import NegativeTransfer, negative_transfer
 
 __all__ = [
-    "SKETCH_COLUMNS",
     "ConflictReport",
     "NegativeTransfer",
     "bin_gramian",

@@ -5,29 +5,39 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from ..bins import Bins
-from ..randomness import generator
+from ..randomness import forked_rng, generator
 from ..schedule import NoiseSchedule, canonical_prediction_type
 from ..weightings.base import Weighting
-from .estimator import (
-    SKETCH_COLUMNS,
+from .batches import (
+    BinBatch,
     Images,
-    Kwargs,
-    _Accumulator,
-    _all_reduce,
-    _draw,
-    _fork_rng,
-    _inputs,
-    _last_step,
-    _losses,
-    _sketch,
-    _statistics,
-    _unwrapped,
-    layer_group,
+    ModelKwargs,
+    batch_losses,
+    check_devices,
+    draw_batches,
+    image_table,
+    resolve_bins,
 )
+from .estimator import GramianAccumulator, layer_group, sum_over_ranks, without_ranks
+from .optimizer import adam_step
 from .report import ConflictReport
+from .statistics import Tracks, report_statistics
+
+
+def _mean_log_snr(schedule: NoiseSchedule, bins: Bins) -> Tensor:
+    """(K,) the mean over the finite values of each bin."""
+    parts = schedule.log_snr.cpu().split(bins.counts.tolist())
+    return torch.stack([values[values.isfinite()].mean() for values in parts])
+
+
+def _micro_batches_of_rank(model: nn.Module, micro_batches: int) -> range:
+    """The micro-batches that this rank measures: all of them, or every W-th of W ranks."""
+    if without_ranks(model) is model:
+        return range(micro_batches)
+    return range(distributed.get_rank(), micro_batches, distributed.get_world_size())
 
 
 def conflicts(
@@ -43,17 +53,17 @@ def conflicts(
     optimizer: torch.optim.Optimizer | None = None,
     groups: Callable[[str], str] = layer_group,
     paired: bool = False,
-    model_kwargs: Kwargs = None,
+    model_kwargs: ModelKwargs = None,
     seed: int = 0,
     progress: bool = True,
 ) -> ConflictReport:
     """Which timestep bins conflict, from micro_batches * batch_per_bin samples of each bin.
 
-    model: any module called as model(x_t, timesteps, **kwargs), measured in the mode and the autocast it is in. images:
-    (N, C, H, W) uint8, or float in [-1, 1]. bins: Bins, or how many of equal width in t. weighting: its weights()
-    multiply the losses. optimizer: the Adam that trains the model, for the cosines with its last step and in its
-    metric. groups: from a parameter's name to its group. paired: bins share images and noise, which spoils the naive
-    cosine alone. model_kwargs: tensors with one row per image.
+    model: any module called as model(x_t, timesteps, **kwargs), measured in the mode and the autocast it is in.
+    images: (N, C, H, W) uint8, or float in [-1, 1]. bins: Bins, or how many of equal width in t. weighting: its
+    weights() multiply the losses. optimizer: the Adam that trains the model, for the cosines with its last step and in
+    its metric. groups: from a parameter's name to its group. paired: bins share images and noise, which spoils the
+    naive cosine alone. model_kwargs: tensors with one row per image.
 
     Costs about micro_batches training steps on bins * batch_per_bin images, and memory for 2 K gradients. Leaves
     parameters, .grad, mode and the random state alone. Ranks of a DistributedDataParallel model share the
@@ -66,55 +76,47 @@ def conflicts(
         raise ValueError(
             f"need micro_batches >= 6 and batch_per_bin >= 1; got {micro_batches} and {batch_per_bin}"
         )
-    kind, (table, cut) = (
-        canonical_prediction_type(prediction_type),
-        _inputs(images, schedule, bins, model),
+    kind = canonical_prediction_type(prediction_type)
+    table = image_table(images)
+    cut = resolve_bins(schedule, bins)
+    check_devices(table, schedule, model)
+    weights = torch.ones_like(schedule.alpha) if weighting is None else weighting.weights()
+
+    network = without_ranks(model)
+    accumulator = GramianAccumulator(network, cut.num_bins, groups)
+
+    def weighted_mean(batch: BinBatch) -> Tensor:
+        losses = batch_losses(network, schedule, batch, kind, model_kwargs)
+        return (weights[batch.timesteps] * losses).mean()
+
+    step = None if optimizer is None else adam_step(optimizer, accumulator.parameters)
+    tracks = Tracks(micro_batches, accumulator.rows, seed, step)
+    bar = tqdm(
+        _micro_batches_of_rank(model, micro_batches),
+        desc="conflicts",
+        unit="micro-batch",
+        disable=not progress,
     )
-    bare = _unwrapped(model)
-    gradients = _Accumulator(bare, cut.num_bins, groups)
-    rows, size = gradients.rows, (micro_batches, cut.num_bins)
-    scale = torch.ones_like(schedule.alpha) if weighting is None else weighting.weights()
-    update = None if optimizer is None else _last_step(optimizer, gradients.parameters)
-    bits = torch.randint(
-        2, rows.shape[1:], generator=generator(seed, 0, "signs"), dtype=torch.int8
-    ).to(rows.device)
-    losses = rows.new_zeros(size, dtype=torch.float64)
-    sketches = losses.new_zeros(*size, min(SKETCH_COLUMNS, rows.shape[1]))
-    along, in_metric = (
-        torch.zeros_like(x) if update else x.new_zeros(0) for x in (losses, sketches)
-    )
-    first, stride = (
-        (0, 1) if bare is model else (distributed.get_rank(), distributed.get_world_size())
-    )
-    with _fork_rng(table.device):
-        for m in tqdm(
-            range(first, micro_batches, stride),
-            desc="conflicts",
-            unit="micro-batch",
-            disable=not progress,
-        ):
-            torch.manual_seed(generator(seed, m, "dropout").initial_seed())
-            parts = _draw(table, cut, batch_per_bin, seed, m, paired)
-            each = (
-                scale[part[2]] * _losses(bare, schedule, kind, model_kwargs, part) for part in parts
-            )
-            losses[m] = gradients.add(weighted.mean() for weighted in each)
-            sketches[m] = _sketch(rows, bits)
-            if update:
-                along[m] = torch.stack([row.double() @ update[0] for row in rows])
-                in_metric[m] = _sketch(rows * update[1], bits)
-    _all_reduce(model, gradients.sums, gradients.own, losses, along, sketches, in_metric)
-    log_snr = [v[v.isfinite()].mean() for v in schedule.log_snr.cpu().split(cut.counts.tolist())]
+    for m in bar:
+        with forked_rng(table.device, generator(seed, m, "dropout").initial_seed()):
+            batches = draw_batches(table, cut, batch_per_bin, seed, m, paired)
+            bin_losses = (weighted_mean(batch) for batch in batches)
+            losses = accumulator.add(bin_losses)
+        tracks.keep(m, losses, accumulator.rows)
+    sum_over_ranks(model, accumulator.sums, accumulator.own_products, *tracks.tensors())
+
     settings = {
         "micro_batches": micro_batches,
         "batch_per_bin": batch_per_bin,
         "paired": paired,
         "seed": seed,
+        "prediction_type": kind,
+        "training": model.training,
     }
     return ConflictReport(
         edges=cut.edges.tolist(),
-        log_snr=torch.stack(log_snr),
-        losses=losses.mean(0).cpu(),
-        settings=settings | {"prediction_type": kind, "training": model.training},
-        **_statistics(gradients, sketches, batch_per_bin, along.cpu(), in_metric),
+        log_snr=_mean_log_snr(schedule, cut),
+        losses=tracks.losses.mean(0).cpu(),
+        settings=settings,
+        **report_statistics(accumulator, tracks, batch_per_bin),
     )

@@ -3,66 +3,81 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..intervals import t_quantile
+from .batches import spans
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ConflictReport:
     """What ``conflicts`` measured on K bins; float64 CPU tensors, NaN where the data leave a value undetermined.
 
-    Debiased means from a Gramian unbiased in every entry, diagonal included; standard errors (`_se`) are jackknife over
-    the M micro-batches, intervals 95 % (Student t, M - 1 degrees of freedom).
+    "Debiased" values come from a Gramian that is unbiased in every entry, diagonal included. Standard errors (`_se`)
+    are jackknife over the M micro-batches, intervals 95 % (Student t, M - 1 degrees of freedom). Two reports are equal
+    only if they are the same object, so that reports can be keys; compare ``to_dict()`` for their values.
     """
 
-    edges: list[int]  # K + 1 timesteps, as in Bins
-    log_snr: Tensor  # (K,) mean over the bin's finite values
-    losses: Tensor  # (K,) times the weighting, if one was given
-    gramian: Tensor  # (K, K) debiased
-    gramian_se: Tensor  # (K, K)
-    cosine: Tensor  # (K, K) naive: of the averaged gradients, shrunk by sqrt(gnr / (1 + gnr)) on each side
-    cosine_debiased: (
-        Tensor  # (K, K) never clipped; NaN if a bin's gradient does not stand out of its noise
-    )
-    cosine_se: Tensor  # (K, K)
-    magnitude_similarity: (
-        Tensor  # (K, K) 2 |g_i| |g_j| / (|g_i|^2 + |g_j|^2) (Yu et al. 2020), debiased
-    )
-    gnr: Tensor  # (K,) |g|^2 over the variance of its estimate from all samples of the report
-    noise_scale: (
-        Tensor  # (K,) batch size at which the noise equals the gradient (McCandlish et al. 2018)
-    )
-    weights: Tensor  # (K,) of the min-norm point of the debiased Gramian
-    stationarity: (
-        float  # norm of the min-norm point, cross-fitted; negative: indistinguishable from 0
-    )
+    edges: list[int]
+    """K + 1 timesteps, as in ``Bins``."""
+    log_snr: Tensor
+    """(K,) mean over the bin's finite values."""
+    losses: Tensor
+    """(K,) mean losses, times the weighting if one was given."""
+    gramian: Tensor
+    """(K, K) debiased inner products of the gradients."""
+    gramian_se: Tensor
+    """(K, K)"""
+    cosine: Tensor
+    """(K, K) naive: of the averaged gradients, shrunk by sqrt(gnr / (1 + gnr)) on each side."""
+    cosine_debiased: Tensor
+    """(K, K) never clipped; NaN if a bin's gradient does not stand out of its noise."""
+    cosine_se: Tensor
+    """(K, K)"""
+    magnitude_similarity: Tensor
+    """(K, K) 2 |g_i| |g_j| / (|g_i|^2 + |g_j|^2) (Yu et al. 2020), debiased."""
+    gnr: Tensor
+    """(K,) |g|^2 over the variance of its estimate from all samples of the report."""
+    noise_scale: Tensor
+    """(K,) batch size at which the noise equals the gradient (McCandlish et al. 2018)."""
+    weights: Tensor
+    """(K,) of the min-norm point of the debiased Gramian."""
+    stationarity: float
+    """Norm of the min-norm point, cross-fitted; negative: not told apart from 0."""
     stationarity_interval: list[float]
-    stationarity_naive: float  # with the noise floor
-    mean_cosine: (
-        float  # debiased, over the determined pairs of different bins, as are the next four
-    )
+    stationarity_naive: float
+    """With the noise floor."""
+    mean_cosine: float
+    """Debiased, over the determined pairs of different bins, as are the next three."""
     mean_cosine_se: float
-    conflict_rate: float  # share of pairs with cosine < 0
-    sure_conflict_rate: float  # share of pairs with the whole interval < 0
-    undetermined: int  # pairs left out
-    null_cosine: float  # -1 / (K - 1): the mean where K gradients of equal norm cancel, as they do at a minimiser
+    conflict_rate: float
+    """Share of pairs with cosine < 0."""
+    sure_conflict_rate: float
+    """Share of pairs with the whole interval below 0."""
+    undetermined: int
+    """Pairs left out."""
+    null_cosine: float
+    """-1 / (K - 1): the mean where K gradients of equal norm cancel, as they do at a minimiser."""
     group_names: list[str]
-    group_gramian: Tensor  # (groups, K, K) debiased; sums to gramian
-    settings: dict[
-        str, Any
-    ]  # micro_batches, batch_per_bin, paired, prediction_type, seed, training (the model's mode)
-    update_cosine: Tensor | None = (
-        None  # (K,) of the optimizer's step and minus the gradient; < 0: the bin gets worse
-    )
-    update_cosine_se: Tensor | None = None  # (K,)
-    cosine_preconditioned: Tensor | None = None  # (K, K) debiased, in the metric of the optimizer
+    group_gramian: Tensor
+    """(groups, K, K) debiased; sums to gramian."""
+    settings: dict[str, Any]
+    """micro_batches, batch_per_bin, paired, prediction_type, seed, training (the model's mode)."""
+    update_cosine: Tensor | None = None
+    """(K,) of the optimizer's last step with minus the gradient; below 0 the bin gets worse."""
+    update_cosine_se: Tensor | None = None
+    """(K,)"""
+    cosine_preconditioned: Tensor | None = None
+    """(K, K) debiased, in the metric of the optimizer."""
 
     def interval(self) -> tuple[Tensor, Tensor]:
         """Low and high ends (K, K) of the intervals of cosine_debiased."""
@@ -73,20 +88,78 @@ class ConflictReport:
         """(K, K): to first order, the relative change of loss j by an SGD step of size lr on bin i."""
         return -lr * self.gramian / self.losses
 
-    def table(self) -> Any:
+    def spans(self) -> list[str]:
+        """First and last timestep of each bin: ["0-99", "100-199", ...]."""
+        return spans(self.edges)
+
+    def table(self) -> DataFrame:
         """A pandas DataFrame with one row per bin."""
         import pandas
 
-        off = self.cosine_debiased.clone().fill_diagonal_(float("nan"))
+        off_diagonal = self.cosine_debiased.clone().fill_diagonal_(float("nan"))
         columns: dict[str, Any] = {
             "first": self.edges[:-1],
             "last": [edge - 1 for edge in self.edges[1:]],
+            "log_snr": self.log_snr,
+            "losses": self.losses,
+            "gnr": self.gnr,
+            "noise_scale": self.noise_scale,
+            "weights": self.weights,
         }
-        names = ("log_snr", "losses", "gnr", "noise_scale", "weights", "update_cosine")
-        columns |= {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        columns |= {"norm": self.gramian.diagonal().sqrt(), "mean_cosine": off.nanmean(1)}
-        columns["conflicts"] = (off < 0).sum(1)
+        if self.update_cosine is not None:
+            columns["update_cosine"] = self.update_cosine
+        columns["norm"] = self.gramian.diagonal().sqrt()
+        columns["mean_cosine"] = off_diagonal.nanmean(1)
+        columns["conflicts"] = (off_diagonal < 0).sum(1)
         return pandas.DataFrame({name: np.asarray(column) for name, column in columns.items()})
+
+    def sentences(self) -> list[str]:
+        """What the report says, and how surely, for a reader: one to five sentences or short paragraphs."""
+        determined = self.cosine_debiased.isfinite().triu(1)
+        lines = self._about_pairs(determined) if determined.any() else []
+        if self.cosine_debiased.diagonal().isnan().any():
+            lines.append(self._about_undetermined(int(determined.sum())))
+        return [*lines, self._about_stationarity()]
+
+    def _about_pairs(self, determined: Tensor) -> list[str]:
+        cosine = self.cosine_debiased
+        low, high = self.interval()
+        spans = self.spans()
+        pairs = int(determined.sum())
+        negative = int((cosine < 0)[determined].sum())
+        sure = int((high < 0)[determined].sum())
+        naive = float(self.cosine[determined].mean())
+        lowest = int(torch.where(determined, cosine, torch.inf).argmin())
+        i, j = divmod(lowest, len(spans))
+        return [
+            f"Mean cosine of {pairs} pairs of bins: {self.mean_cosine:.3f} ± {self.mean_cosine_se:.3f} (standard "
+            f"error, {self.settings['micro_batches']} micro-batches). Naive, shrunk by noise: {naive:.3f}. Null, "
+            f"gradients that cancel as at a minimiser: {self.null_cosine:.3f}.",
+            f"Conflict: {negative} pairs have a negative cosine, {sure} of them for sure (95 % interval below 0; if "
+            f"all cosines were 0, chance alone would give about {0.025 * pairs:.1f}).",
+            f"Lowest cosine: {cosine[i, j]:.3f} [{low[i, j]:.3f}, {high[i, j]:.3f}], timesteps {spans[i]} and "
+            f"{spans[j]}. It was picked as the lowest of {pairs}, so expect a less extreme one in a repeat.",
+        ]
+
+    def _about_undetermined(self, determined: int) -> str:
+        unknown = self.cosine_debiased.diagonal().isnan().tolist()
+        lost = [span for span, missing in zip(self.spans(), unknown, strict=True) if missing]
+        return (
+            f"Undetermined: {self.undetermined} of {self.undetermined + determined} pairs. The gradient of timesteps "
+            f"{', '.join(lost)} does not stand out of its noise: use more micro-batches (now "
+            f"{self.settings['micro_batches']}) or a larger batch per bin (now {self.settings['batch_per_bin']})."
+        )
+
+    def _about_stationarity(self) -> str:
+        low, high = self.stationarity_interval
+        longest = float(self.gramian.diagonal().max()) ** 0.5
+        verdict = "Not told apart from Pareto stationary"
+        if low > 0:
+            verdict = "So some step lowers every bin's loss"
+        return (
+            f"Stationarity: the shortest convex combination of the gradients has norm {self.stationarity:.3g} "
+            f"[{low:.3g}, {high:.3g}], the longest gradient {longest:.3g}. {verdict}."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values; NaN becomes None."""
@@ -104,42 +177,3 @@ class ConflictReport:
             elif kind.startswith("Tensor") and value is not None:
                 read[name] = torch.from_numpy(np.array(value, dtype=np.float64))
         return cls(**read)
-
-
-def _conflict_sentences(report: Any, spans: Sequence[str]) -> list[str]:
-    """What a ConflictReport says, and how surely."""
-    import torch
-
-    cosine, (low, high), lines = report.cosine_debiased, report.interval(), []
-    known, count = cosine.isfinite().triu(1), report.settings["micro_batches"]
-    if pairs := int(known.sum()):
-        i, j = divmod(int(torch.where(known, cosine, torch.inf).argmin()), len(spans))
-        sure, negative = (int(x[known].sum()) for x in (high < 0, cosine < 0))
-        lines = [
-            f"Mean cosine of {pairs} pairs of bins: {report.mean_cosine:.3f} ± {report.mean_cosine_se:.3f} (standard "
-            f"error, {count} micro-batches). Naive, shrunk by noise: {float(report.cosine[known].mean()):.3f}. Null, "
-            f"gradients that cancel as at a minimiser: {report.null_cosine:.3f}.",
-            f"Conflict: {negative} pairs have a negative cosine, {sure} of them for sure (95 % interval below 0; if "
-            f"all cosines were 0, chance alone would give about {0.025 * pairs:.1f}).",
-            f"Lowest cosine: {cosine[i, j]:.3f} [{low[i, j]:.3f}, {high[i, j]:.3f}], timesteps {spans[i]} and "
-            f"{spans[j]}. It was picked as the lowest of {pairs}, so expect a less extreme one in a repeat.",
-        ]
-    if lost := [
-        span for span, missing in zip(spans, cosine.diagonal().isnan(), strict=True) if missing
-    ]:
-        lines.append(
-            f"Undetermined: {report.undetermined} of {report.undetermined + pairs} pairs. The gradient of timesteps "
-            f"{', '.join(lost)} does not stand out of its noise: use more --micro-batches (now {count}) or a larger "
-            f"--batch-per-bin (now {report.settings['batch_per_bin']})."
-        )
-    ends, longest = report.stationarity_interval, float(report.gramian.diagonal().max()) ** 0.5
-    verdict = (
-        "So some step lowers every bin's loss"
-        if ends[0] > 0
-        else "Not told apart from Pareto stationary"
-    )
-    return [
-        *lines,
-        f"Stationarity: the shortest convex combination of the gradients has norm {report.stationarity:.3g} "
-        f"[{ends[0]:.3g}, {ends[1]:.3g}], the longest gradient {longest:.3g}. {verdict}.",
-    ]

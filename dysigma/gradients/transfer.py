@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -11,16 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from ..bins import Bins
+from ..randomness import forked_rng
 from ..schedule import NoiseSchedule
-from .estimator import (
+from .batches import (
+    BinBatch,
     Images,
-    Kwargs,
-    _draw,
-    _fork_rng,
-    _inputs,
-    _losses,
-    _unwrapped,
+    ModelKwargs,
+    batch_losses,
+    check_devices,
+    draw_batches,
+    image_table,
+    resolve_bins,
+    spans,
 )
+from .estimator import without_ranks
 
 
 class NegativeTransfer(NamedTuple):
@@ -30,6 +33,34 @@ class NegativeTransfer(NamedTuple):
     losses: Tensor  # (K,) before
     change: Tensor  # (K, K) mean loss after minus before; > 0 is negative transfer
     change_se: Tensor  # (K, K) standard error over the evaluation draws
+
+    def spans(self) -> list[str]:
+        """First and last timestep of each bin: ["0-99", "100-199", ...]."""
+        return spans(self.edges)
+
+    def percent(self) -> tuple[Tensor, Tensor]:
+        """(K, K) the change in percent of the loss before, and half the width of its 95 % interval."""
+        change = 100 * self.change / self.losses
+        half = (
+            100 * (2 * self.change_se) / self.losses
+        )  # two standard errors, for 64 draws of a bin
+        return change, half
+
+    def sentence(self) -> str:
+        """How many losses rose and fell for sure, and which changed most, for a reader."""
+        change, half = self.percent()
+        names = self.spans()
+        rose = change > half
+        fell = change < -half
+        others = ~torch.eye(len(names), dtype=torch.bool)
+        most = int(torch.where(others, change, -torch.inf).argmax())
+        i, j = divmod(most, len(names))
+        return (
+            f"Transfer: fine-tuning on one bin lowered its own loss for sure in {int(fell.diagonal().sum())} of "
+            f"{len(names)} bins. Of {int(others.sum())} losses of other bins {int(rose[others].sum())} rose and "
+            f"{int(fell[others].sum())} fell for sure (95 % intervals of the evaluation; each fine-tuning ran once). "
+            f"Most: {names[i]} changed {names[j]} by {change[i, j]:+.1f} ± {half[i, j]:.1f} %."
+        )
 
 
 def negative_transfer(
@@ -43,42 +74,51 @@ def negative_transfer(
     batch_size: int = 16,
     samples_per_bin: int = 64,
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
-    model_kwargs: Kwargs = None,
+    model_kwargs: ModelKwargs = None,
     seed: int = 0,
     progress: bool = True,
 ) -> NegativeTransfer:
     """What fine-tuning on one bin alone does to every other: K copies of the model, `steps` steps each.
 
     optimizer: makes the optimizer of a copy from its parameters; None is Adam, lr 1e-4. The copies train on the same
-    images and noise. Evaluation is in eval() mode on samples_per_bin draws per bin fixed beforehand, so differences are
-    paired; their standard errors are of the evaluation alone. The rest is as in ``conflicts``.
+    images and noise. Evaluation is in eval() mode on samples_per_bin draws per bin fixed beforehand, so differences
+    are paired; their standard errors are of the evaluation alone. The rest is as in ``conflicts``.
     """
     from tqdm import tqdm
 
-    table, cut = _inputs(images, schedule, bins, model)
-    losses = functools.partial(
-        _losses, schedule=schedule, kind=prediction_type, kwargs=model_kwargs
-    )
-    held = _draw(table, cut, samples_per_bin, seed, 0, False)
+    table = image_table(images)
+    cut = resolve_bins(schedule, bins)
+    check_devices(table, schedule, model)
+    held_out = draw_batches(table, cut, samples_per_bin, seed, 0, paired=False)
+
+    def losses(network: nn.Module, batch: BinBatch) -> Tensor:
+        return batch_losses(network, schedule, batch, prediction_type, model_kwargs)
 
     @torch.no_grad()
     def evaluate(network: nn.Module) -> Tensor:
-        return torch.stack([losses(network.eval(), part=part) for part in held]).double().cpu()
+        network.eval()
+        return torch.stack([losses(network, batch) for batch in held_out]).double().cpu()
 
-    before, changes = evaluate(copy.deepcopy(_unwrapped(model))), []
-    for k in tqdm(range(cut.num_bins), desc="negative transfer", unit="bin", disable=not progress):
-        tuned = copy.deepcopy(_unwrapped(model))
-        stepper = (optimizer or functools.partial(torch.optim.Adam, lr=1e-4))(tuned.parameters())
-        with _fork_rng(table.device), torch.enable_grad():
-            torch.manual_seed(seed)
+    def fine_tune(network: nn.Module, k: int) -> None:
+        make = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=1e-4))
+        stepper = make(network.parameters())
+        with forked_rng(table.device, seed), torch.enable_grad():
             for step in range(1, steps + 1):
                 stepper.zero_grad()
-                losses(
-                    tuned, part=_draw(table, cut, batch_size, seed, step, True)[k]
-                ).mean().backward()
+                batches = draw_batches(table, cut, batch_size, seed, step, paired=True)
+                losses(network, batches[k]).mean().backward()
                 stepper.step()
+
+    before = evaluate(copy.deepcopy(without_ranks(model)))
+    changes = []
+    for k in tqdm(range(cut.num_bins), desc="negative transfer", unit="bin", disable=not progress):
+        tuned = copy.deepcopy(without_ranks(model))
+        fine_tune(tuned, k)
         changes.append(evaluate(tuned) - before)
-    change = torch.stack(changes)
+    change = torch.stack(changes)  # (K, K, samples_per_bin)
     return NegativeTransfer(
-        cut.edges.tolist(), before.mean(1), change.mean(2), change.std(2) / samples_per_bin**0.5
+        edges=cut.edges.tolist(),
+        losses=before.mean(1),
+        change=change.mean(2),
+        change_se=change.std(2) / samples_per_bin**0.5,
     )

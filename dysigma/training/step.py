@@ -11,7 +11,7 @@ from torch import Tensor, distributed, nn
 
 from ..data.dataset import ImageData, batch
 from ..devices import to_device
-from ..gradients.estimator import bin_gramian, bin_timesteps
+from ..gradients import bin_gramian, bin_timesteps
 from ..objective import sample_losses
 from ..parallel import over_ranks
 from ..randomness import generator
