@@ -237,6 +237,7 @@ def heatmap(
         cbar=colorbar,
         cbar_kws={"label": unit} if colorbar else None,
     )
+    ax.grid(False)
     ax.tick_params(axis="y", rotation=0)
     return ax
 
