@@ -4,6 +4,7 @@ from .cifar10 import CIFAR10_CLASSES
 from .dataset import SPLITS, ImageData, batch
 from .leaves import LEAF_CLASSES, PALETTES, leaves
 from .load import load_data
+from .shapes import SHAPES, shapes
 
 __all__ = [
     "CIFAR10_CLASSES",

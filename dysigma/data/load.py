@@ -11,6 +11,7 @@ from .cifar10 import (
 from .dataset import SPLITS, ImageData
 from .files import _folder, _npz, _resize
 from .leaves import leaves
+from .shapes import shapes
 
 
 def load_data(
@@ -24,7 +25,7 @@ def load_data(
 ) -> ImageData:
     """One split of a data set, on the CPU, in one uint8 tensor and no second copy.
 
-    source: "leaves"; "cifar10" (Krizhevsky 2009); an .npz file of uint8 `train_images` and `test_images` (N, H, W[, C])
+    source: "shapes" or "leaves", both drawn in memory; "cifar10" (Krizhevsky 2009); an .npz file of uint8 `train_images` and `test_images` (N, H, W[, C])
         and perhaps `train_labels`, `train_exact`, ..., or of `images` and perhaps `labels`; or a folder of PNG/JPEG
         files, its subfolders the classes, if any, in `train` and `test` or not. Without splits every tenth is for test.
     root: folder of the official archive, its batches or cifar10.npz, or one of these files; where they are missing the
@@ -48,6 +49,10 @@ def load_data(
         return leaves(
             num_images or (10_000 if split == "train" else 2_000), size or 32, seed, split
         )
+    if source == "shapes":
+        return shapes(
+            num_images or (10_000 if split == "train" else 2_000), size or 16, seed, split
+        )
     if source == "cifar10":
         data = _cifar10(root, split)
     elif path.suffix == ".npz" and path.is_file():
@@ -56,7 +61,7 @@ def load_data(
         data = _folder(path, split, size, num_images)
     else:
         raise ValueError(
-            f"no data {str(source)!r}; have 'leaves', 'cifar10', .npz files, folders of PNG/JPEG files"
+            f"no data {str(source)!r}; have 'shapes', 'leaves', 'cifar10', .npz files, folders of PNG/JPEG files"
         )
     count = num_images or len(data)
     if count > len(data):
