@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from .. import __version__
+from .audit import _add_audit
 from .benchmark import _add_benchmark
 from .compare import _add_compare
 from .conflicts import _add_conflicts
@@ -17,6 +18,7 @@ from .notebooks import _add_notebooks
 from .race import _add_race
 from .runs import _add_runs
 from .sample import _add_sample
+from .show import _add_show
 from .train import _add_train
 
 
@@ -36,6 +38,8 @@ def _parser() -> argparse.ArgumentParser:
         _add_conflicts,
         _add_compare,
         _add_race,
+        _add_audit,
+        _add_show,
     )
     for add in (*every, _add_notebooks, _add_benchmark):
         add(commands)
@@ -43,7 +47,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 the run failed, 2 bad input, 130 interrupted."""
+    """Run one command and return the exit code.
+
+    0 done, 1 the run failed or the audit does not agree, 2 bad input, 130 interrupted.
+    """
     args = _parser().parse_args(argv)
     from ..course.pages import NotebookError
     from ..training.step import TrainingDiverged
@@ -51,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except (TrainingDiverged, NotebookError) as error:
         print(f"dysigma: {error}", file=sys.stderr)
         return 1
@@ -68,4 +75,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"\ndysigma: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
-    return 0
