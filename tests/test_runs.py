@@ -100,7 +100,7 @@ def test_no_whole_checkpoint_is_an_error_that_names_the_damage(tmp_path):
     harm(tmp_path / "state-000000001.safetensors", "a bit flipped")
     with pytest.raises(
         RunError,
-        match=r"state-000000001\.safetensors does not match .*no other: delete it to start again",
+        match=r"state-000000001\.safetensors does not match .*no other: move it away to start again",
     ):
         load_checkpoint(tmp_path)
 
