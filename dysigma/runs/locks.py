@@ -59,7 +59,7 @@ def is_in_use(folder: Path) -> bool:
         return False
     file_lock = FileLock(folder / LOCK)
     try:
-        file_lock.acquire(timeout=0)
+        file_lock.acquire(timeout=PATIENCE_SECONDS / 4, poll_interval=0.01)
     except Timeout:
         return True
     except OSError:  # the folder of someone else: its lock cannot be tried

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from .. import runs
@@ -33,6 +32,8 @@ FINAL_SAMPLING_STEPS = 50
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
     """Turn what goes wrong in writing a run folder into a RunError that says how to go on."""
+    from safetensors import SafetensorError
+
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -137,7 +138,6 @@ def iterate(state: TrainState, data: ImageData, config: TrainConfig) -> Iterator
 
     The step is dysigma.training.train_step as it is then: replace that name to change or watch it.
     """
-    from .. import training
-
+    package = sys.modules["dysigma.training"]
     while state.step < config.num_steps:
-        yield training.train_step(state, data, config)
+        yield package.train_step(state, data, config)
