@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from diffusers import (
 from safetensors.torch import load_file
 
 import dysigma
+import dysigma.evaluation
+from dysigma.cli.common import describe_loss
 from dysigma.cli.main import main
 
 QUICK = [
@@ -45,13 +48,13 @@ def test_train_sample_evaluate_on_ones_own_images(tmp_path, capsys):
         "--image-size=12",
     ]
     assert main([*train, "--train-images=16"]) == 0
-    loss, first = dysigma.load_run(out).summary["validation_loss"], capsys.readouterr().out
-    assert first == f"done: 32 images, EMA loss {loss:.4f} on 4 test images, {out}\n"
+    loss = dysigma.load_run(out).summary["validation_loss"]
+    first = capsys.readouterr().out
+    words = describe_loss(loss, "epsilon", 4)
+    assert first == f"done: 32 images, {words}, {out}\n"
     assert main(["train", "--out", str(out), "--resume", "--quiet"]) == 0
-    again = "finished already (it cannot be extended; train longer in another --out)"
-    assert capsys.readouterr().out == first.replace("done", again), (
-        "the same run, and no other word for it"
-    )
+    again = capsys.readouterr().out
+    assert "finished already" in again and again.endswith(f"{words}, {out}\n")
     sample = ["sample", str(out), "--num-images", "3", "--steps", "4", "--device", "cpu"]
     assert main([*sample, "--npz", str(tmp_path / "s.npz")]) == 0
     assert np.load(tmp_path / "s.npz")["images"].shape == (3, 12, 12, 3)
@@ -86,7 +89,8 @@ def test_train_sample_evaluate_on_ones_own_images(tmp_path, capsys):
     assert (own["images"], own["reference_images"], own["features"], own["nfe"]) == (20, 24, 432, 3)
     assert own["sha256"] == hashlib.sha256((tmp_path / "net.pt").read_bytes()).hexdigest()
     said = capsys.readouterr().out
-    assert "epsilon loss of the EMA weights on 4 test images: " in said and "bits/dim" in said
+    assert describe_loss(float(np.mean(report["losses"])), "epsilon", 4) in said
+    assert "bits/dim" in said
     assert "20 samples (ddim, 3 evaluations) to 24 unaugmented training" in said
     assert "compare it at equal numbers alone" in said
 
@@ -188,12 +192,12 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capsys, monkeypatch, argumen
         (["sample", "RUN", "--num-images", "0"], "1 image or more"),
         (["sample", "RUN", "--sampler", "euler"], "dpm-solver"),
         (["sample", "RUN", "--seed", "-1"], "zero or more"),
-        (
-            ["sample", "RUN", "--steps", "2", "--num-images", "1", "--out", "none/x.png"],
-            "none/x.png",
-        ),
-        (["evaluate", "RUN", "--num-images", "0"], "need --num-images >= 2"),
-        (["evaluate", "RUN", "--elbo-timesteps", "0"], "--elbo-timesteps >= 1"),
+        (["sample", "RUN", "--out", "x.txt"], ".png"),
+        (["sample", "RUN", "--out", "RUN/config.json/x.png"], "cannot write"),
+        (["sample", "RUN", "--npz", "x.png"], ".npz"),
+        (["evaluate", "RUN", "--out", "x.png"], ".json"),
+        (["evaluate", "RUN", "--num-images", "0"], "--num-images"),
+        (["evaluate", "RUN", "--elbo-timesteps", "0"], "--elbo-timesteps"),
         (["evaluate", "RUN", "--timesteps", "0"], "from 1 to"),
         (["evaluate", "RUN", "--metric", "none.pt"], "none.pt does not exist"),
         (["evaluate", "RUN", "--metric", "pixels", "--nfe", "0"], "num_steps from 1 to 1000"),
@@ -216,10 +220,10 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capsys, monkeypatch, argumen
 def test_bad_input_about_a_run_is_one_line_and_code_2(
     a_run, capsys, monkeypatch, arguments, message
 ):
-    if not {"-1", "none/x.png"} & {*arguments}:  # the rest is told before the network is loaded
+    if "-1" not in arguments:  # the rest is told before the network is loaded
         monkeypatch.setattr(dysigma.runs.Run, "pipeline", None)
     device = [] if arguments[0] == "train" else ["--device", "cpu"]
-    assert main([a_run if word == "RUN" else word for word in arguments] + device) == 2
+    assert main([word.replace("RUN", a_run) for word in arguments] + device) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert message in error and error.startswith("dysigma: ")
 
@@ -229,6 +233,77 @@ def a_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("cli") / "run"
     assert main(["train", "--out", str(out), *QUICK]) == 0
     return str(out)
+
+
+def test_sample_makes_the_folder_of_its_files(a_run, tmp_path):
+    out, npz = tmp_path / "new" / "x.png", tmp_path / "other" / "y.npz"
+    options = ["--num-images", "2", "--steps", "2", "--out", str(out), "--npz", str(npz)]
+    assert main(["sample", a_run, *options, "--device", "cpu"]) == 0
+    assert out.exists() and np.load(npz)["images"].shape == (2, 8, 8, 3)
+
+
+def test_evaluate_keeps_losses_when_sampling_is_stopped(a_run, tmp_path, monkeypatch):
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dysigma.evaluation, "sample_images", stopped)
+    out = tmp_path / "e.json"
+    options = [
+        "--num-images",
+        "4",
+        "--timesteps",
+        "5",
+        "--elbo-timesteps",
+        "4",
+        "--metric",
+        "pixels",
+    ]
+    assert main(["evaluate", a_run, *options, "--out", str(out), "--device", "cpu"]) == 130
+    assert len(json.loads(out.read_text())["losses"]) == 5
+
+
+OWN = """
+def fails(log_snr):
+    return {}["gone"]
+
+def refuses(log_snr):
+    raise ValueError("try gamma = 2")
+
+def breaks(log_snr):
+    return log_snr.no_such_method()
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("fails", ["line 3", "KeyError", "gone"]),
+        ("refuses", ["line 6", "ValueError", "try gamma = 2"]),
+        ("breaks", ["line 9", "AttributeError", "no_such_method"]),
+    ],
+)
+def test_a_module_of_ones_own_fails_in_its_own_words(tmp_path, monkeypatch, capsys, name, words):
+    module = f"own_{tmp_path.name}"
+    (tmp_path / f"{module}.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    train = ["train", "--out", str(tmp_path / "run"), *QUICK, "--weighting", f"{module}:{name}"]
+    assert main(train) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in [f"{module}.py", *words]) and "Traceback" not in error
+    kind = {"fails": KeyError, "refuses": ValueError, "breaks": AttributeError}[name]
+    with pytest.raises(kind):
+        main([*train, "--debug"])
+
+
+def test_help_of_train_shows_common_options_first_and_every_field_once(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    fields = [field.name for field in dataclasses.fields(dysigma.TrainConfig)]
+    for name in fields:
+        flag = "--" + name.replace("_", "-")
+        assert len(re.findall(rf"^  {flag}[ ,]", text, re.M)) == 1, flag
+    assert text.index("--weighting STR") < text.index("--data-root") < text.index("--grad-clip")
 
 
 def test_a_used_folder_is_refused_and_untouched(tmp_path, capsys):

@@ -1,31 +1,42 @@
-"""dysigma benchmark"""
+"""dysigma benchmark: how fast training steps are."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from .common import add_command
+
+if TYPE_CHECKING:
+    from .common import Commands
 
 
-def _add_benchmark(commands: Any) -> None:
-    parser = commands.add_parser(
+def add(commands: Commands) -> None:
+    """Add the command and its options."""
+    parser = add_command(
+        commands,
         "benchmark",
+        run,
         help="time training steps, ours and others', each weighting and a conflict report, in one run",
     )
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--image-size", type=int, default=16)
+    parser.add_argument("--model", default="tiny", help="network (default: tiny)")
+    parser.add_argument("--image-size", type=int, default=16, help="pixels (default: 16)")
     parser.add_argument(
         "--batch-size", type=int, nargs="+", default=[32], help="one or more (default: 32)"
     )
     parser.add_argument(
-        "--rounds", type=int, default=20, help="timed rounds; each round runs every contender once"
+        "--rounds",
+        type=int,
+        default=20,
+        help="timed rounds; each round runs every contender once (default: 20)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     parser.add_argument("--out", type=Path, help="JSON record to write, with a figure beside it")
-    parser.set_defaults(run=_benchmark)
 
 
-def _benchmark(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
     from ..lab.benchmark import benchmark
 
     benchmark(

@@ -1,16 +1,54 @@
-"""What several commands share."""
+"""What several commands share: options, a run opened for its network, samples of it, and files to write."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.figure import Figure
+    from torch import Tensor, nn
+
+    from ..runs.folder import Run
+    from ..schedule import NoiseSchedule
+    from ..training.config import TrainConfig
+
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+# Samples beyond this number repay the minute that compiling the network costs on a GPU.
+COMPILE_FROM = 1024
 
 
-def _pairs(items: Sequence[str]) -> dict[str, Any]:
-    """["kappa=0.5", "prior=p2"] -> {"kappa": 0.5, "prior": "p2"}; values are read as JSON where they are JSON."""
+def add_command(
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], None], **texts: Any
+) -> argparse.ArgumentParser:
+    """Add a command that calls run(args), with the option that all commands have."""
+    parser = commands.add_parser(name, **texts)
+    parser.add_argument(
+        "--debug", action="store_true", help="print the traceback of an error, whatever it is"
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_draw_options(parser: argparse.ArgumentParser) -> None:
+    """Add --seed and --device, as every command that draws random numbers has them."""
+    parser.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+
+
+def read_pairs(items: Sequence[str]) -> dict[str, Any]:
+    """Parameters given as name=value, their values read as JSON where they are JSON.
+
+    >>> read_pairs(["kappa=0.5", "prior=p2"])
+    {'kappa': 0.5, 'prior': 'p2'}
+    """
     pairs = {}
     for item in items:
         name, separator, value = item.partition("=")
@@ -23,44 +61,86 @@ def _pairs(items: Sequence[str]) -> dict[str, Any]:
     return pairs
 
 
-def _device_run(path: Path, device: str) -> tuple[Any, Any, Any, Any]:
-    """(config, schedule, torch device, function that loads the model with EMA weights, which takes long) of a run."""
+def describe_loss(loss: float, prediction: str, images: int) -> str:
+    """The words with which all commands tell a validation loss: the unweighted mean over timesteps.
+
+    >>> describe_loss(0.04321, "epsilon", 64)
+    'validation loss 0.0432 (epsilon error of the EMA weights on 64 test images)'
+    """
+    return f"validation loss {loss:.4f} ({prediction} error of the EMA weights on {images} test images)"
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run folder with what the commands need of it."""
+
+    run: Run
+    config: TrainConfig
+    schedule: NoiseSchedule  # on the device
+    device: torch.device
+
+    def load_network(self) -> nn.Module:
+        """The network with its EMA weights, on the device. This takes long: check everything else first."""
+        network: nn.Module = self.run.pipeline().unet
+        return network.to(self.device)
+
+
+def open_run(path: Path, device: str) -> OpenRun:
+    """Read a run folder, without its network."""
     from ..devices import resolve_device
     from ..runs.folder import load_run
     from ..training.config import TrainConfig
 
-    run, target = load_run(path), resolve_device(device)
+    run = load_run(path)
+    target = resolve_device(device)
     config = TrainConfig.from_dict(run.config)
-    return (
-        config,
-        config.noise_schedule().to(target),
-        target,
-        lambda: run.pipeline().unet.to(target),
+    schedule = config.noise_schedule().to(target)
+    return OpenRun(run, config, schedule, target)
+
+
+def draw_samples(
+    opened: OpenRun, network: Any, sampler: str, count: int, steps: int, seed: int
+) -> Tensor:
+    """uint8 images (count, C, H, W) of a run's network, of its classes in turn."""
+    from ..evaluation import sample_images
+
+    size = network.config["sample_size"]
+    channels = network.config["in_channels"]
+    return sample_images(
+        network,
+        opened.schedule,
+        (count, channels, size, size),
+        prediction_type=opened.config.prediction,
+        sampler=sampler,
+        num_steps=steps,
+        seed=seed,
+        compile=count >= COMPILE_FROM and opened.device.type == "cuda",
+        progress=True,
     )
 
 
-def _add_draws(parser: Any) -> None:
-    parser.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+def prepare_output(path: Path, *endings: str) -> Path:
+    """Make the folder of a file that is to be written at the end, so that no work is lost for want of it.
+
+    Raises ValueError for another ending than those given, or for a place where no file can be.
+    """
+    if endings and path.suffix.lower() not in endings:
+        raise ValueError(f"{path} must end in {' or '.join(endings)}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from error
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"cannot write {path}: it is not writable")
+    return path
 
 
-def _draw(
-    args: argparse.Namespace, count: int, steps: int, config: Any, model: Any, schedule: Any
-) -> Any:
-    """Samples of a run, of its classes in turn."""
-    from ..evaluation import sample_images
-
-    size = model.config["sample_size"]
-    return sample_images(
-        model, schedule, (count, model.config["in_channels"], size, size), prediction_type=config.prediction,
-        sampler=args.sampler, num_steps=steps, seed=args.seed,
-        compile=count >= 1024 and model.device.type == "cuda", progress=True,
-    )  # fmt: skip
-
-
-def _write(out: Path, name: str, record: dict[str, Any], figure: Any) -> None:
+def write_record(folder: Path, name: str, record: dict[str, Any], figure: Figure) -> None:
+    """Write a record as JSON and its figure beside it, and say where."""
     from ..runs.files import write_json
 
-    write_json(out / f"{name}.json", record)
-    figure.savefig(out / f"{name}.png", dpi=110)
-    print(f"\n{out / name}.json and .png")
+    write_json(folder / f"{name}.json", record)
+    figure.savefig(folder / f"{name}.png", dpi=110)
+    print(f"\n{folder / name}.json and .png")

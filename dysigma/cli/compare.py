@@ -1,17 +1,23 @@
-"""dysigma compare"""
+"""dysigma compare: finished runs side by side."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from .common import _write
+from .common import add_command, write_record
+
+if TYPE_CHECKING:
+    from .common import Commands
 
 
-def _add_compare(commands: Any) -> None:
-    parser = commands.add_parser(
+def add(commands: Commands) -> None:
+    """Add the command and its options."""
+    parser = add_command(
+        commands,
         "compare",
+        run,
         help="finished runs against the first: losses, ELBO, images to its loss; paired by seed, with intervals",
         description="Runs that differ in the seed alone are one arm. Columns: loss, of the last validation; ratio, of "
         "that to the first arm's, geometric mean over timesteps; bits, difference of the ELBO's diffusion term in "
@@ -27,27 +33,27 @@ def _add_compare(commands: Any) -> None:
         help="two run folders or more, the baseline first",
     )
     parser.add_argument("--out", type=Path, help="folder for compare.json and compare.png")
-    parser.set_defaults(run=_compare)
 
 
-def _compare(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
     from ..lab.compare import compare, draw
     from ..runs.folder import load_run
     from ..runs.provenance import provenance
 
     result = compare([load_run(path) for path in args.runs])
-    intervals = (
-        "95 % intervals over paired seeds" if len(result.seeds) > 1 else "one seed, so no intervals"
-    )
+    seeds = ", ".join(map(str, result.seeds))
+    intervals = "one seed, so no intervals"
+    if len(result.seeds) > 1:
+        intervals = "95 % intervals over paired seeds"
+    print(f"against {result.table.index[0]}; seeds {seeds}: {intervals}")
     left_out = len(args.runs) - len(result.seeds) * len(result.table)
-    print(
-        f"against {result.table.index[0]}; seeds {', '.join(map(str, result.seeds))}: {intervals}"
-    )
     print(f"left out: {left_out} runs of seeds that not all arms have\n" if left_out else "")
     print(result)
     if args.out:
-        record = result.to_dict() | {
+        record = {
+            **result.to_dict(),
             "runs": [path.resolve().name for path in args.runs],
             "provenance": provenance(),
         }
-        _write(args.out, "compare", record, draw(result))
+        write_record(args.out, "compare", record, draw(result))

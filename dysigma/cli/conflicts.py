@@ -1,19 +1,36 @@
-"""dysigma conflicts"""
+"""dysigma conflicts: which timesteps pull a network in different directions."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+import inspect
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..plots import conflict_matrices, transfer_matrix
-from .common import _add_draws, _device_run, _write
+from .common import add_command, add_draw_options, open_run, write_record
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..bins import Bins
+    from ..data.dataset import ImageData
+    from ..schedule import NoiseSchedule
+    from ..training.config import TrainConfig
+    from ..weightings.base import Weighting
+    from .common import Commands
+
+MOST_BINS = 64
+MEASURED = "only networks on pixels that need timesteps, and classes at most, are measured"
+IMAGES_FOR_PIPELINE = 1000  # of leaves, if no others are named
 
 
-def _add_conflicts(commands: Any) -> None:
-    parser = commands.add_parser(
+def add(commands: Commands) -> None:
+    """Add the command and its options."""
+    parser = add_command(
+        commands,
         "conflicts",
+        run,
         help="which timesteps conflict in a run or a diffusers pipeline, by how much, and how surely",
         description="Gradients of the losses of timestep bins, for a run or a diffusers pipeline on pixels. Writes "
         "conflicts.json and .png and, with --transfer, transfer.json and .png. Costs about --micro-batches training "
@@ -57,140 +74,245 @@ def _add_conflicts(commands: Any) -> None:
     parser.add_argument(
         "--transfer-steps", type=int, default=50, help="steps of each fine-tuning (default: 50)"
     )
-    _add_draws(parser)
+    add_draw_options(parser)
     parser.add_argument(
         "--out",
         type=Path,
         help="folder (default: PATH/conflicts; for a pipeline, ./conflicts-NAME)",
     )
-    parser.set_defaults(run=_conflicts)
 
 
-def _pipeline_parts(path: Path) -> tuple[Any, Any, str]:
-    """(network, schedule, prediction type) of a diffusers pipeline."""
-    import inspect
+@dataclass(frozen=True)
+class _Measured:
+    """A network and what is needed to compute its losses."""
 
-    from diffusers import DiffusionPipeline
+    network: Any  # of diffusers: it has .config and .device
+    schedule: NoiseSchedule
+    prediction: str
+    config: TrainConfig  # says which images
 
+
+def _is_pipeline(path: Path) -> bool:
+    return (path / "model_index.json").is_file()
+
+
+def _check_parts(path: Path) -> str:
+    """The name of a pipeline's network, from its index alone; ValueError if it is of a kind that is not measured."""
     from ..runs.files import read_json
-    from ..schedule import NoiseSchedule
 
     index = read_json(path / "model_index.json")
-    parts = [part for part, origin in index.items() if isinstance(origin, list) and origin[0]]
-    refused = "only networks on pixels that need timesteps, and classes at most, are measured"
-    if other := [part for part in parts if index[part][0] != "diffusers" and "encoder" not in part]:
+    library_of = {
+        part: origin[0]
+        for part, origin in index.items()
+        if isinstance(origin, list)
+        and origin[0]  # [None, None] stands for a part that is not there
+    }
+    for part, library in library_of.items():
+        if library != "diffusers" and "encoder" not in part:
+            raise ValueError(
+                f"{path} has a {part} of {library}; no code but that of diffusers is run"
+            )
+    for part in library_of:
+        if "vae" in part or "encoder" in part:
+            raise ValueError(f"{path} has a {part}, for latents or prompts; {MEASURED}")
+    network = "unet" if "unet" in library_of else "transformer"
+    if network not in library_of or "scheduler" not in library_of:
         raise ValueError(
-            f"{path} has a {other[0]} of {index[other[0]][0]}; no code but that of diffusers is run"
+            f"{path} must have a unet or transformer, and a scheduler; it has {list(library_of)}"
         )
-    if other := [part for part in parts if "vae" in part or "encoder" in part]:
-        raise ValueError(f"{path} has a {other[0]}, for latents or prompts; {refused}")
-    name = "unet" if "unet" in parts else "transformer"
-    if not {name, "scheduler"} <= set(parts):
-        raise ValueError(f"{path} must have a unet or transformer, and a scheduler; it has {parts}")
+    return network
+
+
+def _open_pipeline(path: Path, device: torch.device) -> _Measured:
+    """The network of a local diffusers pipeline."""
+    from diffusers import DiffusionPipeline
+
+    from ..schedule import NoiseSchedule
+    from ..training.config import TrainConfig
+
+    name = _check_parts(path)
     try:
-        options = {
-            "use_safetensors": True,
-            "low_cpu_mem_usage": False,
-        }  # to use little wants accelerate
-        pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True, **options)
+        pipeline = DiffusionPipeline.from_pretrained(
+            path,
+            local_files_only=True,
+            use_safetensors=True,  # nothing is unpickled
+            low_cpu_mem_usage=False,  # to use little wants accelerate
+        )
     except Exception as error:  # a damaged file makes the loaders raise almost anything
-        raise ValueError(
-            f"{path} does not open as a diffusers pipeline: {' '.join(str(error).split())}"
-        ) from error
-    network, scheduler = getattr(pipeline, name), pipeline.scheduler
-    schedule = NoiseSchedule.from_diffusers(scheduler)
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} does not open as a diffusers pipeline: {reason}") from error
+    network = getattr(pipeline, name)
+    schedule = NoiseSchedule.from_diffusers(pipeline.scheduler)
     if schedule.is_flow:
         raise ValueError(
             f"{path} is trained by flow matching; its network is called with noise levels, which are not measured here"
         )
     if "encoder_hidden_states" in inspect.signature(network.forward).parameters:
-        raise ValueError(f"{path} needs encoder_hidden_states, as of a prompt; {refused}")
-    return network, schedule, scheduler.config.get("prediction_type", "epsilon")
+        raise ValueError(f"{path} needs encoder_hidden_states, as of a prompt; {MEASURED}")
+    prediction = pipeline.scheduler.config.get("prediction_type", "epsilon")
+    config = TrainConfig(train_images=IMAGES_FOR_PIPELINE)
+    return _Measured(network.to(device), schedule.to(device), prediction, config)
 
 
-def _images_for(network: Any, config: Any, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """(ImageData that the network takes, its model_kwargs)."""
+def _open_run(path: Path, device: str) -> _Measured:
+    opened = open_run(path, device)
+    return _Measured(
+        opened.load_network(), opened.schedule, opened.config.prediction, opened.config
+    )
+
+
+def _image_size(path: Path, size: Any) -> int | None:
+    """The side of the square images that a network takes; None where it takes any."""
+    if not isinstance(size, list | tuple):
+        return None if size is None else int(size)
+    if len(set(size)) > 1:
+        sides = " x ".join(map(str, size))
+        raise ValueError(
+            f"{path} takes images of {sides}; only those on square images are measured"
+        )
+    return int(size[0])
+
+
+def _images(measured: _Measured, args: argparse.Namespace) -> tuple[ImageData, bool]:
+    """The images that a network takes, and whether it is conditioned on their classes."""
     from ..training.parts import load_split
 
-    size, channels = network.config.get("sample_size"), network.config["in_channels"]
-    size = size[0] if isinstance(size, list | tuple) and len(set(size)) == 1 else size
-    config = replace(config, data=args.data, train_images=None) if args.data else config
+    options = measured.network.config
     config = replace(
-        config, data_root=args.data_root or config.data_root, image_size=size, conditional=False
+        measured.config,
+        data_root=args.data_root or measured.config.data_root,
+        image_size=_image_size(args.path, options.get("sample_size")),
+        conditional=False,
     )
-    config = config if args.num_images is None else replace(config, train_images=args.num_images)
-    data = load_split(config, "train", network.device)
-    if data.images.shape[1] != channels:
+    if args.data:
+        config = replace(config, data=args.data, train_images=None)
+    if args.num_images is not None:
+        config = replace(config, train_images=args.num_images)
+    data = load_split(config, "train", measured.network.device)
+
+    channels = options["in_channels"]
+    if channels == 1 and _is_gray(data):
+        data = replace(data, images=data.images[:, :1])
+    found = data.images.shape[1]
+    if found != channels:
         raise ValueError(
-            f"{args.path} takes {channels} channels, and {data.name} has {data.images.shape[1]}: choose another "
-            "--data; networks on latents are not measured"
+            f"{args.path} takes {channels} channels, and {data.name} has {found}: choose another --data; "
+            "networks on latents are not measured"
         )
-    classes = network.config.get("num_class_embeds") or network.config.get("num_embeds_ada_norm")
+    classes = options.get("num_class_embeds") or options.get("num_embeds_ada_norm")
     if classes and not 1 <= (data.num_classes or 0) <= classes:
         raise ValueError(
             f"{args.path} is conditioned on {classes} classes; {data.name} has {data.num_classes or 'none'}"
         )
-    return data, {"class_labels": data.labels} if classes else {}
+    return data, bool(classes)
 
 
-def _conflicts(args: argparse.Namespace) -> None:
+def _is_gray(data: ImageData) -> bool:
+    """Whether all channels are equal, as those of a gray picture that was read in colours."""
+    return bool((data.images == data.images[:, :1]).all())
+
+
+def _weighting(name: str, schedule: NoiseSchedule, prediction: str) -> Weighting:
+    from ..weightings.registry import make_weighting
+
+    weighting = make_weighting(name, schedule, prediction)
+    if weighting.learns:
+        raise ValueError(
+            f"--weighting takes a predefined one; {name} learns its weights in training"
+        )
+    return weighting
+
+
+def _output(args: argparse.Namespace) -> Path:
+    """The folder to write; ValueError unless PATH is a run or a pipeline whose own folder stays as it is."""
+    from ..runs.files import read_json
+
+    path: Path = args.path
+    if not _is_pipeline(path):
+        config = path / "config.json"
+        if not (config.is_file() and "weighting" in read_json(config)):
+            raise ValueError(
+                f"{path} is neither a run folder nor a diffusers pipeline (it has no model_index.json). "
+                "A network alone does not say which noise schedule it was trained with"
+            )
+        return args.out or path / "conflicts"
+    out: Path = args.out or Path(f"conflicts-{path.resolve().name}")
+    if out.resolve().is_relative_to(path.resolve()):
+        raise ValueError(
+            f"{out} lies in the pipeline's folder, which is left as it is; choose another --out"
+        )
+    return out
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    if not 2 <= args.bins <= MOST_BINS:
+        raise ValueError(f"--bins must be from 2 to {MOST_BINS}; got {args.bins}")
+    out = _output(args)
+
     from ..bins import Bins
     from ..devices import resolve_device
     from ..gradients.measure import conflicts
     from ..gradients.transfer import negative_transfer
-    from ..runs.files import read_json
+    from ..plots import conflict_matrices, transfer_matrix
     from ..runs.provenance import provenance
-    from ..training.config import TrainConfig
-    from ..weightings.registry import make_weighting
 
-    path, name, run = args.path, args.path.resolve().name, args.path / "config.json"
-    foreign = (path / "model_index.json").is_file()
-    out = args.out or (Path(f"conflicts-{name}") if foreign else path / "conflicts")
-    if not foreign and not (run.is_file() and "weighting" in read_json(run)):
-        raise ValueError(
-            f"{path} is neither a run folder nor a diffusers pipeline (it has no model_index.json). A network alone "
-            "does not say which noise schedule it was trained with"
-        )
-    if foreign and out.resolve().is_relative_to(path.resolve()):
-        raise ValueError(
-            f"{out} lies in the pipeline's folder, which is left as it is; choose another --out"
-        )
-    if not 2 <= args.bins <= 64:
-        raise ValueError(f"--bins must be from 2 to 64; got {args.bins}")
-    if foreign:
-        config, device = TrainConfig(train_images=1000), resolve_device(args.device)
-        network, schedule, kind = _pipeline_parts(path)
-        network, schedule = network.to(device), schedule.to(device)
+    if _is_pipeline(args.path):
+        measured = _open_pipeline(args.path, resolve_device(args.device))
     else:
-        config, schedule, _, load = _device_run(path, args.device)
-        kind, network = config.prediction, load()
-    data, kwargs = _images_for(network, config, args)
-    weighting = make_weighting(args.weighting, schedule, kind) if args.weighting else None
-    if weighting is not None and weighting.learns:
-        raise ValueError(
-            f"--weighting takes a predefined one; {args.weighting} learns its weights in training"
-        )
-    bins = (
-        Bins.equal_log_snr(schedule.log_snr, args.bins) if args.binning == "log-snr" else args.bins
+        measured = _open_run(args.path, args.device)
+    network, schedule = measured.network, measured.schedule
+    data, is_conditional = _images(measured, args)
+    weighting = None
+    if args.weighting:
+        weighting = _weighting(args.weighting, schedule, measured.prediction)
+    bins: Bins | int = args.bins
+    if args.binning == "log-snr":
+        bins = Bins.equal_log_snr(schedule.log_snr, args.bins)
+
+    common: dict[str, Any] = {
+        "prediction_type": measured.prediction,
+        "model_kwargs": {"class_labels": data.labels} if is_conditional else {},
+        "seed": args.seed,
+    }
+    report = conflicts(
+        network,
+        data,
+        schedule,
+        bins,
+        weighting=weighting,
+        micro_batches=args.micro_batches,
+        batch_per_bin=args.batch_per_bin,
+        **common,
     )
-    common: dict[str, Any] = {"prediction_type": kind, "model_kwargs": kwargs, "seed": args.seed}
-    sizes = {"micro_batches": args.micro_batches, "batch_per_bin": args.batch_per_bin}
-    report = conflicts(network, data, schedule, bins, weighting=weighting, **sizes, **common)
+    name = args.path.resolve().name
     print(
-        f"{name}: {kind} network, {len(data):,} images of {data.name}, weighting {args.weighting or 'none'}\n"
+        f"{name}: {measured.prediction} network, {len(data):,} images of {data.name}, "
+        f"weighting {args.weighting or 'none'}\n"
     )
-    print(
-        report.table().to_string(index=False, float_format="{:.3g}".format, na_rep="?"), end="\n\n"
-    )
+    table = report.table().to_string(index=False, float_format="{:.3g}".format, na_rep="?")
+    print(f"{table}\n")
     print(*report.sentences(), sep="\n")
-    about = {"path": name, "data": data.name, "images": len(data), "provenance": provenance()}
-    record = about | {"weighting": args.weighting, "report": report.to_dict()}
-    _write(out, "conflicts", record, conflict_matrices(report))
-    if args.transfer:
-        transfer = negative_transfer(
-            network, data, schedule, bins, steps=args.transfer_steps, **common
-        )
-        rows = {key: getattr(transfer, key).tolist() for key in ("losses", "change", "change_se")}
-        settings = {"edges": transfer.edges, "steps": args.transfer_steps, "seed": args.seed}
-        print(transfer.sentence())
-        _write(out, "transfer", about | settings | rows, transfer_matrix(transfer))
+    about = {
+        "path": name,
+        "data": data.name,
+        "images": len(data),
+        "provenance": provenance(),
+    }
+    record = {**about, "weighting": args.weighting, "report": report.to_dict()}
+    write_record(out, "conflicts", record, conflict_matrices(report))
+    if not args.transfer:
+        return
+
+    transfer = negative_transfer(network, data, schedule, bins, steps=args.transfer_steps, **common)
+    print(transfer.sentence())
+    record = {
+        **about,
+        "edges": transfer.edges,
+        "steps": args.transfer_steps,
+        "seed": args.seed,
+        "losses": transfer.losses.tolist(),
+        "change": transfer.change.tolist(),
+        "change_se": transfer.change_se.tolist(),
+    }
+    write_record(out, "transfer", record, transfer_matrix(transfer))

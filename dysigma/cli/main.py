@@ -1,28 +1,33 @@
-"""The command line. Bad input ends with one line and code 2."""
+"""The command line: finds the command, runs it, and turns errors into one line and an exit code."""
 
 from __future__ import annotations
 
 import argparse
 import signal
 import sys
+import sysconfig
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from .. import __version__
-from .audit import _add_audit
-from .benchmark import _add_benchmark
-from .compare import _add_compare
-from .conflicts import _add_conflicts
-from .evaluate import _add_evaluate
-from .notebooks import _add_notebooks
-from .race import _add_race
-from .runs import _add_runs
-from .sample import _add_sample
-from .show import _add_show
-from .train import _add_train
+from . import benchmark, compare, conflicts, evaluate, notebooks, race, runs, sample, train
+
+COMMANDS = (train, runs, sample, evaluate, conflicts, compare, race, notebooks, benchmark)
+PACKAGE = Path(__file__).resolve().parent.parent
+INSTALLED = tuple(
+    Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "purelib", "platlib")
+)
+
+DONE = 0
+FAILED = 1
+BAD_INPUT = 2
+INTERRUPTED = 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; args.run is the function of the one that was named."""
     parser = argparse.ArgumentParser(
         prog="dysigma",
         description="Loss weightings for diffusion training, and analysis of the timestep objectives they trade off. "
@@ -30,48 +35,77 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dysigma {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    every = (
-        _add_train,
-        _add_runs,
-        _add_sample,
-        _add_evaluate,
-        _add_conflicts,
-        _add_compare,
-        _add_race,
-        _add_audit,
-        _add_show,
-    )
-    for add in (*every, _add_notebooks, _add_benchmark):
-        add(commands)
+    for command in COMMANDS:
+        command.add(commands)
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code.
+def _is_foreign(filename: str) -> bool:
+    """Whether a file is neither of this package nor installed: code of the user's own."""
+    if filename.startswith("<"):  # made by a program, as dataclasses do
+        return False
+    path = Path(filename).resolve()
+    return not any(path.is_relative_to(folder) for folder in (PACKAGE, *INSTALLED))
 
-    0 done, 1 the run failed or the audit does not agree, 2 bad input, 130 interrupted.
-    """
-    args = _parser().parse_args(argv)
+
+def _words_of_foreign_code(error: BaseException) -> str | None:
+    """Where and how code of the user's own failed, or None where it took no part."""
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if _is_foreign(frame.filename)
+    ]
+    if not frames:
+        return None
+    last = frames[-1]
+    name = Path(last.filename).name
+    message = " ".join(str(error).split())
+    return f"{name}, line {last.lineno}: {type(error).__name__}: {message}"
+
+
+def _words_of(error: Exception) -> str:
+    """The message of an error, on one line where it has one."""
+    if isinstance(error, KeyError) and error.args:
+        return str(error.args[0])  # str() of a KeyError is the repr of its message
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error}; pip install 'dysigma[notebooks]'"
+    return str(error)
+
+
+def _explain(error: Exception) -> int | None:
+    """Print one line about an error that the user can mend and return the exit code; None for any other error."""
+    # What is raised there is imported here: --help must not wait for it.
     from ..course.pages import NotebookError
     from ..training.step import TrainingDiverged
 
+    if isinstance(error, TrainingDiverged | NotebookError):
+        print(f"dysigma: {error}", file=sys.stderr)
+        return FAILED
+    if words := _words_of_foreign_code(error):
+        print(f"dysigma: {words} (--debug prints the traceback)", file=sys.stderr)
+        return BAD_INPUT
+    if isinstance(error, ValueError | KeyError | TypeError | OSError | ImportError):
+        print(f"dysigma: {_words_of(error)}", file=sys.stderr)
+        return BAD_INPUT
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 the run failed, 2 bad input, 130 interrupted.
+
+    With --debug every error passes through, so that Python prints its traceback.
+    """
+    args = make_parser().parse_args(argv)
     with suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return args.run(args) or 0
-    except (TrainingDiverged, NotebookError) as error:
-        print(f"dysigma: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
-        # str() of a KeyError is the repr of its message. Modules that are missing are those of the extra.
-        hint = (
-            "; pip install 'dysigma[notebooks]'" if isinstance(error, ModuleNotFoundError) else ""
-        )
-        print(
-            f"dysigma: {error.args[0] if isinstance(error, KeyError) else error}{hint}",
-            file=sys.stderr,
-        )
-        return 2
+        args.run(args)
     except KeyboardInterrupt as stop:
         print(f"\ndysigma: {str(stop) or 'interrupted'}", file=sys.stderr)
-        return 130
+        return INTERRUPTED
+    except Exception as error:
+        if args.debug:
+            raise
+        code = _explain(error)
+        if code is None:
+            raise
+        return code
+    return DONE

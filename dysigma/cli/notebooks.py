@@ -1,14 +1,20 @@
-"""dysigma notebooks"""
+"""dysigma notebooks: execute the pages of the course."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from .common import add_command
+
+if TYPE_CHECKING:
+    from .common import Commands
 
 
-def _add_notebooks(commands: Any) -> None:
-    parser = commands.add_parser("notebooks", help="execute the notebooks")
+def add(commands: Commands) -> None:
+    """Add the command and its options."""
+    parser = add_command(commands, "notebooks", run, help="execute the notebooks")
     parser.add_argument(
         "names", nargs="*", help="notebooks to run, such as 00 or 06_train (default: all)"
     )
@@ -28,14 +34,24 @@ def _add_notebooks(commands: Any) -> None:
         action="store_true",
         help="leave the solutions out, for a class; needs --out",
     )
-    parser.set_defaults(run=_notebooks)
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=2,
+        help="notebooks at once, one CPU thread each (default: 2)",
+    )
 
 
-def _notebooks(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
     from ..course.pages import build, find
 
     build(
-        find(args.folder, args.names), fast=args.fast, out=args.out, solutions=not args.no_solutions
+        find(args.folder, args.names),
+        fast=args.fast,
+        out=args.out,
+        solutions=not args.no_solutions,
+        jobs=args.jobs,
     )
     if args.out:
         print(f"executed notebooks and figures: {args.out}")

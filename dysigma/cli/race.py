@@ -1,15 +1,24 @@
-"""dysigma race"""
+"""dysigma race: weightings against each other, on the same seeds."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from .common import add_command
+
+if TYPE_CHECKING:
+    from .common import Commands
 
 
-def _add_race(commands: Any) -> None:
-    parser = commands.add_parser(
-        "race", help="train arms x seeds on common random numbers; goes on where it stopped"
+def add(commands: Commands) -> None:
+    """Add the command and its options."""
+    parser = add_command(
+        commands,
+        "race",
+        run,
+        help="train arms x seeds on common random numbers; goes on where it stopped",
     )
     parser.add_argument(
         "spec",
@@ -23,17 +32,18 @@ def _add_race(commands: Any) -> None:
     )
     parser.add_argument("--device", help="instead of the specification's")
     parser.add_argument("--data-root", help="instead of the specification's")
-    parser.set_defaults(run=_race)
 
 
-def _race(args: argparse.Namespace) -> None:
-    from ..lab.race import Race, race
-
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
     if args.jobs < 1:
         raise ValueError(f"--jobs must be positive; got {args.jobs}")
-    given = {
-        name: value
-        for name, value in vars(args).items()
-        if name in ("device", "data_root") and value is not None
-    }
-    print(race(Race.read(args.spec), args.out, jobs=args.jobs, overrides=given))
+
+    from ..lab.race import Race, race
+
+    overrides = {}
+    if args.device is not None:
+        overrides["device"] = args.device
+    if args.data_root is not None:
+        overrides["data_root"] = args.data_root
+    print(race(Race.read(args.spec), args.out, jobs=args.jobs, overrides=overrides))

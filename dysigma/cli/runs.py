@@ -1,21 +1,32 @@
-"""dysigma runs"""
+"""dysigma runs: what lies in a folder of runs."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from .common import add_command
+
+if TYPE_CHECKING:
+    from .common import Commands
 
 
-def _add_runs(commands: Any) -> None:
-    parser = commands.add_parser(
-        "runs", help="list the runs and races in a folder: state, progress, last line"
+def add(commands: Commands) -> None:
+    """Add the command and its options."""
+    parser = add_command(
+        commands,
+        "runs",
+        run,
+        help="list the runs and races in a folder: state, progress, loss",
+        description="One line for each run and race in and below a folder. A finished run shows its validation loss, "
+        "the one that dysigma train told at its end; one that goes on shows the weighted loss of its last steps.",
     )
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), help="default: runs")
-    parser.set_defaults(run=_runs)
 
 
-def _runs(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
     from ..runs.folder import find_runs
 
     for path, state, progress, last in find_runs(args.folder):

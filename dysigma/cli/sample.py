@@ -1,17 +1,26 @@
-"""dysigma sample"""
+"""dysigma sample: images of a run."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from .common import _add_draws, _device_run, _draw
+from .common import add_command, add_draw_options, draw_samples, open_run, prepare_output
+
+if TYPE_CHECKING:
+    from .common import Commands
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def _add_sample(commands: Any) -> None:
-    parser = commands.add_parser(
-        "sample", help="draw images from a run as a PNG grid and, if asked, an .npz file"
+def add(commands: Commands) -> None:
+    """Add the command and its options."""
+    parser = add_command(
+        commands,
+        "sample",
+        run,
+        help="draw images from a run as a PNG grid and, if asked, an .npz file",
     )
     parser.add_argument(
         "run_folder", type=Path, metavar="RUN", help="run folder written by dysigma train"
@@ -23,27 +32,32 @@ def _add_sample(commands: Any) -> None:
     parser.add_argument(
         "--steps", type=int, default=50, help="network evaluations per image (default: 50)"
     )
-    _add_draws(parser)
+    add_draw_options(parser)
     parser.add_argument(
-        "--out", type=Path, help="PNG to write (default: RUN/samples-SAMPLER-STEPS.png)"
+        "--out", type=Path, help="picture to write (default: RUN/samples-SAMPLER-STEPS.png)"
     )
     parser.add_argument(
         "--npz", type=Path, help="also write the images as an uint8 array (N, H, W, C)"
     )
-    parser.set_defaults(run=_sample)
 
 
-def _sample(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
     import numpy
 
     from ..evaluation import check_sampling
     from ..images import save_grid
 
-    config, schedule, _, load = _device_run(args.run_folder, args.device)
-    check_sampling(schedule, args.sampler, args.steps, args.num_images)
-    images = _draw(args, args.num_images, args.steps, config, load(), schedule)
-    out = args.out or args.run_folder / f"samples-{args.sampler}-{args.steps}.png"
-    save_grid(images, out, scale=2)
+    opened = open_run(args.run_folder, args.device)
+    check_sampling(opened.schedule, args.sampler, args.steps, args.num_images)
+    default = args.run_folder / f"samples-{args.sampler}-{args.steps}.png"
+    out = prepare_output(args.out or default, *PICTURES)
+    if args.npz:
+        prepare_output(args.npz, ".npz")
+
+    network = opened.load_network()
+    images = draw_samples(opened, network, args.sampler, args.num_images, args.steps, args.seed)
     if args.npz:
         numpy.savez_compressed(args.npz, images=images.permute(0, 2, 3, 1).cpu().numpy())
+    save_grid(images, out, scale=2)
     print(out)

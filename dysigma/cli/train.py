@@ -1,4 +1,4 @@
-"""dysigma train"""
+"""dysigma train: its options are the fields of TrainConfig."""
 
 from __future__ import annotations
 
@@ -6,22 +6,79 @@ import argparse
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .common import _pairs
+from .common import add_command, describe_loss, read_pairs
+
+if TYPE_CHECKING:
+    from ..training.config import TrainConfig
+    from .common import Commands
+
+# What --help shows under which title, common options first. A field that no title names stands under "other".
+GROUPS = {
+    "essentials": (
+        "data",
+        "model",
+        "prediction",
+        "weighting",
+        "weighting_params",
+        "images",
+        "batch_size",
+        "lr",
+        "seed",
+    ),
+    "data": ("data_root", "image_size", "train_images", "conditional", "flip"),
+    "objective": ("normalize", "weighting_lr"),
+    "schedule and timesteps": (
+        "schedule",
+        "num_timesteps",
+        "zero_terminal_snr",
+        "timestep_sampler",
+        "sampler_params",
+    ),
+    "optimisation": (
+        "accumulate",
+        "weight_decay",
+        "warmup_images",
+        "cooldown_images",
+        "cooldown",
+        "grad_clip",
+        "ema_half_life",
+    ),
+    "recording": (
+        "bins",
+        "log_every",
+        "checkpoint_every",
+        "validate_every",
+        "validate_from",
+        "validation_images",
+        "validation_timesteps",
+        "distance_images",
+        "distance_steps",
+        "features",
+        "conflicts_from",
+    ),
+    "machine": ("device", "precision", "compile", "threads"),
+    "other": (),
+}
+FIRST_RANK = "0"  # torchrun numbers its processes in RANK
 
 
-def _add_train(commands: Any) -> None:
+def add(commands: Commands) -> None:
+    """Add the command and its options."""
     from ..training.config import TrainConfig
 
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "train",
+        run,
         help="train a diffusion model into a run folder",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="dysigma train --out FOLDER [options]",
         description="Train a diffusion model with a loss weighting. The run folder gets config.json, metrics.jsonl,\n"
         "summary.json, checkpoint/, samples.png, and pipeline/, which opens with DDPMPipeline.from_pretrained.",
         epilog="examples:\n"
-        "  dysigma train --out runs/first                                       a minute on a CPU\n"
+        "  dysigma train --out runs/first                                       a few minutes on a CPU\n"
         "  dysigma train --weighting dy-sigma --weighting-params kappa=0.5 --out runs/second\n"
         "  dysigma train --data cifar10 --model compact --images 20000000 --batch-size 512 --out runs/gpu\n"
         "  dysigma train --resume --out runs/gpu                                go on where it stopped",
@@ -32,62 +89,90 @@ def _add_train(commands: Any) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the interrupted run in --out, as configured",
+        help="go on with the interrupted run in --out, as configured; if its images moved, give --data",
     )
     parser.add_argument(
         "--config", type=Path, help="JSON or TOML file with options as below; flags win over it"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    group = parser.add_argument_group("configuration")
-    for f in dataclasses.fields(TrainConfig):
-        default = f.default if f.default is not dataclasses.MISSING else None
-        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
-        if default is not None and not isinstance(default, bool):
-            text += f" (default: {default})"
-        if "bool" in str(f.type):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-        elif f.name.endswith("_params"):
-            group.add_argument(flag, nargs="+", action="extend", metavar="NAME=VALUE", help=text)
-        else:
-            kind = int if "int" in str(f.type) else float if "float" in str(f.type) else str
-            group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
-    parser.set_defaults(run=_train)
+
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    for title, names in GROUPS.items():
+        if title == "other":
+            named = [name for group in GROUPS.values() for name in group]
+            names = tuple(name for name in fields if name not in named)
+        present = [name for name in names if name in fields]
+        if present:
+            group = parser.add_argument_group(title)
+            for name in present:
+                _add_option(group, fields[name])
 
 
-def _train(args: argparse.Namespace) -> None:
-    from ..runs.files import read_config
-    from ..runs.folder import load_run
+def _add_option(group: argparse._ArgumentGroup, field: dataclasses.Field[Any]) -> None:
+    """Add the flag of a field of TrainConfig. Its default is None: a flag that was not given leaves the field alone."""
+    flag = "--" + field.name.replace("_", "-")
+    text = field.metadata["help"]
+    kind = str(field.type).removesuffix(" | None")
+    if kind == "bool":
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        return
+    if field.name.endswith("_params"):
+        group.add_argument(flag, nargs="+", action="extend", metavar="NAME=VALUE", help=text)
+        return
+    if field.default is not None:
+        text += f" (default: {field.default})"
+    convert = {"int": int, "float": float, "str": str}[kind]
+    group.add_argument(flag, type=convert, metavar=kind.upper(), help=text)
+
+
+def _options_given(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of TrainConfig that flags set."""
     from ..training.config import TrainConfig
+
+    given = {}
+    for field in dataclasses.fields(TrainConfig):
+        value = getattr(args, field.name)
+        if value is None:
+            continue
+        given[field.name] = read_pairs(value) if field.name.endswith("_params") else value
+    return given
+
+
+def _configuration(args: argparse.Namespace) -> TrainConfig:
+    """What a file says, or the run to resume, and the flags over it."""
+    from ..runs.files import read_config
+    from ..training.config import TrainConfig
+
+    options: dict[str, Any] = {}
+    of_the_run = args.out / "config.json"
+    if args.config:
+        options = read_config(args.config)
+    elif args.resume and of_the_run.exists():
+        options = read_config(of_the_run)
+    options.update(_options_given(args))
+    return TrainConfig.from_dict(options)
+
+
+def _is_finished(folder: Path) -> bool:
+    from ..runs.folder import load_run
+
+    return (folder / "pipeline").exists() and load_run(folder).summary.get("status") == "done"
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    config = _configuration(args)
+    state = "done"
+    if args.resume and _is_finished(args.out):
+        state = "finished already (it cannot be extended; train longer in another --out)"
+
     from ..training.loop import train
 
-    given = {
-        k: v
-        for k, v in vars(args).items()
-        if k in TrainConfig.__dataclass_fields__ and v is not None
-    }
-    given |= {
-        name: _pairs(given[name])
-        for name in ("weighting_params", "sampler_params")
-        if name in given
-    }
-    base = read_config(args.config) if args.config else {}
-    if args.resume and not args.config and (args.out / "config.json").exists():
-        base = read_config(args.out / "config.json")
-    whole = (
-        args.resume
-        and (args.out / "pipeline").exists()
-        and load_run(args.out).summary.get("status") == "done"
+    trained = train(config, args.out, resume=args.resume, progress=not args.quiet)
+    if os.environ.get("RANK", FIRST_RANK) != FIRST_RANK:
+        return
+    summary = trained.summary
+    loss = describe_loss(
+        summary["validation_loss"], config.prediction, summary["validation_images"]
     )
-    run = train(
-        TrainConfig.from_dict(base | given), args.out, resume=args.resume, progress=not args.quiet
-    )
-    if os.environ.get("RANK", "0") == "0":  # of torchrun; the process group has ended
-        state = (
-            "finished already (it cannot be extended; train longer in another --out)"
-            if whole
-            else "done"
-        )
-        loss, judges = (run.summary[name] for name in ("validation_loss", "validation_images"))
-        print(
-            f"{state}: {run.summary['images']:,} images, EMA loss {loss:.4f} on {judges} test images, {run.path}"
-        )
+    print(f"{state}: {summary['images']:,} images, {loss}, {trained.path}")

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..checks import check_name
 
-_predictions: dict[str, Any] = {}
+ABSOLUTE_TOLERANCE = 1e-12
 
-_exercises: dict[str, tuple[Any, dict[str, Any], float]] = {}
+
+@dataclass(frozen=True)
+class _Exercise:
+    expected: Any
+    mistakes: dict[str, Any]  # diagnosis -> the wrong answer that it explains
+    rtol: float
+
+
+_predictions: dict[str, Any] = {}
+_exercises: dict[str, _Exercise] = {}
+
+
+# What a page was run with.
 
 
 def fast(full: Any, quick: Any) -> Any:
@@ -23,140 +38,179 @@ def fast(full: Any, quick: Any) -> Any:
     return quick if os.environ.get("DYSIGMA_FAST") == "1" else full
 
 
-def banner(notebook: str) -> None:
-    """Print which notebook this is, what runs it, and whether the run is full or shortened."""
-    warnings.filterwarnings(
-        "ignore", message="IProgress not found"
-    )  # diffusers' progress bars ask for widgets
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(
-        notebook,
-        f"dysigma {version('dysigma')}",
-        f"torch {torch.__version__}",
-        device,
-        sep=" · ",
-        end=" · ",
-    )
-    print(fast("full run", "short run (DYSIGMA_FAST=1): smaller sizes, looser numbers"))
+def banner(notebook: str, device: torch.device | str | None = None) -> None:
+    """Print which notebook this is, the versions, and whether the run is full or shortened.
+
+    device: where the page trains a network, which is then named too.
+    """
+    warnings.filterwarnings("ignore", message="IProgress not found")  # diffusers asks for widgets
+    words = [notebook, f"dysigma {version('dysigma')}", f"torch {torch.__version__}"]
+    if device is not None:
+        words.append(f"trains on {_device_name(torch.device(device))}")
+    words.append(fast("full run", "short run (DYSIGMA_FAST=1): smaller sizes, looser numbers"))
+    print(" · ".join(words))
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return "the CPU" if device.type == "cpu" else str(device)
 
 
 def watermark() -> None:
     """Print the versions that produced the outputs above; the last cell of every notebook."""
     names = ("dysigma", "torch", "diffusers", "numpy", "scipy", "matplotlib", "seaborn")
-    print(
-        f"Python {platform.python_version()}, "
-        + ", ".join(f"{name} {version(name)}" for name in names)
-    )
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    print(f"Python {platform.python_version()}, {versions}")
 
 
-def check_environment(extra: str = "notebooks") -> bool:
-    """Compare what is installed with what the package declares, print a verdict, and return whether all is well."""
-    from packaging.requirements import Requirement
+def check_environment() -> bool:
+    """Print whether all that the package requires is installed, and return it.
 
-    problems, listed = [], map(Requirement, requires("dysigma") or [])
-    needs = [
-        need for need in listed if need.marker is None or need.marker.evaluate({"extra": extra})
-    ]
-    for need in needs:
+    Which versions fit is pip's task; this finds what was never installed, and packages of the
+    extra ``notebooks`` among it.
+    """
+    missing = []
+    for line in requires("dysigma") or []:
+        extra = re.search(r"extra == ['\"](\w+)['\"]", line)
+        if extra is not None and extra[1] != "notebooks":
+            continue
+        name = re.match(r"[\w.-]+", line)[0]  # type: ignore[index]
         try:
-            if not need.specifier.contains(found := version(need.name), prereleases=True):
-                problems.append(f"{need.name} is {found}; this package needs {need.specifier}")
+            version(name)
         except PackageNotFoundError:
-            problems.append(f"{need.name} is not installed")
-    print(
-        "\n".join(f"✗ {line}" for line in problems)
-        or f"✓ all {len(needs)} required packages are here"
-    )
-    gpu = (
-        "a GPU is here" if torch.cuda.is_available() else "no GPU: every notebook runs without one"
-    )
-    print(f"✓ Python {platform.python_version()}; {gpu}")
-    print(
-        "Verdict: "
-        + ("run `make setup` once more, then restart the kernel." if problems else "you can start.")
-    )
-    return not problems
+            missing.append(name)
+    gpu = "no GPU is needed"
+    if torch.cuda.is_available():
+        gpu = f"a GPU is here: {torch.cuda.get_device_name()}"
+    print(f"Python {platform.python_version()}; {gpu}")
+    if missing:
+        print(f"✗ not installed: {', '.join(missing)}. Run `make setup` and restart the kernel.")
+    else:
+        print("✓ all required packages are here: you can start.")
+    return not missing
+
+
+# Predictions.
 
 
 def predict(question: str, guess: Any) -> None:
-    """Record a guess, a number or a word, before the result is known."""
+    """Record a guess, a number or a word, before the result is known; None or ``...`` stands for no guess.
+
+    >>> predict("How many times fewer images?", 3.7)
+    How many times fewer images? Your prediction: 3.7
+    >>> predict("And with noise networks?", None)
+    And with noise networks? No guess was given.
+    """
+    if guess is ...:
+        guess = None
     _predictions[question] = guess
-    print(f"{question} Your prediction: {'none yet' if guess is ... else guess}")
+    print(question, "No guess was given." if guess is None else f"Your prediction: {guess}")
 
 
 def reveal(question: str, measured: Any) -> None:
-    """Print the measured value beside the prediction; KeyError when the question was never asked."""
+    """Print the measured value beside the prediction; KeyError when the question was never asked.
+
+    >>> predict("How does the loss change, in %?", -5.0)
+    How does the loss change, in %? Your prediction: -5.0
+    >>> reveal("How does the loss change, in %?", 2.5)
+    How does the loss change, in %? Predicted -5.0, measured 2.5: it goes the other way.
+    """
     if question not in _predictions:
         raise KeyError(f"no prediction was recorded for {question!r}; have {sorted(_predictions)}")
     guess = _predictions[question]
-    if guess is ... or isinstance(guess, str):
-        verdict = (
-            "no prediction to compare"
-            if guess is ...
-            else "as predicted"
-            if guess == measured
-            else "a surprise"
-        )
-    elif guess * measured > 0:
-        ratio = max(guess / measured, measured / guess)
-        side = "too high" if abs(guess) > abs(measured) else "too low"
-        verdict = (
-            "close"
-            if ratio < 1.1
-            else f"{side} by a factor of {ratio:{'.2g' if ratio < 100 else '.0f'}}"
-        )
-    else:
-        verdict = "exactly" if guess == measured else f"off by {abs(guess - measured):.3g}"
     shown = f"{measured:.3g}" if isinstance(measured, float) else measured
-    print(
-        f"{question} Predicted {'nothing' if guess is ... else guess}, measured {shown}: {verdict}."
-    )
+    if guess is None:
+        print(f"{question} Measured {shown}. No guess was given.")
+        return
+    print(f"{question} Predicted {guess}, measured {shown}: {_compare(guess, measured)}.")
+
+
+def _compare(guess: Any, measured: Any) -> str:
+    """What a guess was worth, in words; numbers with their signs."""
+    if isinstance(guess, str):
+        return "as predicted" if guess == measured else "a surprise"
+    if guess == measured:
+        return "exactly"
+    if guess * measured < 0:
+        return "it goes the other way"
+    side = "too high" if guess > measured else "too low"
+    if guess == 0 or measured == 0:
+        return f"{side} by {abs(guess - measured):.3g}"
+    ratio = max(guess / measured, measured / guess)
+    if ratio < 1.1:
+        return "close"
+    factor = f"{ratio:.2g}" if ratio < 100 else f"{ratio:.0f}"
+    return f"{side} by a factor of {factor}"
+
+
+# Exercises.
 
 
 def exercise(
     name: str, expected: Any, *, mistakes: Mapping[str, Any] | None = None, rtol: float = 1e-4
 ) -> None:
     """Declare an exercise: the value a right answer has, and wrong values that common mistakes give, by diagnosis."""
-    _exercises[name] = expected, dict(mistakes or {}), rtol
+    _exercises[name] = _Exercise(expected, dict(mistakes or {}), rtol)
 
 
 def check(name: str, answer: Any) -> None:
-    """Print whether ``answer`` is right and, if not, what is wrong with it; an untouched ``...`` is skipped."""
+    """Print whether ``answer`` is right and, if not, what is wrong with it; an untouched ``...`` is skipped.
+
+    >>> exercise("3.1", 4.0, mistakes={"You forgot the square.": 2.0})
+    >>> check("3.1", 2.0)
+    Exercise 3.1: not yet. You forgot the square.
+    >>> check("3.1", ...)
+    Exercise 3.1: not attempted yet. Replace the ... and run the cell again.
+    """
     check_name("exercise", name, _exercises)
-    reply = "not attempted yet. Replace the ... and run the cell again."
-    if answer is not ... and answer is not None:
-        reply = (
-            f"not yet. {problem}"
-            if (problem := _diagnose(answer, *_exercises[name]))
-            else "correct."
-        )
+    if answer is ... or answer is None:
+        reply = "not attempted yet. Replace the ... and run the cell again."
+    else:
+        problem = _diagnose(answer, _exercises[name])
+        reply = f"not yet. {problem}" if problem else "correct."
     print(f"Exercise {name}: {reply}")
 
 
-def _diagnose(answer: Any, expected: Any, mistakes: dict[str, Any], rtol: float) -> str:
-    if isinstance(expected, str):
-        return (
-            ""
-            if answer == expected
-            else next((text for text, bad in mistakes.items() if bad == answer), "Wrong.")
-        )
-    got, want = (torch.as_tensor(value).detach().double().cpu() for value in (answer, expected))
+def _as_tensor(value: Any) -> Tensor:
+    return torch.as_tensor(value).detach().double().cpu()
+
+
+def _diagnose(answer: Any, exercise: _Exercise) -> str:
+    """What is wrong with an answer, or nothing."""
+    if isinstance(exercise.expected, str):
+        return _diagnose_word(answer, exercise)
+
+    got = _as_tensor(answer)
+    want = _as_tensor(exercise.expected)
     if got.shape != want.shape:
         return f"Its shape is {tuple(got.shape)}; expected {tuple(want.shape)}."
-    if len(odd := got[~got.isfinite() & want.isfinite()]):
+    odd = got[~got.isfinite() & want.isfinite()]
+    if len(odd):
         return f"It is {odd[0]} at {len(odd)} of {got.numel()} places: is something divided by 0?"
-    if torch.allclose(got, want, rtol=rtol, atol=1e-12):
+
+    def equals(value: Tensor) -> bool:
+        return torch.allclose(got, value, rtol=exercise.rtol, atol=ABSOLUTE_TOLERANCE)
+
+    if equals(want):
         return ""
-    wrong = {
-        text: torch.as_tensor(value).double().expand(want.shape) for text, value in mistakes.items()
-    }
-    if known := [
-        text for text, value in wrong.items() if torch.allclose(got, value, rtol=rtol, atol=1e-12)
-    ]:
-        return known[0]
+    for diagnosis, value in exercise.mistakes.items():
+        if equals(_as_tensor(value).expand(want.shape)):
+            return diagnosis
     scale = got.sum() / want.sum()
-    if got.numel() > 1 and torch.allclose(got, scale * want, rtol=rtol, atol=1e-12):
+    if got.numel() > 1 and equals(scale * want):
         return f"The shape is right, but it is {scale:.4g} times the right answer everywhere."
-    worst = int(((got - want).abs() / (got.abs() + want.abs() + 1e-12)).argmax())
-    side = "large" if got.flatten()[worst] > want.flatten()[worst] else "small"
-    return f"Furthest off at index {worst}: {got.flatten()[worst]:.4g} is too {side}."
+    relative_error = (got - want).abs() / (got.abs() + want.abs() + ABSOLUTE_TOLERANCE)
+    worst = int(relative_error.argmax())
+    value = got.flatten()[worst]
+    side = "large" if value > want.flatten()[worst] else "small"
+    return f"Furthest off at index {worst}: {value:.4g} is too {side}."
+
+
+def _diagnose_word(answer: Any, exercise: _Exercise) -> str:
+    if answer == exercise.expected:
+        return ""
+    for diagnosis, wrong in exercise.mistakes.items():
+        if answer == wrong:
+            return diagnosis
+    return "Wrong."

@@ -6,16 +6,18 @@ it carries the tag "solution". Both run every time; JupyterLab and the site show
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..runs.files import read_json, write_atomically, write_json
+from ..runs.files import read_json, write_atomically
 
 MAX_BYTES = 4_000_000  # of a published page, pictures included
 
@@ -24,6 +26,12 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
+
+
+# A solution is shown collapsed, on the site and in JupyterLab.
+COLLAPSED = {"tags": ["solution", "hide-input"], "jupyter": {"source_hidden": True}}
+PROGRESS_BAR = re.compile(r"\d+%\|")
+COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
 
 class NotebookError(RuntimeError):
@@ -40,12 +48,15 @@ def find(folder: str | Path, names: Sequence[str] = ()) -> list[Path]:
         raise ValueError(
             f"no notebooks (NN_name.py) in {folder}; run this in the checkout of the project"
         )
-    chosen = {
-        name: [path for path in sources if path.stem.startswith(Path(name).stem)] for name in names
-    }
-    if unknown := [name for name, found in chosen.items() if not found]:
-        raise KeyError(f"unknown notebooks {unknown}; have {[path.stem for path in sources]}")
-    return sorted(set().union(*chosen.values())) if names else sources
+    if not names:
+        return sources
+    chosen = set()
+    for name in names:
+        found = [path for path in sources if path.stem.startswith(Path(name).stem)]
+        if not found:
+            raise KeyError(f"unknown notebook {name!r}; have {[path.stem for path in sources]}")
+        chosen.update(found)
+    return sorted(chosen)
 
 
 def convert(source: str | Path, *, solutions: bool = True) -> Any:
@@ -55,97 +66,146 @@ def convert(source: str | Path, *, solutions: bool = True) -> Any:
 
     notebook = jupytext.read(source)
     notebook.metadata = from_dict(METADATA)
-    notebook.cells = [
-        cell
-        for cell in notebook.cells
-        if solutions or "solution" not in cell.metadata.get("tags", ())
-    ]
+    if not solutions:
+        notebook.cells = [cell for cell in notebook.cells if not _solves(cell)]
     for i, cell in enumerate(notebook.cells):
-        cell.id, solves = f"cell-{i:02d}", "solution" in cell.metadata.get("tags", ())
-        hidden = {"tags": ["solution", "hide-input"], "jupyter": {"source_hidden": True}}
-        cell.metadata = from_dict(hidden if solves else {})
+        cell.id = f"cell-{i:02d}"
+        cell.metadata = from_dict(COLLAPSED if _solves(cell) else {})
     return notebook
 
 
+def _solves(cell: Any) -> bool:
+    return "solution" in cell.metadata.get("tags", ())
+
+
 def _clean(text: str, root: Path) -> str:
-    # Progress bars go, and so do the folders of this machine.
-    text = "\n".join(line for line in text.split("\n") if not re.search(r"\d+%\|", line))
-    return text.replace(f"{root}/", "").replace(f"{Path.home()}/", "~/")
+    """Text without progress bars and without the folders of this machine."""
+    lines = [line for line in text.split("\n") if not PROGRESS_BAR.search(line)]
+    return "\n".join(lines).replace(f"{root}/", "").replace(f"{Path.home()}/", "~/")
 
 
 def normalise(notebook: Any, root: Path) -> None:
     """Drop from an executed notebook, in place, what would differ between two runs or is of no use to a reader."""
-    notebook.metadata["language_info"] = METADATA[
-        "language_info"
-    ]  # the kernel put its version there
+    notebook.metadata["language_info"] = METADATA["language_info"]  # the kernel puts its version
     for cell in notebook.cells:
-        for output in cell.get("outputs", ()):
-            if "text" in output:
-                output.text = _clean(output.text, root)
-            for kind in {"text/plain", "text/html", "text/markdown"} & set(output.get("data", ())):
-                output.data[kind] = _clean(output.data[kind], root)
-            if alt := output.get("metadata", {}).get("image/png", {}).get("alt"):
+        if "outputs" not in cell:
+            continue
+        kept = []
+        for output in cell.outputs:
+            if any("widget" in kind for kind in output.get("data", ())):
+                continue
+            _clean_output(output, root)
+            if output.get("text") == "":  # a stream of nothing but progress bars
+                continue
+            kept.append(output)
+            alt = output.get("metadata", {}).get("image/png", {}).get("alt")
+            if alt:
                 cell.metadata["mystnb"] = {"image": {"alt": alt}}  # where the site looks for it
-        if "outputs" in cell:
-            kept = [
-                output
-                for output in cell.outputs
-                if not any("widget" in kind for kind in output.get("data", ()))
-            ]
-            cell.outputs = [output for output in kept if output.get("text", "not a stream")]
+        cell.outputs = kept
 
 
-def _execute(source: Path, figures: Path, fast: bool, timeout: int, solutions: bool) -> str:
-    import nbformat
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+def _clean_output(output: Any, root: Path) -> None:
+    if "text" in output:
+        output.text = _clean(output.text, root)
+    for kind in ("text/plain", "text/html", "text/markdown"):
+        if kind in output.get("data", ()):
+            output.data[kind] = _clean(output.data[kind], root)
 
-    notebook = convert(source, solutions=solutions)
-    resources = {"metadata": {"path": str(source.parent)}}
-    client = NotebookClient(
-        notebook, timeout=timeout, record_timing=False, coalesce_streams=True, resources=resources
-    )
-    client.extra_arguments = ["--log-level=ERROR"]
-    try:
-        # One thread by default: the networks are tiny, and two threads on a busy machine spend their time waiting.
-        told = {"DYSIGMA_FAST": str(int(fast)), "DYSIGMA_FIGURES": str(figures)}
-        with ThreadPoolExecutor(
-            1
-        ) as aside:  # in the main thread nbclient takes Ctrl-C for itself, and stumbles
-            try:
-                aside.submit(
-                    client.execute, env={"OMP_NUM_THREADS": "1", **os.environ, **told}
-                ).result()
-            except KeyboardInterrupt:
-                if process := getattr(getattr(client.km, "provisioner", None), "process", None):
-                    process.kill()
-                raise KeyboardInterrupt(
-                    f"interrupted in {source.name}; those before it are written"
-                ) from None
-    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-        cell = sum(1 for cell in notebook.cells if cell.get("execution_count"))
-        reason = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip().splitlines()[-1]
-        raise NotebookError(f"{source.name}, code cell {cell}: {reason}") from error
-    normalise(notebook, source.parent.parent)
-    text = nbformat.writes(notebook) + "\n"
-    if (size := len(text.encode())) > MAX_BYTES and not fast:
-        raise NotebookError(
-            f"{source.name}: {size} bytes, and at most {MAX_BYTES} are published: shrink its figures"
+
+@dataclass
+class _Builder:
+    """Executes notebooks side by side, one kernel and one CPU thread each."""
+
+    fast: bool
+    timeout: int
+    solutions: bool
+    out: Path | None  # for pages and figures; beside the sources if None
+    scratch: Path
+    clients: dict[Path, Any] = field(default_factory=dict)  # of the notebooks that run now
+
+    def make(self, source: Path) -> float:
+        """Execute a notebook, write it and its figures, and return the seconds it took."""
+        start = time.perf_counter()
+        # Figures go aside first: two notebooks at once must not write one manifest.
+        drawn = self.scratch / source.stem
+        text = self._execute(source, drawn)
+        folder = self.out or source.parent
+        write_atomically(folder / f"{source.stem}.ipynb", text)
+        return time.perf_counter() - start
+
+    def publish_figures(self, source: Path) -> None:
+        """Put the figures that a notebook drew in the place of those it drew before."""
+        drawn = self.scratch / source.stem
+        figures = (self.out or source.parent.parent) / "figures"
+        path = figures / "manifest.json"
+        manifest = read_json(path) if path.exists() else {}
+        mine = [name for name, entry in manifest.items() if entry["notebook"] == source.stem]
+        for name in mine:
+            for kind in manifest.pop(name)["sha256"]:
+                (figures / f"{name}.{kind}").unlink(missing_ok=True)
+        if (drawn / "manifest.json").exists():
+            manifest.update(read_json(drawn / "manifest.json"))
+            for file in drawn.iterdir():
+                if file.name != "manifest.json":
+                    write_atomically(figures / file.name, file.read_bytes())
+        if mine or drawn.exists():
+            words = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False)
+            write_atomically(path, words + "\n")
+
+    def _execute(self, source: Path, figures: Path) -> str:
+        """The text of the executed notebook."""
+        import nbformat
+        from nbclient import NotebookClient
+        from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+        notebook = convert(source, solutions=self.solutions)
+        client = NotebookClient(
+            notebook,
+            timeout=self.timeout,
+            record_timing=False,
+            coalesce_streams=True,
+            resources={"metadata": {"path": str(source.parent)}},
         )
-    return text
+        client.extra_arguments = ["--log-level=ERROR"]
+        environment = {
+            "OMP_NUM_THREADS": "1",  # the networks are tiny, and kernels share the cores
+            **os.environ,
+            "DYSIGMA_FAST": str(int(self.fast)),
+            "DYSIGMA_FIGURES": str(figures),
+        }
+        self.clients[source] = client
+        try:
+            client.execute(env=environment)
+        except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+            cell = sum(1 for cell in notebook.cells if cell.get("execution_count"))
+            reason = COLOUR.sub("", str(error)).strip().splitlines()[-1]
+            raise NotebookError(f"{source.name}, code cell {cell}: {reason}") from error
+        finally:
+            del self.clients[source]
+        normalise(notebook, source.parent.parent)
+        text: str = nbformat.writes(notebook) + "\n"
+        size = len(text.encode())
+        if size > MAX_BYTES and not self.fast:
+            raise NotebookError(
+                f"{source.name}: {size} bytes, and at most {MAX_BYTES} are published: "
+                "shrink its figures"
+            )
+        return text
 
-
-def _forget_figures(source: Path, figures: Path) -> None:
-    # What the notebook once drew and no longer names.
-    manifest = read_json(figures / "manifest.json") if (figures / "manifest.json").exists() else {}
-    text = source.read_text(encoding="utf-8")
-    for name in [
-        n for n, entry in manifest.items() if entry["notebook"] == source.stem and n not in text
-    ]:
-        del manifest[name]
-        write_json(figures / "manifest.json", manifest)
-        for kind in ("svg", "png"):
-            (figures / f"{name}.{kind}").unlink(missing_ok=True)
+    def stop(self, pages: Iterable[Future[float]]) -> list[Path]:
+        """Kill the kernels until no page is being made; returns those that were interrupted."""
+        pages = list(pages)
+        for page in pages:
+            page.cancel()
+        interrupted = list(self.clients)
+        while True:
+            for client in list(self.clients.values()):
+                # A kernel that is just starting has no process yet; it has one in the next round.
+                process = getattr(getattr(client.km, "provisioner", None), "process", None)
+                if process is not None:
+                    process.kill()
+            if not wait(pages, timeout=0.2).not_done:
+                return interrupted
 
 
 def build(
@@ -155,31 +215,47 @@ def build(
     out: Path | None = None,
     timeout: int = 600,
     solutions: bool = True,
+    jobs: int = 1,
 ) -> None:
     """Execute notebooks and write each .ipynb beside its source, its figures to ``figures/``, or both to ``out``.
 
     fast: shortened sizes (DYSIGMA_FAST=1); what is published stays as it is, and results are kept only in ``out``.
-    timeout: seconds for one cell. solutions=False: leave the solutions out, for a class; needs ``out``.
-    Goes on after a failure and raises NotebookError at the end.
+    timeout: seconds for one cell. solutions=False: leave the solutions out, for a class; needs ``out``. jobs: notebooks
+    at once, one CPU thread each. Goes on after a failure and raises NotebookError at the end.
     """
     if not solutions and out is None:
         raise ValueError(
             "notebooks without solutions must not replace the complete ones: name a folder with out="
         )
-    failures = []
-    with tempfile.TemporaryDirectory(prefix="dysigma-") as scratch:
-        aside = Path(out or scratch).resolve() if out or fast else None
-        for source in (Path(path).resolve() for path in paths):
-            start, figures = time.perf_counter(), (aside or source.parent.parent) / "figures"
-            print(f"{source.stem} ...", end=" ", flush=True)
+    if jobs < 1:
+        raise ValueError(f"jobs must be positive; got {jobs}")
+    failures = {}
+    sources = [Path(path).resolve() for path in paths]
+    with tempfile.TemporaryDirectory(prefix="dysigma-") as name:
+        scratch = Path(name).resolve()
+        if out is not None:
+            folder = Path(out).resolve()
+        else:
+            folder = scratch / "pages" if fast else None
+        builder = _Builder(fast, timeout, solutions, folder, scratch / "figures")
+        # Not in the main thread: there nbclient takes Ctrl-C for itself, and stumbles.
+        with ThreadPoolExecutor(jobs) as workers:
+            pages = {workers.submit(builder.make, source): source for source in sources}
             try:
-                text = _execute(source, figures, fast, timeout, solutions)
-            except NotebookError as error:
-                failures.append(str(error))
-                print("failed", flush=True)
-                continue
-            write_atomically((aside or source.parent) / f"{source.stem}.ipynb", text)
-            _forget_figures(source, figures)
-            print(f"{time.perf_counter() - start:.1f} s", flush=True)
+                for page in as_completed(pages):
+                    source = pages[page]
+                    try:
+                        seconds = page.result()
+                    except NotebookError as error:
+                        failures[source] = str(error)
+                        print(f"{source.stem}: failed", flush=True)
+                        continue
+                    builder.publish_figures(source)
+                    print(f"{source.stem}: {seconds:.1f} s", flush=True)
+            except KeyboardInterrupt:
+                stopped = " and ".join(source.name for source in builder.stop(pages))
+                raise KeyboardInterrupt(
+                    f"interrupted in {stopped}; those before it are written"
+                ) from None
     if failures:
-        raise NotebookError("\n".join(failures))
+        raise NotebookError("\n".join(failures[source] for source in sorted(failures)))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    pass
 
 
 def provenance() -> dict[str, Any]:
@@ -26,11 +29,23 @@ def provenance() -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The commit of the checkout this package lies in, with "+changes" if tracked files differ; None outside git."""
-    folder = str(Path(__file__).parent)
-    command = ["git", "-C", folder, "describe", "--always", "--exclude=*"]
-    command += ["--dirty=+changes", "--abbrev=12"]
+    folder = Path(__file__).parent
+    command = [
+        "git",
+        "-C",
+        str(folder),
+        "describe",
+        "--always",
+        "--dirty=+changes",
+        "--abbrev=12",
+        "--exclude=*",
+    ]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return (
+            subprocess.run(
+                command, capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
+            or None
+        )
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dysigma
-from dysigma.cli.main import _parser
+from dysigma.cli.main import make_parser
 from dysigma.lab.race import Race
 from dysigma.training import TrainConfig
 
@@ -63,7 +63,7 @@ def test_commands_are_those_of_the_command_line(command, capsys):
     words = [word for word in shlex.split(command)[1:] if word not in ("...", "…")]
     out = [] if "--out" in words or words[0] != "train" else ["--out", "x"]
     try:
-        args = _parser().parse_args(words + out)
+        args = make_parser().parse_args(words + out)
     except SystemExit:
         pytest.fail(capsys.readouterr().err)
     if args.command == "race":
@@ -126,7 +126,9 @@ def test_scripts_for_a_cluster_parse_as_shell_and_as_commands():
     for block in (block for language, block in BLOCKS if language == "bash"):
         subprocess.run(["bash", "-n"], input=block, text=True, check=True)
         assert (
-            _parser().parse_args(re.search(r"-m dysigma (train .*) \$\(", block)[1].split()).command
+            make_parser()
+            .parse_args(re.search(r"-m dysigma (train .*) \$\(", block)[1].split())
+            .command
             == "train"
         )
 
