@@ -15,6 +15,10 @@ import torch
 from torch import Tensor
 
 
+class NotFiniteError(ValueError):
+    """A loss or gradient that is NaN or infinite: in training, a sign of divergence."""
+
+
 def check_name(
     what: str, name: str, known: Iterable[str], more: str = "", error: type[Exception] = KeyError
 ) -> None:

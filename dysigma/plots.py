@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from .auditing import Audit, Preview
     from .gradients import ConflictReport, NegativeTransfer
 
 
@@ -297,4 +298,77 @@ def transfer_matrix(transfer: NegativeTransfer) -> Figure:
     ax = fig.axes[0]
     mark_cells(ax, change.abs() > half)
     ax.set(xlabel="loss at timesteps", ylabel="fine-tuned on timesteps")
+    return fig
+
+
+def audit_figure(found: Audit) -> Figure:
+    """Two panels of an audit: where the two weights lie, and how far the one is off the other."""
+    import matplotlib.pyplot as plt
+
+    use_style()
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    weights = found.weights.numpy()
+    reference = found.reference.numpy()
+    timesteps = np.arange(len(weights))
+    claimed = found.claims or found.nearest["name"]
+
+    left.plot(timesteps, weights, color="C0", label="the function")
+    left.plot(timesteps, reference, color="C1", linestyle=DASHES[1], label=claimed)
+    left.fill_between(timesteps, weights, reference, color="0.85", linewidth=0)
+    left.set(xlabel="timestep (0 = clean)", ylabel="weight, mean 1", ylim=(0, None))
+    left.set_title("Where the weight lies")
+    left.legend()
+
+    # Where the claim is 0 there is no ratio to draw.
+    drawn = (weights > 0) & (reference > 0)
+    ratio = weights[drawn] / reference[drawn]
+    ratio = ratio / np.median(ratio)
+    right.axhspan(0.9, 1.1, color="0.85", linewidth=0)
+    right.axhline(1, color="0.5", linewidth=1)
+    right.plot(timesteps[drawn], ratio, color="C0")
+    right.set(yscale="log", xlabel="timestep (0 = clean)", ylabel="ratio, median 1")
+    low, high = right.get_ylim()
+    right.set_ylim(min(low, 0.5), max(high, 2))
+    right.set_title(f"The function over {claimed} (grey: within 10 %)")
+
+    if found.agrees:
+        title = f"The weight is within 10 % of {claimed} at every timestep"
+    else:
+        title = f"{found.total_variation:.0%} of the weight sits elsewhere than {claimed} puts it"
+    fig.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    return fig
+
+
+def preview_figure(shown: Preview, weighting: str, sampler: str) -> Figure:
+    """Two panels of a preview: density and weight by timestep, and their product, the objective."""
+    import matplotlib.pyplot as plt
+
+    use_style()
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    objective = shown.objective.numpy()
+    timesteps = np.arange(len(objective))
+
+    left.axhline(1, color="0.5", linewidth=1)
+    left.plot(timesteps, shown.density.numpy(), color="C0", label=f"density: {sampler}")
+    left.plot(
+        timesteps,
+        shown.weight.numpy(),
+        color="C1",
+        linestyle=DASHES[1],
+        label=f"weight: {weighting}",
+    )
+    left.set(xlabel="timestep (0 = clean)", ylabel="mean 1", ylim=(0, None))
+    left.set_title("What is drawn, and what it counts")
+    left.legend()
+
+    low, high = shown.middle_half()
+    inside = slice(low, high + 1)
+    right.axhline(1, color="0.5", linewidth=1)
+    right.plot(timesteps, objective, color="C2")
+    right.fill_between(timesteps[inside], objective[inside], color="C2", alpha=0.25, linewidth=0)
+    right.set(xlabel="timestep (0 = clean)", ylabel="density \u00d7 weight, mean 1", ylim=(0, None))
+    right.set_title("The objective (shaded: its middle half)")
+
+    title = f"Half of the objective lies at timesteps {low} to {high}"
+    fig.suptitle(title, x=0.01, ha="left", fontweight="bold")
     return fig

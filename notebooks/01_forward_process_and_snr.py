@@ -199,7 +199,7 @@ def density_over_log_snr(schedule):
     return -1 / (schedule.num_timesteps * torch.gradient(schedule.log_snr)[0])
 
 
-schedules = {name: make(1000) for name, make in SCHEDULES.items()}
+schedules = {name: make(1000) for name, make in SCHEDULES.items() if name != "flow"}
 densities = {name: density_over_log_snr(schedule) for name, schedule in schedules.items()}
 
 middle = schedules["cosine"].log_snr.abs() < 5

@@ -54,14 +54,41 @@ def test_min_norm_is_optimal(kind, k):
         assert shortest @ shortest - (rows @ shortest).min() <= 1e-6 * gramian.diagonal().min()
 
 
-def test_min_norm_goes_only_as_far_as_all_weights_stay_positive():
-    # Found by search: here two weights would turn negative in one step, and another step than to the first of them ends
-    # with other gradients.
-    rng = np.random.default_rng(40894)
-    gradients = rng.normal(size=(8, 6)) + rng.normal(size=6)
-    gramian = gradients @ gradients.T
-    w = pareto.min_norm_weights(gramian)
-    assert (gramian @ w >= w @ gramian @ w * (1 - 1e-9)).all()
+@pytest.mark.parametrize("kind", ["condition", "spread", "repeated", "cancelling"])
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_min_norm_is_optimal_on_hard_scales(kind, scale):
+    """No convex combination is shorter, up to rounding: neither the shortest gradient nor any mixture."""
+    rng = np.random.default_rng(7)
+    for k in (2, 9, 63):
+        rows = rng.normal(size=(k, 2 * k))
+        if kind == "condition":  # Gramians of condition 1e12
+            left, _, right = np.linalg.svd(rows, full_matrices=False)
+            rows = left * np.logspace(0, -6, k) @ right
+        elif kind == "spread":
+            rows *= 10 ** rng.uniform(-8, 8, size=(k, 1))
+        elif kind == "repeated":
+            rows[k // 2 :] = rows[: k - k // 2]
+        else:
+            rows = np.vstack([rows, -rng.dirichlet(np.ones(k)) @ rows])
+        rows = rows * scale
+        weights = pareto.min_norm_weights(rows @ rows.T)
+        assert (weights >= 0).all() and weights.sum() == pytest.approx(1, abs=1e-12)
+        least = ((weights @ rows) ** 2).sum()
+        shortest_square = (rows**2).sum(1).min()
+        assert least <= shortest_square * (1 + 1e-12)
+        if kind == "cancelling":
+            assert least < 1e-15 * shortest_square
+        for _ in range(50):  # no mixture near the solution, or with any other, is shorter
+            other = rng.dirichlet(np.full(len(rows), rng.choice([0.05, 1.0])))
+            for share in (1e-6, 1e-3, 0.1):
+                mixed = (1 - share) * weights + share * other
+                assert ((mixed @ rows) ** 2).sum() >= least - 1e-12 * shortest_square
+
+
+def test_min_norm_shares_the_weight_between_zero_gradients():
+    rows = np.random.default_rng(0).normal(size=(5, 9))
+    rows[[1, 3]] = 0
+    assert pareto.min_norm_weights(rows @ rows.T).tolist() == [0, 0.5, 0, 0.5, 0]
 
 
 def test_min_norm_agrees_with_scipy():

@@ -36,7 +36,7 @@ def run_rank(rank, count, out, stop):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=count
     )
-    states, build_state = [], training.build
+    states, build_state = [], training.recorder.build
 
     def kept_build(*args):
         states.append(build_state(*args))
@@ -46,7 +46,8 @@ def run_rank(rank, count, out, stop):
     def stop_signals():
         yield lambda: rank == count - 1 and states[0].step == stop
 
-    training.build, training._stop_signals = kept_build, stop_signals
+    training.recorder.build = kept_build
+    training.loop.stop_signals = stop_signals
     with contextlib.suppress(KeyboardInterrupt):
         train(CONFIG, out, resume=out.exists(), progress=False, finish=False)
     torch.save(states[0].state_dict()[0], out.with_suffix(f".{rank}"))
@@ -213,7 +214,7 @@ def test_torchrun_ends_when_a_rank_is_killed_and_says_which(tmp_path):
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "_ranks", lambda: (0, 3))
+    monkeypatch.setattr(training.parallel, "rank_and_count", lambda: (0, 3))
     with pytest.raises(
         ValueError,
         match=r"batch_size must be a multiple of .* got batch_size 8, accumulate 1, 3 ranks",

@@ -1,6 +1,5 @@
 """Run folders: whole or named as damaged, one process at a time, nothing that was whole lost."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -100,7 +99,7 @@ def test_no_whole_checkpoint_is_an_error_that_names_the_damage(tmp_path):
     harm(tmp_path / "state-000000001.safetensors", "a bit flipped")
     with pytest.raises(
         RunError,
-        match=r"state-000000001\.safetensors does not match .*no other: delete it to start again",
+        match=r"state-000000001\.safetensors does not match .*no other: move it away to start again",
     ):
         load_checkpoint(tmp_path)
 
@@ -238,8 +237,6 @@ def test_every_run_and_race_is_listed_with_what_it_has_come_to(tmp_path):
         "config.json is not valid JSON" in damaged["bad"][2] and "line 1 of" in damaged["line"][2]
     )
     assert sorted(tmp_path.rglob("*")) == before, "looking changes nothing"
-    with open(tmp_path / "deep/er/held/.lock") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)  # another listing
-        assert next(find_runs(tmp_path / "deep"))[1] == "interrupted"
+    assert next(find_runs(tmp_path / "deep"))[1] == "interrupted", "free again"
     with pytest.raises(RunError, match="there is no folder"):
         next(find_runs(tmp_path / "nowhere"))

@@ -9,9 +9,13 @@ import torch
 from diffusers.training_utils import compute_snr
 
 from dysigma.checks import check_timesteps
+from dysigma.objective import sample_losses
 from dysigma.randomness import generator
 from dysigma.schedule import SCHEDULES, NoiseSchedule, canonical_prediction_type, make_schedule
 from dysigma.weightings import make_weighting
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of numpy, about diffusers
+PRESERVING = [name for name in SCHEDULES if name != "flow"]
 
 DIFFUSERS_NAMES = {
     "linear": "linear",
@@ -21,7 +25,7 @@ DIFFUSERS_NAMES = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", PRESERVING)
 def test_tables_equal_those_of_diffusers(name):
     schedule = make_schedule(name)
     options = {"beta_start": 0.00085, "beta_end": 0.012} if name == "scaled-linear" else {}
@@ -38,7 +42,7 @@ def test_tables_equal_those_of_diffusers(name):
     )
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", PRESERVING)
 def test_a_schedule_ends_above_zero_unless_asked_and_is_no_part_of_a_checkpoint(name):
     schedule = SCHEDULES[name](50)
     assert schedule.alphas_cumprod[-1] > 0 and not schedule.state_dict()
@@ -54,7 +58,7 @@ def test_log_snr_matches_a_hand_computation():
     )
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", PRESERVING)
 def test_add_noise_equals_diffusers(name):
     schedule = make_schedule(name)
     theirs = schedule.to_diffusers()
@@ -91,7 +95,7 @@ def test_every_prediction_type_recovers_x0(name, zero_terminal_snr):
     torch.testing.assert_close(back, x0[keep], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", PRESERVING)
 def test_zero_terminal_snr_ends_at_exactly_zero_and_keeps_the_start(name):
     plain, rescaled = make_schedule(name), make_schedule(name, zero_terminal_snr=True)
     assert rescaled.log_snr[-1] == -torch.inf and torch.isfinite(rescaled.log_snr[:-1]).all()
@@ -131,19 +135,20 @@ def all_schedulers():
     names = {name for names in diffusers.schedulers._import_structure.values() for name in names}
     for name in sorted(name for name in names if name.endswith("Scheduler")):
         try:
-            yield name, getattr(diffusers, name)()
+            scheduler = getattr(diffusers, name)()
         except (AttributeError, TypeError):  # not exported, or of arguments without defaults
             continue
+        if hasattr(scheduler, "config"):  # and no stand-in for a class that needs another package
+            yield name, scheduler
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of numpy, about diffusers
 def test_every_scheduler_of_diffusers_gives_its_training_levels_or_is_refused_with_a_reason():
     covered, refused = set(), set()
     for name, scheduler in all_schedulers():
         try:
             schedule = NoiseSchedule.from_diffusers(scheduler)
         except ValueError as error:
-            assert re.search(f"{name} has no alphas_cumprod.*weighting.at", str(error))
+            assert re.search(f"{name} .*weighting.at", str(error))
             refused.add(name)
             continue
         covered.add(name)
@@ -212,21 +217,403 @@ def test_a_flow_noises_and_predicts_as_in_diffusers():
         torch.testing.assert_close(back[keep], x0[keep], rtol=1e-3, atol=1e-3)
 
 
-def test_a_target_of_the_other_path_is_refused():
-    x0, timesteps = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
-    for schedule, kind in ((NoiseSchedule.linear(10), "flow"), (NoiseSchedule.flow(10), "v")):
-        for call in (schedule.target, schedule.to_x0):
-            with pytest.raises(
-                ValueError, match=r"has no (flow|v)_prediction: noise - x0 is flow_prediction"
-            ):
-                call(x0, x0, timesteps, kind)
-        with pytest.raises(ValueError, match="has no"):
-            make_weighting("min-snr", schedule, kind)
-    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler"):
-        NoiseSchedule.flow(10).to_diffusers()
+def test_the_velocity_is_refused_off_the_flow():
+    x0, timesteps, schedule = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), LINEAR
+    for call in (schedule.target, schedule.to_x0):
+        with pytest.raises(ValueError, match="flow_prediction"):
+            call(x0, x0, timesteps, "flow")
+    with pytest.raises(ValueError, match="flow_prediction"):
+        make_weighting("min-snr", schedule, "flow")
+    with pytest.raises(ValueError, match="to_x0"):
+        schedule.to_velocity(x0, x0, timesteps, "sample")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+# ---------------------------------------------------------------- every class of diffusers, to and from
+
+LINEAR = NoiseSchedule.linear(100)
+HOLD_BETAS = [
+    "CogVideoXDDIM", "CogVideoXDPM", "DDIM", "DDIMInverse", "DDIMParallel", "DDPM", "DDPMParallel",
+    "DEISMultistep", "DPMSolverMultistep", "DPMSolverMultistepInverse", "DPMSolverSinglestep",
+    "EulerAncestralDiscrete", "EulerDiscrete", "HeunDiscrete", "KDPM2AncestralDiscrete",
+    "KDPM2Discrete", "LCM", "LMSDiscrete", "PNDM", "RePaint", "SASolver", "TCD", "UniPCMultistep",
+]  # fmt: skip
+HOLD_FLOWS = [
+    "DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep", "FlowMatchEulerDiscrete",
+    "FlowMatchHeunDiscrete", "FlowMatchLCM", "SASolver", "UniPCMultistep",
+]  # fmt: skip
+
+
+def scheduler_class(name):
+    found = getattr(diffusers, f"{name}Scheduler", None)
+    return found or pytest.skip(f"this diffusers has no {name}Scheduler")
+
+
+def one_more_schedule(name):
+    """Schedules of our own names, those that only some classes of diffusers know, and ones edited by hand."""
+    if name in SCHEDULES:
+        return make_schedule(name, 100)
+    if name == "laplace":
+        return NoiseSchedule.from_diffusers(diffusers.DDPMScheduler(1000, beta_schedule="laplace"))
+    if name == "exp":
+        return NoiseSchedule.from_diffusers(
+            diffusers.HeunDiscreteScheduler(100, beta_schedule="exp")
+        )
+    if name == "zero terminal":
+        return NoiseSchedule.linear(100, zero_terminal_snr=True)
+    if name == "trained betas":
+        betas = torch.linspace(0.001, 0.2, 100).tolist()
+        return NoiseSchedule.from_diffusers(diffusers.DDIMScheduler(100, trained_betas=betas))
+    return NoiseSchedule.from_diffusers(diffusers.CogVideoXDDIMScheduler(100, snr_shift_scale=2.0))
+
+
+@pytest.mark.parametrize("name", HOLD_BETAS)
+@pytest.mark.parametrize(
+    "made", [*PRESERVING, "laplace", "exp", "zero terminal", "trained betas", "shifted SNR"]
+)
+def test_every_schedule_goes_to_every_class_and_comes_back(made, name):
+    schedule = one_more_schedule(made)
+    scheduler = schedule.to_diffusers(scheduler_class(name))
+    assert type(scheduler) is scheduler_class(name)
+    back = NoiseSchedule.from_diffusers(scheduler)
+    torch.testing.assert_close(back.alphas_cumprod, schedule.alphas_cumprod, rtol=1e-3, atol=1e-7)
+    assert back.has_zero_terminal_snr == schedule.has_zero_terminal_snr
+    if hasattr(scheduler, "sigmas"):
+        assert scheduler.sigmas.isfinite().all()
+
+
+def network_of(scheduler, schedule, kind):
+    """What an optimal network of x0 = 1 answers a scheduler at timestep t, at the noise level that t stands for."""
+
+    def answer(x, t):
+        t = torch.as_tensor(t).round().long().clamp(0, schedule.num_timesteps - 1).expand(len(x))
+        x0 = torch.ones_like(x)
+        alpha, sigma = schedule.alpha[t].view(-1, 1), schedule.sigma[t].view(-1, 1)
+        noise = (x - alpha * x0) / sigma
+        return {"epsilon": noise, "sample": x0, "v_prediction": alpha * noise - sigma * x0}[kind]
+
+    return answer
+
+
+SAMPLE_WITH = [
+    "CogVideoXDDIM", "DDIM", "DDPM", "DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep",
+    "EulerAncestralDiscrete", "EulerDiscrete", "HeunDiscrete", "KDPM2AncestralDiscrete",
+    "KDPM2Discrete", "LMSDiscrete", "TCD", "UniPCMultistep",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("made", ["sigmoid", "laplace", "zero terminal"])
+@pytest.mark.parametrize("name", SAMPLE_WITH)
+def test_every_schedule_samples_to_the_end_with_every_class(name, made):
+    """With the optimal network of the one image 1, whatever the noise, sampling must end near 1."""
+    schedule = one_more_schedule(made)
+    scheduler = schedule.to_diffusers(scheduler_class(name), "v_prediction")
+    scheduler.set_timesteps(20)
+    network = network_of(scheduler, schedule, "v_prediction")
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        output = network(scheduler.scale_model_input(x, t), t)
+        x = scheduler.step(output, t, x, return_dict=False)[0]
+    left = 2 * float(schedule.sigma[0])  # some end at the cleanest level, not at none
+    torch.testing.assert_close(x, torch.ones_like(x), rtol=0, atol=0.2 + left)
+
+
+def test_classes_that_cannot_hold_the_levels_are_refused():
+    for name in ("EDMEuler", "FlowMatchEulerDiscrete", "IPNDM", "UnCLIP", "CMStochasticIterative"):
+        with pytest.raises(ValueError, match="cannot hold the levels"):
+            LINEAR.to_diffusers(scheduler_class(name))
+    for name in ("DDPM", "EulerDiscrete", "EDMEuler"):
+        with pytest.raises(ValueError, match="holds no flow"):
+            NoiseSchedule.flow(100).to_diffusers(scheduler_class(name))
+    with pytest.raises(ValueError, match=r"rescale_betas_zero_snr.*cannot hold"):
+        LINEAR.to_diffusers(diffusers.DDIMScheduler, rescale_betas_zero_snr=True)
+    with pytest.raises(ValueError, match="epsilon alone"):
+        LINEAR.to_diffusers(diffusers.RePaintScheduler, "v_prediction")
+    with pytest.raises(TypeError, match="spacing"):
+        LINEAR.to_diffusers(diffusers.DDIMScheduler, spacing="trailing")
+    for mistaken in (diffusers.DDIMScheduler(), "DDIMScheduler"):
+        with pytest.raises(TypeError, match="class"):
+            LINEAR.to_diffusers(mistaken)
+
+
+def test_a_subclass_is_treated_as_its_base():
+    class Mine(diffusers.EulerDiscreteScheduler):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+
+    schedule = NoiseSchedule.sigmoid(100, zero_terminal_snr=True)
+    scheduler = schedule.to_diffusers(Mine, "v_prediction")
+    assert scheduler.sigmas.isfinite().all()
+    assert scheduler.config.prediction_type == "v_prediction"
+    assert NoiseSchedule.from_diffusers(scheduler).has_zero_terminal_snr
+
+
+# ---------------------------------------------------------------- the table is the truth
+
+
+def rescaled_in_place(scheduler):
+    """As trainers of the kohya family do it; the config stays."""
+    root = scheduler.alphas_cumprod.sqrt()
+    bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    alphas = torch.cat([bar[:1], bar[1:] / bar[:-1]])
+    scheduler.betas, scheduler.alphas, scheduler.alphas_cumprod = 1 - alphas, alphas, bar
+    return scheduler
+
+
+def set_last(scheduler, value):
+    scheduler.alphas_cumprod[-1] = value
+    return scheduler
+
+
+def shift_in_place(scheduler):
+    bar = scheduler.alphas_cumprod
+    scheduler.alphas_cumprod = bar / (3 - 2 * bar)
+    return scheduler
+
+
+EDITED = {
+    "rescaled linear": lambda: rescaled_in_place(diffusers.DDPMScheduler()),
+    "rescaled cosine": lambda: rescaled_in_place(
+        diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2")
+    ),
+    "rescaled betas": lambda: rescaled_in_place(
+        diffusers.DDPMScheduler(50, trained_betas=[0.02 + 0.001 * i for i in range(50)])
+    ),
+    "a last level near 0": lambda: set_last(diffusers.DDPMScheduler(), 4.897e-8),
+    "a cosine ending at 0": lambda: set_last(
+        diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"), 0.0
+    ),
+    "a shifted SNR": lambda: shift_in_place(diffusers.DPMSolverMultistepScheduler()),
+    "zero SNR by flag, undone by hand": lambda: set_last(
+        diffusers.DDPMScheduler(rescale_betas_zero_snr=True), 1e-9
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EDITED)
+@pytest.mark.parametrize("back_as", ["DDPM", "DDIM", "EulerDiscrete", "HeunDiscrete"])
+def test_a_table_edited_in_place_is_read_and_given_back(name, back_as):
+    scheduler = EDITED[name]()
+    schedule = NoiseSchedule.from_diffusers(scheduler)
+    torch.testing.assert_close(
+        schedule.alphas_cumprod, scheduler.alphas_cumprod.double(), rtol=0, atol=0
+    )
+    given = schedule.to_diffusers(scheduler_class(back_as))
+    back = NoiseSchedule.from_diffusers(given)
+    torch.testing.assert_close(back.log_snr, schedule.log_snr, rtol=1e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize("name", ["linear", "scaled-linear", "sigmoid", "cosine"])
+def test_ten_thousand_timesteps_whose_products_underflow(name, zero_terminal_snr):
+    ends = {} if name == "cosine" else {"beta_start": 1e-4, "beta_end": 0.04}
+    schedule = make_schedule(name, 10_000, zero_terminal_snr=zero_terminal_snr, **ends)
+    assert (schedule.log_snr.diff() < 0).all()
+    for back_as in ("DDPM", "DDIM"):
+        scheduler = schedule.to_diffusers(scheduler_class(back_as))
+        if name in ("linear", "sigmoid") and not zero_terminal_snr:
+            assert scheduler.alphas_cumprod[-1] == 0  # lost in the float32 table, not in its betas
+        back = NoiseSchedule.from_diffusers(scheduler)
+        assert back.has_zero_terminal_snr == zero_terminal_snr
+        inner = slice(10, -1)
+        torch.testing.assert_close(
+            back.log_snr[inner], schedule.log_snr[inner], rtol=1e-3, atol=1e-2
+        )
+
+
+# Configurations of published pipelines: class, arguments, first and last sigma / alpha of training.
+STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+PUBLISHED = {
+    "SD 1.5": ("PNDM", {**STABLE_DIFFUSION, "skip_prk_steps": True, "steps_offset": 1}),
+    "SD 2.1": ("DDIM", {**STABLE_DIFFUSION, "prediction_type": "v_prediction"}),
+    "SDXL": ("EulerDiscrete", {**STABLE_DIFFUSION, "timestep_spacing": "leading"}),
+    "SDXL Turbo": ("EulerAncestralDiscrete", {**STABLE_DIFFUSION, "timestep_spacing": "trailing"}),
+    "LCM": ("LCM", {**STABLE_DIFFUSION, "original_inference_steps": 50}),
+    "TCD": ("TCD", STABLE_DIFFUSION),
+    "KDPM2": ("KDPM2Discrete", STABLE_DIFFUSION),
+    "DEIS": ("DEISMultistep", STABLE_DIFFUSION),
+    "UniPC": ("UniPCMultistep", STABLE_DIFFUSION),
+    "Heun": ("HeunDiscrete", STABLE_DIFFUSION),
+    "SASolver": ("SASolver", STABLE_DIFFUSION),
+    "Karras sigmas": ("DPMSolverMultistep", {**STABLE_DIFFUSION, "use_karras_sigmas": True}),
+    "PixArt": ("DPMSolverMultistep", {"beta_schedule": "linear"}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_are_read_before_and_after_sampling(name):
+    class_name, options = PUBLISHED[name]
+    scheduler = scheduler_class(class_name)(**options)
+    ours = NoiseSchedule.scaled_linear() if "beta_end" in options else NoiseSchedule.linear()
+    for _ in range(2):
+        schedule = NoiseSchedule.from_diffusers(scheduler)
+        torch.testing.assert_close(schedule.log_snr, ours.log_snr, rtol=1e-3, atol=1e-3)
+        scheduler.set_timesteps(8)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shift"),
+    [
+        ("FlowMatchEulerDiscrete", {"shift": 3.0}, 3.0),  # SD3
+        ("FlowMatchEulerDiscrete", {"shift": 3.0, "use_dynamic_shifting": True}, 1.0),  # Flux
+        (
+            "FlowMatchEulerDiscrete",
+            {"shift_terminal": 0.1, "use_dynamic_shifting": True},
+            1.0,
+        ),  # LTX
+        ("UniPCMultistep", {"use_flow_sigmas": True, "flow_shift": 5.0}, 5.0),  # Wan
+        ("DPMSolverMultistep", {"use_flow_sigmas": True, "flow_shift": 3.0}, 3.0),  # SANA
+    ],
+)
+def test_published_flows_are_read_before_and_after_sampling(name, options, shift):
+    scheduler = (
+        scheduler_class(name)(prediction_type="flow_prediction", **options)
+        if ("use_flow_sigmas" in options)
+        else scheduler_class(name)(**options)
+    )
+    for _ in range(2):
+        schedule = NoiseSchedule.from_diffusers(scheduler)
+        assert schedule.is_flow and schedule.shift == shift
+        torch.testing.assert_close(schedule.sigma, NoiseSchedule.flow(shift=shift).sigma)
+        dynamic = {"mu": 1.0} if options.get("use_dynamic_shifting") else {}
+        scheduler.set_timesteps(8, **dynamic)
+
+
+def test_levels_of_a_flow_edited_in_place_are_read():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(100)
+    scheduler.sigmas = scheduler.sigmas**2
+    schedule = NoiseSchedule.from_diffusers(scheduler)
+    torch.testing.assert_close(schedule.sigma, scheduler.sigmas.flip(0), rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match="no shift of s"):
+        schedule.to_diffusers()
+
+
+CONTINUOUS = {
+    "SVD": ("EulerDiscrete", {"timestep_type": "continuous", "sigma_max": 700.0}),
+    "Playground": ("EDMDPMSolverMultistep", {}),
+    "EDM": ("EDMEuler", {}),
+    "VE": ("ScoreSdeVe", {}),
+}
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_a_continuum_of_levels_is_refused_with_the_way(name):
+    class_name, options = CONTINUOUS[name]
+    with pytest.raises(ValueError, match=r"levels.*weighting\.at"):
+        NoiseSchedule.from_diffusers(scheduler_class(class_name)(**options))
+
+
+@pytest.mark.parametrize(
+    ("mistaken", "word"),
+    [
+        (diffusers.DDPMScheduler, "class"),
+        (diffusers.DDPMScheduler().config, "config"),
+        ({"beta_schedule": "linear"}, "config"),
+        ("some/model", "subfolder"),
+        (None, "NoneType"),
+        (torch.linspace(0.9, 0.1, 10), "Tensor"),
+        (torch.nn.Linear(1, 1), "Linear"),
+        (type("Pipeline", (), {"scheduler": diffusers.DDPMScheduler()})(), "scheduler"),
+    ],
+)
+def test_what_is_no_scheduler_is_told_so(mistaken, word):
+    with pytest.raises(TypeError, match=word) as told:
+        NoiseSchedule.from_diffusers(mistaken)
+    assert "EDM" not in str(told.value) and "\n" not in str(told.value)
+
+
+# ---------------------------------------------------------------- flows
+
+KINDS = ("sample", "epsilon", "v_prediction", "flow_prediction")
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("name", HOLD_FLOWS)
+def test_a_flow_goes_to_flow_schedulers_and_comes_back(name, shift):
+    schedule = make_schedule("flow", 100, shift=shift)
+    scheduler = schedule.to_diffusers(scheduler_class(name))
+    back = NoiseSchedule.from_diffusers(scheduler)
+    assert back.is_flow and back.shift == shift
+    torch.testing.assert_close(back.log_snr, schedule.log_snr)
+
+
+def test_a_flow_has_the_levels_of_diffusers_for_every_shift():
+    for shift in (0.5, 1.0, 3.0):
+        schedule = make_schedule("flow", 50, shift=shift)
+        theirs = schedule.to_diffusers()
+        assert isinstance(theirs, diffusers.FlowMatchEulerDiscreteScheduler)
+        torch.testing.assert_close(schedule.sigma, theirs.sigmas.flip(0), rtol=1e-5, atol=1e-7)
+        assert torch.equal(schedule.timestep_of(theirs.timesteps / 50), torch.arange(49, -1, -1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_target_of_a_flow_gives_x0_and_velocity(kind):
+    schedule = make_schedule("flow", 40, shift=2.0)
+    x0, noise = torch.randn(2, 39, 2, 3, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.arange(39)  # the last one is noise alone
+    x_t = schedule.add_noise(x0, noise, timesteps)
+    target = schedule.target(x0, noise, timesteps, kind)
+    close = {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close(schedule.to_x0(target, x_t, timesteps, kind), x0, **close)
+    velocity = schedule.to_velocity(target, x_t, timesteps, kind)
+    torch.testing.assert_close(velocity, noise - x0, **close)
+
+
+@pytest.mark.parametrize("kind", ["sample", "v_prediction", "flow_prediction"])
+def test_networks_of_all_targets_on_a_flow_have_one_objective(kind):
+    """The gradient of min-snr by a network of any target is that of min(SNR, 5) |x0 error|^2, by hand."""
+    schedule = make_schedule("flow", 30, shift=2.0)
+    x0, noise = torch.randn(2, 30, 5, generator=torch.Generator().manual_seed(0)).double()
+    timesteps = torch.arange(30)
+    s = schedule.sigma.double()[:, None]
+    a = 1 - s
+    x_t = a * x0 + s * noise
+    net = torch.nn.Linear(5, 5).double()
+    guess = net(x_t)
+    output = {
+        "sample": guess,
+        "flow_prediction": (x_t - guess) / s,
+        "v_prediction": (a * x_t - (a**2 + s**2) * guess) / s,
+    }[kind]
+    per_sample = (output - schedule.target(x0, noise, timesteps, kind)).square().mean(1)
+    weighting = make_weighting("min-snr", schedule, kind, normalize=False)
+    snr = (a / s) ** 2
+    wanted = (snr.clamp(max=5) * (guess - x0).square()).mean()
+    (expected,) = torch.autograd.grad(wanted, net.weight, retain_graph=True)
+    (found,) = torch.autograd.grad(weighting(per_sample, timesteps), net.weight, retain_graph=True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
+    inner = timesteps[:-1]
+    at = weighting.at(per_sample[:-1], schedule.log_snr[:-1])
+    torch.testing.assert_close(at, weighting(per_sample[:-1], inner), rtol=1e-5, atol=0)
+
+
+def test_epsilon_on_a_flow_has_no_weight_where_there_is_no_signal():
+    schedule = make_schedule("flow", 10)
+    with pytest.raises(ValueError, match="SNR = 0"):
+        make_weighting("min-snr", schedule, "epsilon")
+    x = torch.randn(9, 3)
+    losses = sample_losses(lambda x, t: x, schedule, x, x, torch.arange(9), "epsilon")
+    assert losses.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["sample", "epsilon", "v_prediction"])
+def test_a_flow_matching_scheduler_is_not_told_another_target(kind):
+    schedule = make_schedule("flow", 10)
+    with pytest.raises(ValueError, match="to_velocity"):
+        schedule.to_diffusers(prediction_type=kind)
+    if kind != "v_prediction":
+        scheduler = schedule.to_diffusers(diffusers.DPMSolverMultistepScheduler, kind)
+        assert scheduler.config.prediction_type == kind and scheduler.config.use_flow_sigmas
+
+
+def test_bad_flows_and_parameters_are_refused():
+    for shift in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="shift"):
+            make_schedule("flow", shift=shift)
+    with pytest.raises(ValueError, match="shift"):
+        make_schedule("cosine", shift=2.0)
+    assert make_schedule("flow", 10, zero_terminal_snr=True).is_flow
+
+
 def test_schedulers_of_euler_type_have_the_same_table_and_scale_their_input():
     for name in (
         "EulerDiscrete",
@@ -266,7 +653,7 @@ def test_a_table_that_betas_do_not_make_comes_back():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", PRESERVING)
 def test_no_timestep_gets_zero_noise_in_low_precision(name, dtype):
     schedule = make_schedule(name).to(dtype)
     x0 = torch.zeros(1000, 1, dtype=dtype)

@@ -77,7 +77,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, changes, monkeypatch):
         if how == "killed":
             monkeypatch.setattr("dysigma.training.train_step", kill_at_step_15)
         else:
-            monkeypatch.setattr("dysigma.training._stop_signals", stop_at_step_15)
+            monkeypatch.setattr("dysigma.training.loop.stop_signals", stop_at_step_15)
         with pytest.raises(Killed if how == "killed" else KeyboardInterrupt):
             train(config, out, progress=False)
         monkeypatch.undo()
@@ -185,7 +185,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_step_bin_and_weighting(tmp_pa
             else losses
         )
 
-    monkeypatch.setattr("dysigma.training.sample_losses", poisoned)
+    monkeypatch.setattr("dysigma.training.step.sample_losses", poisoned)
     with pytest.raises(
         TrainingDiverged, match=r"loss is not finite at step \d+.*bin \d.*'min-snr'"
     ):

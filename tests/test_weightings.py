@@ -30,6 +30,9 @@ from dysigma.weightings import (
     share_changed,
 )
 
+# Those of the variance-preserving path.
+SCHEDULES = {name: make for name, make in SCHEDULES.items() if name != "flow"}
+
 LINEAR = NoiseSchedule.linear(1000)
 VP_TYPES = ("sample", "epsilon", "v_prediction")
 # A short schedule that spans SNR 300 .. 0.002, for tests that visit every timestep.

@@ -18,6 +18,9 @@ from .tables import distance, log_error_ratio, log_x0_weight, parameters_of, pre
 _PER_PARAMETER = 0.01
 _OTHER_TARGET = 0.005
 
+# A root mean square of the log-ratio that rounding alone explains.
+_EXACT = 1e-4
+
 # How many fits on the grid are worth polishing.
 _POLISHED = 6
 
@@ -61,6 +64,8 @@ def find_nearest(
         fit.penalty = 0.0 if is_claimed else _PER_PARAMETER * len(fit.params)
         fit.penalty += 0.0 if fit.target == target else _OTHER_TARGET
     best_first = sorted(coarse, key=_by_score)
+    if best_first[0].distance < _EXACT:
+        return best_first[0]
     polished = [_polish(fit, log_weights, schedule) for fit in best_first[:_POLISHED]]
     return min(polished + best_first, key=_by_score)
 
@@ -113,7 +118,7 @@ def _on_grid(
 
 def _polish(fit: Fit, log_weights: Tensor, schedule: NoiseSchedule) -> Fit:
     """Minimise the distance over the parameters, from where the grid led, and round them if that costs nothing."""
-    if not fit.params or fit.distance < 1e-4:
+    if not fit.params or fit.distance < _EXACT:
         return fit
     from scipy.optimize import minimize
 

@@ -26,9 +26,12 @@ COMPILE_FROM = 1024
 
 
 def add_command(
-    commands: Commands, name: str, run: Callable[[argparse.Namespace], None], **texts: Any
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], int | None], **texts: Any
 ) -> argparse.ArgumentParser:
-    """Add a command that calls run(args), with the option that all commands have."""
+    """Add a command that calls run(args), with the option that all commands have.
+
+    run: returns None, or an exit code other than 0 that is a result and no error.
+    """
     parser = commands.add_parser(name, **texts)
     parser.add_argument(
         "--debug", action="store_true", help="print the traceback of an error, whatever it is"

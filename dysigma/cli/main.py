@@ -12,9 +12,34 @@ from contextlib import suppress
 from pathlib import Path
 
 from .. import __version__
-from . import benchmark, compare, conflicts, evaluate, notebooks, race, runs, sample, train
+from . import (
+    audit,
+    benchmark,
+    compare,
+    conflicts,
+    evaluate,
+    notebooks,
+    race,
+    runs,
+    sample,
+    show,
+    train,
+)
 
-COMMANDS = (train, runs, sample, evaluate, conflicts, compare, race, notebooks, benchmark)
+# In the order in which --help lists them.
+COMMANDS = (
+    train,
+    runs,
+    sample,
+    evaluate,
+    conflicts,
+    compare,
+    race,
+    audit,
+    show,
+    notebooks,
+    benchmark,
+)
 PACKAGE = Path(__file__).resolve().parent.parent
 INSTALLED = tuple(
     Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "purelib", "platlib")
@@ -89,15 +114,15 @@ def _explain(error: Exception) -> int | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 the run failed, 2 bad input, 130 interrupted.
+    """Run one command and return the exit code: 0 done, 2 bad input, 130 interrupted.
 
-    With --debug every error passes through, so that Python prints its traceback.
+    1 says that a run failed, or, of audit, that the function is not what it claims to be. With --debug every error passes through, so that Python prints its traceback.
     """
     args = make_parser().parse_args(argv)
     with suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        args.run(args)
+        code: int | None = args.run(args)
     except KeyboardInterrupt as stop:
         print(f"\ndysigma: {str(stop) or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
@@ -107,5 +132,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _explain(error)
         if code is None:
             raise
-        return code
-    return DONE
+    return code or DONE

@@ -10,9 +10,11 @@ __all__ = [
     "CIFAR10_CLASSES",
     "LEAF_CLASSES",
     "PALETTES",
+    "SHAPES",
     "SPLITS",
     "ImageData",
     "batch",
     "leaves",
     "load_data",
+    "shapes",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import tarfile
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -14,12 +14,14 @@ import numpy as np
 import torch
 
 from ..downloads import check_digest, data_folder, download
+from .arrays import read_npz
 from .dataset import ImageData
-from .files import _npz, _stack
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 
-CIFAR10_BYTES, CIFAR10_MD5 = 170_498_071, "c58f30108f718f92721af3b95e74349a"
+CIFAR10_BYTES = 170_498_071
+
+CIFAR10_MD5 = "c58f30108f718f92721af3b95e74349a"
 
 CIFAR10_BATCHES = {  # the files of each split and their MD5
     "train": {
@@ -46,7 +48,12 @@ CIFAR10_CLASSES = (
 )
 
 
-def _cifar10(root: str | Path | None, split: str) -> ImageData:
+def read_cifar10(root: str | Path | None, split: str) -> ImageData:
+    """CIFAR-10 from the official archive, from its batches or from an .npz file.
+
+    root: a folder that holds one of these, or the file itself; None is the data folder. An archive
+    that is missing is downloaded. Raises ValueError for a file that is not CIFAR-10.
+    """
     place = data_folder(root)
     if place.suffix in (".gz", ".npz") and not place.is_file():
         raise ValueError(
@@ -55,34 +62,23 @@ def _cifar10(root: str | Path | None, split: str) -> ImageData:
     archive = place / "cifar-10-python.tar.gz"
     for found in (place, place / "cifar-10-batches-py", archive, place / "cifar10.npz"):
         if found.is_file() and found.suffix == ".npz":
-            return replace(_npz(found, split), class_names=CIFAR10_CLASSES)
+            return replace(read_npz(found, split), class_names=CIFAR10_CLASSES)
         if found.is_file() or all((found / name).is_file() for name in CIFAR10_BATCHES[split]):
-            return _official(found, split)
-    download(
-        "CIFAR-10", CIFAR10_URL, archive, CIFAR10_BYTES, CIFAR10_MD5, "--data-root or DYSIGMA_DATA"
-    )
-    return _official(archive, split)
+            return _read_official(found, split)
+    places = "--data-root or DYSIGMA_DATA"
+    download("CIFAR-10", CIFAR10_URL, archive, CIFAR10_BYTES, CIFAR10_MD5, places)
+    return _read_official(archive, split)
 
 
-def _official(place: Path, split: str) -> ImageData:
-    """CIFAR-10 from the official archive or its extracted folder: verified, then unpickled, arrays only."""
-    hashes, contents = CIFAR10_BATCHES[split], {}
+def _read_official(place: Path, split: str) -> ImageData:
+    """The official archive or its extracted folder: verified, then unpickled, arrays only."""
     try:
-        files = _read_batches(place, hashes.keys())
-        for name, expected in hashes.items():
-            raw = files.pop(name)
-            check_digest(BytesIO(raw), name, expected)
-            contents[name] = _ArraysOnly(
-                BytesIO(raw), encoding="bytes"
-            ).load()  # Python 2 wrote it: strings are bytes
-        labels = torch.cat([torch.tensor(contents[name][b"labels"]) for name in hashes])
-        images = _stack(
-            ((name, torch.from_numpy(contents.pop(name)[b"data"])) for name in hashes), len(hashes)
+        return _unpickle(
+            _read_batches(place, CIFAR10_BATCHES[split].keys()), CIFAR10_BATCHES[split]
         )
-        return ImageData(images.view(-1, 3, 32, 32), labels, "cifar10", CIFAR10_CLASSES)
     except Exception as error:  # a damaged archive or pickle raises almost anything
         raise ValueError(
-            f"{place} is not the official CIFAR-10 ({error}): delete it and run again"
+            f"{place} is not the official CIFAR-10 ({error}): move it away and run again"
         ) from error
 
 
@@ -92,18 +88,40 @@ def _read_batches(place: Path, names: Set[str]) -> dict[str, bytes]:
         return {name: (place / name).read_bytes() for name in names}
     with place.open("rb") as stream:
         check_digest(stream, "the archive", CIFAR10_MD5)
+    files = {}
     with tarfile.open(place, "r:gz") as tar:
-        members = (
-            (Path(member.name).name, tar.extractfile(member)) for member in tar if member.isreg()
-        )
-        files = {name: file.read() for name, file in members if name in names and file}
-    if missing := names - files.keys():
+        for member in tar:
+            name = Path(member.name).name
+            content = tar.extractfile(member) if member.isreg() and name in names else None
+            if content is not None:
+                files[name] = content.read()
+    missing = names - files.keys()
+    if missing:
         raise ValueError(f"{', '.join(sorted(missing))} missing")
     return files
 
 
+def _unpickle(files: dict[str, bytes], hashes: Mapping[str, str]) -> ImageData:
+    """The images of the batches, each verified; a batch is dropped as soon as it is copied."""
+    images = torch.empty(0)
+    labels = []
+    for number, (name, expected) in enumerate(hashes.items()):
+        raw = files.pop(name)
+        check_digest(BytesIO(raw), name, expected)
+        batch = _ArraysOnly(BytesIO(raw), encoding="bytes").load()  # Python 2 wrote it
+        pixels = torch.from_numpy(batch[b"data"])
+        if number == 0:
+            images = pixels.new_empty(len(hashes), *pixels.shape)
+        if pixels.shape != images.shape[1:]:
+            raise ValueError(f"{name} holds {[*pixels.shape]}, those before {[*images.shape[1:]]}")
+        images[number] = pixels
+        labels.append(torch.tensor(batch[b"labels"]))
+    pictures = images.view(-1, 3, 32, 32)
+    return ImageData(pictures, torch.cat(labels), "cifar10", CIFAR10_CLASSES)
+
+
 class _ArraysOnly(pickle.Unpickler):
-    """Builds numpy arrays and plain containers; every other name in a pickle is refused before it is looked up."""
+    """Builds numpy arrays and plain containers; any other name is refused before it is looked up."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):

@@ -17,33 +17,56 @@ SPLITS = ("train", "test")
 
 @dataclass(eq=False)
 class ImageData:
-    """A data set in memory. Raises ValueError when its parts do not fit together."""
+    """A data set in memory.
 
-    images: Tensor  # uint8 (N, C, H, W)
-    labels: Tensor | None = None  # int64 (N,)
+    images: uint8 (N, C, H, W).
+    labels: int64 (N,), or None.
+    name: what messages call the data set.
+    class_names: one name for each value of labels, or None.
+    exact: bool (N,), False where an image only approximates the original; None where all are exact.
+
+    Raises ValueError when the parts do not fit together.
+
+    >>> data = ImageData(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 2, 1, 2]))
+    >>> len(data), data.num_classes
+    (4, 3)
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
     name: str = "images"
-    class_names: tuple[str, ...] | None = None  # one for each value of labels
-    exact: Tensor | None = (
-        None  # bool (N,), False where an image only approximates the original; None: all are exact
-    )
+    class_names: tuple[str, ...] | None = None
+    exact: Tensor | None = None
 
     def __post_init__(self) -> None:
-        x, n = self.images, len(self)
-        if x.ndim != 4 or x.dtype != torch.uint8 or 0 in x.shape:
+        images = self.images
+        if images.ndim != 4 or images.dtype != torch.uint8 or 0 in images.shape:
             raise ValueError(
-                f"{self.name}: need uint8 images (N, C, H, W), none of them 0; got {x.dtype} {[*x.shape]}"
+                f"{self.name}: need uint8 images (N, C, H, W), none of them 0; "
+                f"got {images.dtype} {[*images.shape]}"
             )
-        for y, dtype in ((self.labels, torch.int64), (self.exact, torch.bool)):
-            if y is not None and (y.dtype != dtype or y.shape != (n,)):
-                wanted = f"labels must be integers (int64) and exact bool, both ({n},)"
-                raise ValueError(f"{self.name}: {wanted}; got {y.dtype} {[*y.shape]}")
-        classes = self.num_classes or 0
-        if (
-            self.labels is not None
-            and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < classes
-        ):
+        self._check_column("labels", self.labels, torch.int64)
+        self._check_column("exact", self.exact, torch.bool)
+        self._check_range_of_labels()
+
+    def _check_column(self, name: str, column: Tensor | None, dtype: torch.dtype) -> None:
+        if column is None:
+            return
+        if column.dtype != dtype or column.shape != (len(self),):
             raise ValueError(
-                f"{self.name}: labels must lie in [0, {classes}); got {self.labels.unique().tolist()}"
+                f"{self.name}: {name} must be {dtype} ({len(self)},); "
+                f"got {column.dtype} {[*column.shape]}"
+            )
+
+    def _check_range_of_labels(self) -> None:
+        if self.labels is None or self.num_classes is None:
+            return
+        lowest = int(self.labels.min())
+        highest = int(self.labels.max())
+        if lowest < 0 or highest >= self.num_classes:
+            raise ValueError(
+                f"{self.name}: labels must lie in [0, {max(self.num_classes, 1)}); "
+                f"got values from {lowest} to {highest}"
             )
 
     def __len__(self) -> int:
@@ -52,11 +75,11 @@ class ImageData:
     @property
     def num_classes(self) -> int | None:
         """How many class_names, or else one more than the largest label; None without labels."""
-        return (
-            None
-            if self.labels is None
-            else len(self.class_names or ()) or int(self.labels.max()) + 1
-        )
+        if self.labels is None:
+            return None
+        if self.class_names:
+            return len(self.class_names)
+        return int(self.labels.max()) + 1
 
     @property
     def originals(self) -> Tensor:
@@ -65,11 +88,21 @@ class ImageData:
 
     def to(self, device: torch.device | str) -> ImageData:
         """The same data on `device`; where it already is there, in the same memory."""
-        return self._map(lambda x: x.to(device))
+        return self.apply(lambda tensor: tensor.to(device))
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> ImageData:
-        labels, exact = (None if x is None else function(x) for x in (self.labels, self.exact))
-        return replace(self, images=function(self.images), labels=labels, exact=exact)
+    def apply(self, function: Callable[[Tensor], Tensor]) -> ImageData:
+        """The data set whose images, labels and exact are function(what they are here).
+
+        >>> data = ImageData(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4))
+        >>> data.apply(lambda tensor: tensor[:2]).labels.tolist()
+        [0, 1]
+        """
+        return replace(
+            self,
+            images=function(self.images),
+            labels=None if self.labels is None else function(self.labels),
+            exact=None if self.exact is None else function(self.exact),
+        )
 
 
 def batch(
@@ -77,25 +110,38 @@ def batch(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The batch of one training step: a pure function of (seed, step), whatever device holds the data.
 
-    Images are consumed as a stream, each epoch in a new order; `flip` mirrors each with probability 1/2.
-    Returns x0 (B, C, H, W) float32 in [-1, 1], labels (B,) int64 or None, indices (B,) int64, on the data's device.
-    Raises ValueError if step < 0 or batch_size < 1.
+    Images are consumed as a stream, each epoch in a new order; `flip` mirrors each with
+    probability 1/2. Returns x0 (B, C, H, W) float32 in [-1, 1], labels (B,) int64 or None, and
+    indices (B,) int64, all on the data's device. Raises ValueError if step < 0 or batch_size < 1.
+
+    >>> data = ImageData(torch.zeros(6, 3, 8, 8, dtype=torch.uint8))
+    >>> first, second = (batch(data, seed=0, step=step, batch_size=3) for step in (0, 1))
+    >>> sorted(first[2].tolist() + second[2].tolist())
+    [0, 1, 2, 3, 4, 5]
     """
     if step < 0 or batch_size < 1:
         raise ValueError(f"batch needs step >= 0 and batch_size >= 1; got {step=}, {batch_size=}")
-    total, start, stop = len(data), step * batch_size, (step + 1) * batch_size
-    epochs = range(start // total, (stop - 1) // total + 1)
-    parts = [
-        _permutation(total, seed, e)[max(start - e * total, 0) : stop - e * total] for e in epochs
-    ]
     device = data.images.device
-    indices = to_device(torch.cat(parts), device)
+    indices = to_device(_stream(len(data), seed, step * batch_size, batch_size), device)
     images = data.images[indices]
     if flip:
-        mirrored = torch.rand(batch_size, 1, 1, 1, generator=generator(seed, step, "flip")) < 0.5
-        images = torch.where(to_device(mirrored, device), images.flip(-1), images)
+        uniform = torch.rand(batch_size, 1, 1, 1, generator=generator(seed, step, "flip"))
+        mirrored = to_device(uniform < 0.5, device)
+        images = torch.where(mirrored, images.flip(-1), images)
     labels = None if data.labels is None else data.labels[indices]
-    return images.float().div_(127.5).sub_(1), labels, indices
+    x0 = images.float().div_(127.5).sub_(1)
+    return x0, labels, indices
+
+
+def _stream(total: int, seed: int, start: int, count: int) -> Tensor:
+    """The image numbers at places start ... start + count - 1 of the stream of epochs."""
+    stop = start + count
+    parts = []
+    for epoch in range(start // total, (stop - 1) // total + 1):
+        first = epoch * total
+        order = _permutation(total, seed, epoch)
+        parts.append(order[max(start - first, 0) : stop - first])
+    return torch.cat(parts)
 
 
 @functools.lru_cache(maxsize=4)

@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from ..bins import Bins
+from ..checks import NotFiniteError
 from ..randomness import forked_rng
 from ..schedule import NoiseSchedule
 from .batches import BinBatch, ModelKwargs, batch_losses
@@ -121,7 +122,8 @@ class GramianAccumulator:
         usable = squares.isfinite() & (squares > 0)
         bad = torch.nonzero(~usable).flatten().tolist()
         if bad:
-            raise ValueError(
+            kind = ValueError if squares.isfinite().all() else NotFiniteError
+            raise kind(
                 f"bins {bad} have losses {[float(losses[k]) for k in bad]} and gradients of squared norm "
                 f"{squares[bad].tolist()}: NaN has no direction, and an exact 0 would pass for a solved objective"
             )

@@ -25,7 +25,8 @@ from ..runs.provenance import provenance
 from ..schedule import make_schedule
 from ..training.config import TrainConfig
 from ..training.parts import build, load_split
-from ..training.step import autocast, train_step
+from ..training.precision import autocast
+from ..training.step import train_step
 from ..weightings.registry import WEIGHTINGS, make_weighting
 
 BINS, MICRO_BATCHES = 10, 16  # as conflicts has them by default
@@ -57,7 +58,7 @@ def _own_step(config: TrainConfig, data: ImageData, **options: Any) -> Callable[
     """Our training step; options compile the network in another way."""
     state = build(config, data)
     if options:
-        state.forward = torch.compile(state.model, fullgraph=True, dynamic=False, **options)
+        state.forward = torch.compile(state.model, fullgraph=True, dynamic=False, **options)  # type: ignore[assignment]
     return lambda: train_step(state, data, config)
 
 

@@ -5,25 +5,29 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from .files import RunError, digest, read_json, write_atomically, write_json
 
-if TYPE_CHECKING:
-    pass
+# Where a run goes on, and on which copy of its images, may change. The images themselves may not:
+# dysigma.training.identity compares them.
+MAY_DIFFER = ("device", "data", "data_root", "threads")
 
 
 def differences(saved: dict[str, Any], given: dict[str, Any]) -> str:
-    """The fields of two configurations that differ, as text; "" if a run of one may go on as the other."""
+    """The fields of two configurations that differ, as text; "" if a run of one may go on as the other.
+
+    >>> differences({"seed": 0, "device": "cpu"}, {"seed": 1, "device": "cuda", "new": 3})
+    'seed 0 there, 1 here'
+    """
     given = json.loads(json.dumps(given))
-    keys = [
-        key
-        for key in given
-        if key in saved and saved[key] != given[key] and key not in ("device", "data_root")
-    ]
-    return ", ".join(f"{key} {saved[key]!r} there, {given[key]!r} here" for key in keys)
+    found = []
+    for key, value in given.items():
+        if key in saved and saved[key] != value and key not in MAY_DIFFER:
+            found.append(f"{key} {saved[key]!r} there, {value!r} here")
+    return ", ".join(found)
 
 
 def save_checkpoint(
@@ -38,21 +42,21 @@ def save_checkpoint(
     name = f"state-{step:09d}"
     content = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
     write_atomically(folder / f"{name}.safetensors", content)
-    entry = {
+    entry: dict[str, Any] = {
         "step": step,
         "tensors": f"{name}.safetensors",
         "sha256": digest(content),
         "meta": meta,
     }
-    for path in (folder / f"{name}.json", folder / "latest.json"):
-        write_json(path, entry | {"check": digest(entry)})
-    before = max(
-        (path.stem for path in folder.glob("state-*.json") if path.stem < name), default=name
-    )
-    for old in folder.glob(
-        "*state-*.*"
-    ):  # also what a process that was killed had not put in place
-        if old.stem not in (name, before):
+    entry["check"] = digest(entry)
+    write_json(folder / f"{name}.json", entry)
+    write_json(folder / "latest.json", entry)
+
+    earlier = [path.stem for path in folder.glob("state-*.json") if path.stem < name]
+    kept = {name, max(earlier, default=name)}
+    # The pattern also matches what a process that was killed had not put in place.
+    for old in folder.glob("*state-*.*"):
+        if old.stem not in kept:
             old.unlink()
 
 
@@ -75,7 +79,7 @@ def load_checkpoint(
             warnings.warn(f"{problems[0]}. Taken instead: {path}, of step {found[0]}", stacklevel=2)
         return found
     raise RunError(
-        f"{problems[0]}, and {folder} has no other: delete it to start again from the first step"
+        f"{problems[0]}, and {folder} has no other: move it away to start again from the first step"
     )
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tomllib
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
 
 
 class RunError(ValueError):
@@ -46,9 +44,10 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file, or of a TOML file if it is called .toml; RunError if it cannot be read."""
-    kind, module = ("TOML", tomllib) if path.suffix == ".toml" else ("JSON", json)
+    kind = "TOML" if path.suffix == ".toml" else "JSON"
     try:
-        return module.loads(path.read_text())
+        text = path.read_text()
+        return tomllib.loads(text) if kind == "TOML" else json.loads(text)
     except FileNotFoundError:
         raise RunError(f"{path} does not exist") from None
     except OSError as error:
@@ -66,19 +65,22 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of bytes, or of the JSON of anything else."""
-    return hashlib.sha256(
-        value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
-    ).hexdigest()
+    """SHA-256 of bytes, or of the JSON of anything else.
+
+    >>> digest({"b": 1, "a": 2}) == digest({"a": 2, "b": 1})
+    True
+    """
+    content = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
+    return hashlib.sha256(content).hexdigest()
 
 
 def append_metrics(path: Path, row: dict[str, Any]) -> None:
     """Add one line of JSON. In bin_losses NaN, an empty bin, becomes null; anywhere else it is a ValueError."""
-    values = {
-        key: value.tolist() if isinstance(value, Tensor) else value for key, value in row.items()
-    }
+    values = {}
+    for key, value in row.items():
+        values[key] = value.tolist() if isinstance(value, Tensor) else value
     if "bin_losses" in values:
-        values["bin_losses"] = [None if v != v else v for v in values["bin_losses"]]
+        values["bin_losses"] = [None if math.isnan(v) else v for v in values["bin_losses"]]
     with open(path, "a") as file:
         file.write(json.dumps(values, allow_nan=False) + "\n")
         file.flush()

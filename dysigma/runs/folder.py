@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .files import RunError, read_config, read_metrics
-from .locks import _is_free
+from .locks import is_in_use
 
 if TYPE_CHECKING:
     import pandas
+    from diffusers import DiffusionPipeline
+
+# A file of any of these names beside a damaged one tells that the folder was a run or a race.
+MARKS = {"race.json", "summary.json", "metrics.jsonl"}
 
 
 @dataclass(frozen=True)
@@ -31,27 +34,30 @@ class Run:
 
         return pandas.DataFrame(read_metrics(self.path / "metrics.jsonl"))
 
-    def pipeline(self) -> Any:
+    def pipeline(self) -> DiffusionPipeline:
         """A diffusers DDPMPipeline with the EMA weights; RunError if the run has not written one or it is damaged."""
-        from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-
         folder = self.path / "pipeline"
         if not (folder / "model_index.json").exists():
-            raise RunError(
-                f"{self.path} has no pipeline yet (status: {self.summary.get('status')}): let it finish"
-            )
+            status = self.summary.get("status")
+            raise RunError(f"{self.path} has no pipeline yet (status: {status}): let it finish")
         try:
-            # Part by part and never from a pickle: nothing is imported because a file names it.
-            options = {
-                "use_safetensors": True,
-                "low_cpu_mem_usage": False,
-            }  # to use little wants accelerate
-            network = UNet2DModel.from_pretrained(folder / "unet", local_files_only=True, **options)
-            return DDPMPipeline(
-                network, DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
-            )
+            return _read_pipeline(folder)
         except Exception as error:  # damaged files raise almost anything
             raise RunError(f"{folder} is damaged ({str(error).splitlines()[0]})") from None
+
+
+def _read_pipeline(folder: Path) -> DiffusionPipeline:
+    """Read part by part and never from a pickle: nothing is imported because a file names it."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    network = UNet2DModel.from_pretrained(
+        folder / "unet",
+        local_files_only=True,
+        use_safetensors=True,
+        low_cpu_mem_usage=False,  # to use little wants accelerate
+    )
+    scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+    return DDPMPipeline(network, scheduler)
 
 
 def load_run(path: str | Path) -> Run:
@@ -63,54 +69,70 @@ def load_run(path: str | Path) -> Run:
         )
     summary = path / "summary.json"
     return Run(
-        path, read_config(path / "config.json"), read_config(summary) if summary.exists() else {}
+        path=path,
+        config=read_config(path / "config.json"),
+        summary=read_config(summary) if summary.exists() else {},
     )
 
 
-def find_runs(folder: Path) -> Iterator[tuple[Path, str, str, str]]:
-    """(folder, state, progress, last line) of each run and race in and below a folder; anything else is passed over.
+class Found(NamedTuple):
+    """A line of the list of runs."""
 
-    State: running, interrupted, finished, failed or damaged, with the damage as last line. Reads text alone: a damaged
-    checkpoint shows when the run is resumed. RunError if there is no such folder.
+    path: Path
+    state: str  # running, interrupted, finished, failed or damaged
+    progress: str
+    last: str  # of a damaged one: the damage
+
+
+def find_runs(folder: Path) -> Iterator[Found]:
+    """Each run and race in and below a folder; anything else is passed over.
+
+    Reads text alone: a damaged checkpoint shows when the run is resumed. RunError if there is no
+    such folder.
     """
     if not folder.is_dir():
         raise RunError(f"there is no folder {folder}")
-    for path, folders, files in (
-        (Path(at), folders, files) for at, folders, files in os.walk(folder)
-    ):
+    for at, folders, files in os.walk(folder):
+        path = Path(at)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         try:
             if "race.json" in files:
-                race, rows = read_config(path / "race.json"), read_metrics(path / "records.jsonl")
-                total = len(race["seeds"]) * len(race["arms"]) * len(race["grid"])
-                status, progress = (
-                    "done" if len(rows) == total else "",
-                    f"{len(rows)} of {total} trainings",
-                )
-                last = (
-                    " ".join(str(rows[-1][key]) for key in ("grid", "arm", "seed")) if rows else ""
-                )
-            elif (
-                "config.json" in files
-                and {"weighting", "images"} <= read_config(path / "config.json").keys()
-            ):
-                run, rows = load_run(path), read_metrics(path / "metrics.jsonl") or [{"images": 0}]
-                status, images = str(run.summary.get("status")), rows[-1]["images"]
-                progress = f"{images:,} of {run.config['images']:,} images"
-                losses = [f"{row['loss']:.4g}" for row in rows[-1:] if "loss" in row]
-                last = ", weighted training loss ".join([run.config["weighting"], *losses])
-            else:
-                continue
-            state = {"done": "finished", "failed": "failed"}.get(status, "interrupted")
-            with suppress(OSError), open(path / ".lock") as file:
-                state = state if _is_free(file, shared=True) else "running"
-        except (
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-        ) as error:  # what a file holds may be anything
-            if not {"race.json", "summary.json", "metrics.jsonl"} & {*files}:
-                continue
-            state, progress, last = "damaged", "", str(error)
-        yield path, state, progress, last
+                yield _describe_race(path)
+            elif "config.json" in files and _is_run(path):
+                yield _describe_run(path)
+        # What a file holds may be anything.
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            if MARKS.intersection(files):
+                yield Found(path, "damaged", "", str(error))
+
+
+def _is_run(path: Path) -> bool:
+    return {"weighting", "images"} <= read_config(path / "config.json").keys()
+
+
+def _describe_race(path: Path) -> Found:
+    race = read_config(path / "race.json")
+    rows = read_metrics(path / "records.jsonl")
+    total = len(race["seeds"]) * len(race["arms"]) * len(race["grid"])
+    last = ""
+    if rows:
+        last = " ".join(str(rows[-1][key]) for key in ("grid", "arm", "seed"))
+    state = "finished" if len(rows) == total else "interrupted"
+    return Found(path, _or_running(path, state), f"{len(rows)} of {total} trainings", last)
+
+
+def _describe_run(path: Path) -> Found:
+    run = load_run(path)
+    rows = read_metrics(path / "metrics.jsonl")
+    latest = rows[-1] if rows else {"images": 0}
+    progress = f"{latest['images']:,} of {run.config['images']:,} images"
+    last = run.config["weighting"]
+    if "loss" in latest:
+        last += f", weighted training loss {latest['loss']:.4g}"
+    states = {"done": "finished", "failed": "failed"}
+    state = states.get(str(run.summary.get("status")), "interrupted")
+    return Found(path, _or_running(path, state), progress, last)
+
+
+def _or_running(path: Path, state: str) -> str:
+    return "running" if is_in_use(path) else state

@@ -9,49 +9,67 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
 
 from .files import RunError
 
-if TYPE_CHECKING:
-    pass
-
-
-def _is_free(file: Any, shared: bool = False) -> bool:
-    """Lock an open file for this process (shared: for others too) until it is closed; False if another holds it."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (OSError, ImportError) as error:
-        warnings.warn(
-            f"no locks on this system ({error}): let one process alone use {file.name}",
-            stacklevel=4,
-        )
-    return True
+LOCK = ".lock"
+# In a file of its own, because a locked file cannot be read on Windows.
+HOLDER = ".lock-holder"
+# A listing of runs holds the lock for a moment.
+PATIENCE_SECONDS = 0.2
 
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Hold a run folder for this process alone; RunError if another process holds it.
 
-    The system holds the lock on ``.lock`` for as long as the process lives, so that a killed one leaves none behind.
+    The system holds the lock on ``.lock`` for as long as the process lives, so that a killed one
+    leaves none behind. Where the system has no locks, a warning says so.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
-    with open(path, "a+") as file:
-        if not any(
-            _is_free(file) for _ in map(time.sleep, (0, 0.2))
-        ):  # a listing holds it for a moment
-            raise RunError(
-                f"{folder} is in use by {path.read_text().strip()}; wait for it, stop it, or choose another --out. The "
-                "lock ends with that process, however it ends: a file .lock left over locks nothing"
-            )
-        file.truncate(0)
-        file.write(
-            f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+    file_lock = FileLock(folder / LOCK)
+    try:
+        file_lock.acquire(timeout=PATIENCE_SECONDS)
+    except Timeout:
+        raise RunError(
+            f"{folder} is in use by {_holder(folder)}; wait for it, stop it, or choose another "
+            "--out. The lock ends with that process, however it ends: a file .lock left over locks "
+            "nothing"
+        ) from None
+    except OSError as error:
+        if not (folder / LOCK).exists():
+            raise  # the folder cannot be written
+        warnings.warn(
+            f"no locks on this system ({error}): let one process alone use {folder}", stacklevel=3
         )
-        file.flush()
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    (folder / HOLDER).write_text(f"{holder} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    try:
         yield
+    finally:
+        (folder / HOLDER).unlink(missing_ok=True)
+        file_lock.release()
+
+
+def is_in_use(folder: Path) -> bool:
+    """Whether a process holds a run folder now; looking leaves no trace."""
+    if not (folder / LOCK).exists():
+        return False
+    file_lock = FileLock(folder / LOCK)
+    try:
+        file_lock.acquire(timeout=PATIENCE_SECONDS / 4, poll_interval=0.01)
+    except Timeout:
+        return True
+    except OSError:  # the folder of someone else: its lock cannot be tried
+        return (folder / HOLDER).exists()
+    file_lock.release()
+    return False
+
+
+def _holder(folder: Path) -> str:
+    try:
+        return (folder / HOLDER).read_text().strip()
+    except OSError:
+        return "another process"

@@ -5,12 +5,9 @@ from __future__ import annotations
 import platform
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    pass
 
 
 def provenance() -> dict[str, Any]:
@@ -29,23 +26,11 @@ def provenance() -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The commit of the checkout this package lies in, with "+changes" if tracked files differ; None outside git."""
-    folder = Path(__file__).parent
-    command = [
-        "git",
-        "-C",
-        str(folder),
-        "describe",
-        "--always",
-        "--dirty=+changes",
-        "--abbrev=12",
-        "--exclude=*",
-    ]
+    folder = str(Path(__file__).parent)
+    command = ["git", "-C", folder, "describe", "--always", "--exclude=*"]
+    command += ["--dirty=+changes", "--abbrev=12"]
     try:
-        return (
-            subprocess.run(
-                command, capture_output=True, text=True, check=True, timeout=10
-            ).stdout.strip()
-            or None
-        )
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
+    return found.stdout.strip() or None

@@ -1,9 +1,11 @@
 """Training: one configuration, one step, one loop that yields whole steps, and a run folder that can be resumed."""
 
+from .compiled import check_compiled
 from .config import TrainConfig
 from .loop import train
 from .parts import TrainState, build, load_split, make_parts
-from .step import StepRecord, TrainingDiverged, autocast, check_compiled, iterate, train_step
+from .precision import autocast
+from .step import StepRecord, TrainingDiverged, iterate, train_step
 
 __all__ = [
     "StepRecord",

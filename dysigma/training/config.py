@@ -13,18 +13,42 @@ from ..samplers import TIMESTEP_SAMPLERS
 from ..schedule import SCHEDULES, NoiseSchedule, canonical_prediction_type, make_schedule
 from ..weightings.registry import WEIGHTINGS
 
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+COOLDOWNS = ("linear", "cosine")
+MAY_BE_ZERO = ("seed", "warmup_images", "cooldown_images", "weight_decay", "distance_images")
+SMALLEST_FLOAT = 5e-324
+LARGEST_INT = 2**63 - 1
+
 
 def _option(default: Any, text: str) -> Any:
     """A field of TrainConfig, with the words that explain it on the command line."""
-    value: dict[str, Any] = {"default_factory": dict} if default is dict else {"default": default}
-    return field(**value, metadata={"help": text})
+    metadata = {"help": text}
+    if default is dict:
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _plain(value: Any) -> Any:
+    """A NumPy or torch scalar as the Python number it holds, also inside a dict; all else as it is."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return value.item()
+    return value
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything a run depends on; JSON in the run folder. Amounts of training are counted in images.
 
-    Raises KeyError for an unknown name and ValueError for a number out of range, when constructed.
+    NumPy and torch scalars are stored as plain Python numbers. Raises KeyError for an unknown name
+    and ValueError for a number out of range, when constructed.
+
+    >>> config = TrainConfig(weighting="min-snr", images=64_000, batch_size=64)
+    >>> config.num_steps
+    1000
+    >>> TrainConfig.from_dict(config.to_dict()) == config
+    True
     """
 
     data: str = _option(
@@ -40,9 +64,10 @@ class TrainConfig:
     train_images: int | None = _option(None, "use only the first so many training images")
     conditional: bool = _option(False, "condition the network on the class labels")
     model: str = _option(
-        "tiny", "network: micro, tiny (for CPUs), small, compact (for CIFAR-10 on a GPU), ddpm"
+        "tiny",
+        "network: micro, tiny (for CPUs), small, compact, medium (for CIFAR-10 on a GPU), ddpm",
     )
-    schedule: str = _option("linear", "noise schedule: linear, scaled-linear, cosine, sigmoid")
+    schedule: str = _option("linear", f"noise schedule: {', '.join(SCHEDULES)}")
     num_timesteps: int = _option(1000, "number of timesteps T")
     zero_terminal_snr: bool = _option(
         False, "rescale the schedule to end in pure noise (not with epsilon)"
@@ -71,6 +96,10 @@ class TrainConfig:
     )
     weight_decay: float = _option(0.0, "AdamW weight decay of the network")
     warmup_images: int = _option(3_200, "linear warm-up of the learning rate over so many images")
+    cooldown_images: int = _option(
+        0, "decay of the learning rate to 0 over the last so many images (0: none)"
+    )
+    cooldown: str = _option("linear", "shape of that decay: linear or cosine")
     grad_clip: float = _option(1.0, "largest norm of the gradient")
     ema_half_life: float = _option(
         500_000.0, "of the averaged weights, in images (at most 5 %% of the images seen)"
@@ -99,43 +128,43 @@ class TrainConfig:
     conflicts_from: int | None = _option(
         None, "images before the first report of conflicts, then at every doubling"
     )
-    device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps")
-    precision: str = _option("auto", "auto (bfloat16 on CUDA), float32 or bfloat16")
-    compile: bool | None = _option(None, "torch.compile, and channels last (default: on CUDA only)")
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1")
+    precision: str = _option(
+        "auto",
+        "float32, bfloat16, float16, or auto: bfloat16 on a CUDA device that has it, else float32",
+    )
+    compile: bool | None = _option(
+        None, "torch.compile, and channels last (default: on CUDA devices that support it)"
+    )
+    threads: int | None = _option(
+        None,
+        "CPU threads (default: one for micro and tiny on images of up to 16 pixels, else what torch "
+        "chooses; a resumed run keeps its number)",
+    )
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            self._check(f.name, str(f.type), getattr(self, f.name))
+            value = _plain(getattr(self, f.name))
+            object.__setattr__(self, f.name, value)
+            _check_field(f.name, str(f.type), value)
         object.__setattr__(self, "prediction", canonical_prediction_type(self.prediction))
         check_name("schedule", self.schedule, SCHEDULES)
         check_name("model", self.model, PRESETS)
-        check_name("precision", self.precision, ["auto", "float32", "bfloat16"])
+        check_name("precision", self.precision, PRECISIONS)
+        check_name("cooldown", self.cooldown, COOLDOWNS)
         if self.images < self.batch_size or self.batch_size % self.accumulate:
             raise ValueError(
-                f"batch_size must not exceed images and must be a multiple of accumulate; got images {self.images}, "
-                f"batch_size {self.batch_size}, accumulate {self.accumulate}"
+                "batch_size must not exceed images and must be a multiple of accumulate; got "
+                f"images {self.images}, batch_size {self.batch_size}, accumulate {self.accumulate}"
             )
-        for name in ("bins", "validation_timesteps"):
-            if (value := getattr(self, name)) > self.num_timesteps:
-                raise ValueError(
-                    f"{name} must not exceed num_timesteps {self.num_timesteps}; got {value}"
-                )
-
-    def _check(self, name: str, kind: str, value: Any) -> None:
-        if value is None and kind.endswith(" | None"):
-            return
-        kind = kind.removesuffix(" | None")
-        wanted: Any = {"str": str, "bool": bool, "int": int, "float": int | float}.get(kind, dict)
-        if not isinstance(value, wanted) or (isinstance(value, bool) and kind != "bool"):
-            raise ValueError(f"{name} must be {kind}; got {value!r}")
-        if kind in ("int", "float"):
-            may_be_zero = name in ("seed", "warmup_images", "weight_decay", "distance_images")
-            low = 0 if may_be_zero else 1 if kind == "int" else 5e-324
-            high = 2**63 if kind == "int" else math.inf
-            if not low <= value < high:
-                raise ValueError(
-                    f"{name} must be {'positive' if low else '0 or more'} and below {high}; got {value!r}"
-                )
+        for name, limit in (
+            ("bins", "num_timesteps"),
+            ("validation_timesteps", "num_timesteps"),
+            ("cooldown_images", "images"),
+        ):
+            value, most = getattr(self, name), getattr(self, limit)
+            if value > most:
+                raise ValueError(f"{name} must not exceed {limit} {most}; got {value}")
 
     @property
     def num_steps(self) -> int:
@@ -144,7 +173,8 @@ class TrainConfig:
 
     def interval(self, name: str) -> int:
         """checkpoint_every or validate_every in steps, at least 1; a tenth of the run if not set."""
-        return max(1, (getattr(self, name) or self.images // 10) // self.batch_size)
+        images = getattr(self, name) or self.images // 10
+        return max(1, images // self.batch_size)
 
     def is_due(self, name: str, step: int, factor: float) -> bool:
         """Whether step is the first of validate_from or conflicts_from, or that times a whole power of factor."""
@@ -152,8 +182,28 @@ class TrainConfig:
         power = round(math.log(max(step, 1) / first, factor))
         return power >= 0 and step == round(first * factor**power)
 
+    def learning_rate_factor(self, step: int) -> float:
+        """What a step, counted from 0, multiplies learning rates by: warm-up times cool-down.
+
+        >>> config = TrainConfig(images=100, batch_size=10, warmup_images=20, cooldown_images=20)
+        >>> [config.learning_rate_factor(step) for step in (0, 1, 5, 8, 9)]
+        [0.5, 1.0, 1.0, 1.0, 0.5]
+        """
+        warmup = min(1.0, (step + 1) * self.batch_size / max(1, self.warmup_images))
+        if self.cooldown_images == 0:
+            return warmup
+        images_left = (self.num_steps - step) * self.batch_size
+        cooldown = min(1.0, images_left / self.cooldown_images)
+        if self.cooldown == "cosine":
+            cooldown = 0.5 - 0.5 * math.cos(math.pi * cooldown)
+        return warmup * cooldown
+
     def noise_schedule(self) -> NoiseSchedule:
-        """The schedule alone, on the CPU: of a run of others, nothing that its configuration names is imported."""
+        """Build only the noise schedule, on the CPU.
+
+        Used when opening a run made by someone else, because it imports none of the modules that
+        the configuration names.
+        """
         return make_schedule(
             self.schedule, self.num_timesteps, zero_terminal_snr=self.zero_terminal_snr
         )
@@ -169,3 +219,23 @@ class TrainConfig:
         for name in values:
             check_name("configuration key", name, known)
         return cls(**values)
+
+
+def _check_field(name: str, annotation: str, value: Any) -> None:
+    """Raise ValueError unless value is of the annotated kind and, if a number, in range."""
+    if value is None and annotation.endswith(" | None"):
+        return
+    kind = annotation.removesuffix(" | None")
+    wanted: Any = {"str": str, "bool": bool, "int": int, "float": int | float}.get(kind, dict)
+    is_bool_elsewhere = isinstance(value, bool) and kind != "bool"
+    if not isinstance(value, wanted) or is_bool_elsewhere:
+        raise ValueError(f"{name} must be {kind}; got {value!r}")
+    if kind not in ("int", "float"):
+        return
+    low: float = 1 if kind == "int" else SMALLEST_FLOAT
+    high: float = LARGEST_INT + 1 if kind == "int" else math.inf
+    if name in MAY_BE_ZERO:
+        low = 0
+    if not low <= value < high:
+        sign = "positive" if low else "0 or more"
+        raise ValueError(f"{name} must be {sign} and below {high}; got {value!r}")

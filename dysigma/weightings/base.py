@@ -14,7 +14,7 @@ from ..checks import check_number, check_timesteps, find_named
 from ..parallel import over_ranks
 from ..pareto import project_psd
 from ..schedule import NoiseSchedule
-from .formulas import PLAIN, PREDEFINED, Name, log_conversion, log_weight
+from .formulas import PREDEFINED, Name, log_conversion, log_error_factor, log_weight
 
 
 def _ratio(total: Tensor, count: Tensor, default: Tensor | float) -> Tensor:
@@ -69,9 +69,9 @@ class Weighting(nn.Module):
         self.prediction_type = setting.schedule.canonical(setting.prediction_type)
         self.normalize, self.num_timesteps = setting.normalize, len(log_snr)
         self.register_buffer("log_snr", log_snr.clone(), persistent=False)
-        self.register_buffer(
-            "log_conversion", log_conversion(log_snr, self.prediction_type), persistent=False
-        )
+        self.is_flow = setting.schedule.is_flow
+        conversion = log_conversion(log_snr, self.prediction_type, self.is_flow)
+        self.register_buffer("log_conversion", conversion, persistent=False)
         if bins is not None:
             self.bins = (
                 Bins(bins.edges)
@@ -160,7 +160,8 @@ class Weighting(nn.Module):
         """Log of what is exact in log_snr."""
         name, params = self.formula
         function = find_named(name, PREDEFINED, "predefined weighting")
-        return function(log_snr, **params) - PREDEFINED[PLAIN[self.prediction_type]](log_snr)
+        on_x0 = function(log_snr, **params)
+        return on_x0 - log_error_factor(log_snr, self.prediction_type, self.is_flow)
 
     def _check(self, losses: Tensor, importance: Tensor | None) -> None:
         if losses.ndim != 1 or not losses.is_floating_point():

@@ -70,7 +70,20 @@ PREDEFINED: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def log_conversion(log_snr: Tensor, prediction_type: str) -> Tensor:
+def log_error_factor(log_snr: Tensor, prediction_type: str, is_flow: bool = False) -> Tensor:
+    """Log of how many times larger the squared error of a target is than that of x0: (T,) to (T,).
+
+    v = alpha noise - sigma x0 depends on the path. x0 = (alpha x_t - sigma v) / (alpha^2 + sigma^2), so
+    its squared error is (alpha^2 + sigma^2)^2 / sigma^2 times that of x0: 1 + SNR on the
+    variance-preserving path, (1 + SNR)^2 / (1 + sqrt(SNR))^2 on the flow, where sigma = 1 / (1 + sqrt(SNR)).
+    """
+    kind = canonical_prediction_type(prediction_type)
+    if kind == "v_prediction" and is_flow:
+        return 2 * (_log_add(log_snr, 0.0) - _log_add(log_snr / 2, 0.0))
+    return PREDEFINED[PLAIN[kind]](log_snr)
+
+
+def log_conversion(log_snr: Tensor, prediction_type: str, is_flow: bool = False) -> Tensor:
     """What a log-weight on the x0 error gains on the error of another target: (T,) to (T,).
 
     Raises ValueError for epsilon where SNR = 0.
@@ -81,7 +94,7 @@ def log_conversion(log_snr: Tensor, prediction_type: str) -> Tensor:
             "prediction_type='epsilon' has no weight where SNR = 0 (zero terminal SNR): the input there is the noise, "
             "whose error says nothing about x0. Use 'v_prediction' or 'sample', or a schedule that ends above 0"
         )
-    return -PREDEFINED[PLAIN[kind]](log_snr)
+    return -log_error_factor(log_snr, kind, is_flow)
 
 
 def log_weight(
@@ -104,4 +117,4 @@ def log_weight(
         raise ValueError(
             f"{name} must give a log-weight below inf for each of {len(schedule.log_snr)} log_snr; got {table}"
         )
-    return table + log_conversion(schedule.log_snr, prediction_type)
+    return table + log_conversion(schedule.log_snr, prediction_type, schedule.is_flow)

@@ -43,7 +43,7 @@ def compare_weightings(
 
     if not isinstance(names, Mapping):
         names = {name: make_weighting(name, schedule, prediction_type) for name in names}
-    unit = log_conversion(schedule.log_snr, prediction_type)
+    unit = log_conversion(schedule.log_snr, prediction_type, schedule.is_flow)
     logs = {
         label: each.weights().double().log() - each.log_conversion + unit
         for label, each in names.items()

@@ -106,7 +106,7 @@ def set_trap(moment: str, number: int) -> Counter[str]:
         reach("before an old one goes")
         unlink(path, *args, **kwargs)
 
-    runs.open = HalfWritten  # type: ignore[attr-defined]
+    runs.files.open = HalfWritten  # type: ignore[attr-defined]
     os.fsync, os.replace, Path.unlink = trapped_fsync, trapped_replace, trapped_unlink  # type: ignore[assignment]
     return reached
 
