@@ -1,9 +1,14 @@
-"""Kept so that ``dysigma.convergence`` stays importable; the code lives in ``dysigma.lab.convergence``."""
+"""Images to a threshold, speed-ups and tables of them: what ``dysigma.lab.convergence`` has."""
 
-from .intervals import holm
 from .lab.convergence import (
+    CLAIMED,
+    UNITS,
     Speedup,
+    against_claim,
+    compare_across,
+    holm,
     images_to_threshold,
+    levels_at,
     load_races,
     log_area,
     race_curves,
@@ -13,9 +18,14 @@ from .lab.convergence import (
 )
 
 __all__ = [
+    "CLAIMED",
+    "UNITS",
     "Speedup",
+    "against_claim",
+    "compare_across",
     "holm",
     "images_to_threshold",
+    "levels_at",
     "load_races",
     "log_area",
     "race_curves",

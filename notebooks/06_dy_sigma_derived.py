@@ -31,7 +31,7 @@
 #
 # **Time** reading 35 min · running about 50 s (short run 15 s) on two CPU cores · memory under 1 GB.
 #
-# **Functions introduced** `dysigma.weightings.make_weighting("dy-sigma", variant=…, prior=…, kappa=…)`, `dysigma.race.load_race`,
+# **Functions introduced** `dysigma.weightings.make_weighting("dy-sigma", variant=…, prior=…, kappa=…)`, `dysigma.convergence.load_races`,
 # `dysigma.race.Race`, `dysigma.training.train`.
 
 # %%
@@ -50,7 +50,8 @@ from dysigma import plots
 from dysigma.course.lessons import banner, check, exercise, fast, predict, reveal, watermark
 from dysigma.evaluation import evaluation_timesteps, validation_losses
 from dysigma.exact import GaussianField, OptimalDenoiser, field_floor, gaussian_fields
-from dysigma.lab.race import Race, load_race, race
+from dysigma.lab.convergence import load_races
+from dysigma.lab.race import Race, race
 from dysigma.schedule import NoiseSchedule
 from dysigma.training import train
 from dysigma.weightings import fluctuation, make_weighting
@@ -397,7 +398,7 @@ for label, name in RACES.items():
     folder = Path("../data/runs") / (f"{name}-again" if RECOMPUTE else name)
     if RECOMPUTE:
         race(Race.read(Path(f"../data/races/{name}.toml")), folder, jobs=2)
-    records[label] = table = load_race(folder)
+    records[label] = table = load_races(folder)
     print(
         f"{label}: {len(table)} runs, {table.seed.nunique()} seeds, {table.validation_losses.isna().sum()} diverged"
     )

@@ -48,8 +48,8 @@ from dysigma.course.lessons import banner, check, exercise, fast, predict, revea
 from dysigma.data import leaves
 from dysigma.exact import LinearDenoiser
 from dysigma.gradients import bin_gramian, bin_timesteps, conflicts, cosine_matrix
-from dysigma.lab.convergence import images_to_threshold, speedup
-from dysigma.lab.race import Race, load_race, race
+from dysigma.lab.convergence import images_to_threshold, load_races, speedup
+from dysigma.lab.race import Race, race
 from dysigma.objective import sample_losses
 from dysigma.randomness import generator
 from dysigma.schedule import NoiseSchedule
@@ -514,7 +514,7 @@ for name in ("conflicts-fields", "conflicts-leaves"):
         race(Race.read(Path(f"../data/races/{name}.toml")), records, jobs=2)
     tables |= {
         f"{name[10:]}, {target} network": rows
-        for target, rows in load_race(records).groupby("grid")
+        for target, rows in load_races(records).groupby("grid")
     }
 fig, axes = plt.subplots(2, 2, figsize=(8.4, 5.6), sharex=True, sharey=True)
 for ax, (title, rows) in zip(axes.flat, tables.items(), strict=True):

@@ -52,7 +52,8 @@ from dysigma.exact import (
     field_variances,
     gaussian_fields,
 )
-from dysigma.lab.race import Race, load_race, race
+from dysigma.lab.convergence import load_races
+from dysigma.lab.race import Race, race
 from dysigma.schedule import NoiseSchedule
 from dysigma.weightings import make_weighting
 
@@ -319,7 +320,7 @@ for mix in mixes[100:301:25]:
 RECOMPUTE = False  # True: race again, into a new folder
 spec = Race.read(Path("../data/races/front-fields.toml"))
 folder = Path("../data/runs") / ("front-fields-again" if RECOMPUTE else "front-fields")
-table = load_race(race(spec, folder, jobs=2).parent if RECOMPUTE else folder)
+table = load_races(race(spec, folder, jobs=2).parent if RECOMPUTE else folder)
 at = evaluation_timesteps(1000, spec.base["validation_timesteps"])
 held_out = gaussian_fields(10_000, size=8, split="test").images[: spec.base["validation_images"]]
 wiener = OptimalDenoiser(GaussianField(), schedule)

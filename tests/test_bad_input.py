@@ -31,7 +31,8 @@ from dysigma import pareto
 from dysigma.bins import Bins
 from dysigma.cli.main import main
 from dysigma.data import ImageData, batch, cifar10, leaves, load_data
-from dysigma.lab.race import Race, load_race
+from dysigma.lab.convergence import load_races
+from dysigma.lab.race import Race
 from dysigma.models import EMA, make_model
 from dysigma.objective import sample_losses
 from dysigma.randomness import generator
@@ -214,7 +215,7 @@ CALLS: list[Call] = [
     (lambda d: load_run(d / "lines").metrics, RunError, "line 2 metrics.jsonl damaged"),
     (lambda d: load_checkpoint(d / "none"), RunError, "none/latest.json does not exist"),
     (lambda d: read_config(d / "deep.json"), RunError, "deep.json JSON recursion"),
-    (lambda d: load_race(d / "empty"), RunError, "empty records.jsonl dysigma race"),
+    (lambda d: load_races(d / "empty"), RunError, "empty records.jsonl dysigma race"),
     (lambda d: Race.from_dict({}), ValueError, "race name seeds base arms grid"),
 ]  # fmt: skip
 

@@ -18,7 +18,8 @@ from dysigma.exact import (
     field_variances,
     gaussian_fields,
 )
-from dysigma.lab.race import Race, load_race, race
+from dysigma.lab.convergence import load_races
+from dysigma.lab.race import Race, race
 from dysigma.runs import RunError, load_run
 from dysigma.schedule import NoiseSchedule
 
@@ -42,7 +43,7 @@ def test_a_race_records_every_entry_once_and_goes_on_where_it_stopped(tmp_path):
     # As if it had been killed while it wrote the third line.
     records.write_text("\n".join(lines[:2]) + "\n" + lines[2][:50])
     race(spec, tmp_path, progress=False)
-    table = load_race(tmp_path)
+    table = load_races(tmp_path)
     assert sorted(zip(table.arm, table.seed, strict=True)) == [
         (a, s) for a in ("const-eps", "min-snr") for s in (0, 1)
     ]
@@ -69,14 +70,14 @@ def test_an_entry_that_fails_ends_the_race_and_the_others_wait_for_the_next_call
     foreign.joinpath("config.json").unlink()
     foreign.rmdir()
     race(spec, tmp_path, progress=False)
-    assert len(load_race(tmp_path)) == 8
+    assert len(load_races(tmp_path)) == 8
 
 
 def test_stopping_a_race_leaves_other_processes_of_the_caller_alone(tmp_path, monkeypatch):
     def interrupted(futures):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dysigma.race.as_completed", interrupted)
+    monkeypatch.setattr("dysigma.lab.race.as_completed", interrupted)
     own = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
     own.start()
     try:
@@ -137,7 +138,7 @@ def die(*_):
 
 
 def test_a_training_killed_from_outside_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("dysigma.race._run_entry", die)
+    monkeypatch.setattr("dysigma.lab.race._run_entry_in_worker", die)
     with pytest.raises(
         RunError, match=r"a training of .* was ended from outside; go on with the same command"
     ):
@@ -179,7 +180,7 @@ def test_a_missing_specification_is_one_line_and_code_2(tmp_path, capsys):
 
 def test_no_records_is_an_error(tmp_path):
     with pytest.raises(RunError, match="no records"):
-        load_race(tmp_path)
+        load_races(tmp_path)
 
 
 def test_the_floor_of_gaussian_fields_is_what_the_wiener_filter_loses():

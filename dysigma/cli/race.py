@@ -30,6 +30,11 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--jobs", type=int, default=1, help="trainings at once, one CPU thread each (default: 1)"
     )
+    parser.add_argument(
+        "--in-process",
+        action="store_true",
+        help="train one after the other in this process: data are read and code is compiled once",
+    )
     parser.add_argument("--device", help="instead of the specification's")
     parser.add_argument("--data-root", help="instead of the specification's")
 
@@ -38,6 +43,10 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     if args.jobs < 1:
         raise ValueError(f"--jobs must be positive; got {args.jobs}")
+    if args.in_process and args.jobs > 1:
+        raise ValueError(
+            f"--in-process trains one after the other; got --jobs {args.jobs} beside it"
+        )
 
     from ..lab.race import Race, race
 
@@ -46,4 +55,5 @@ def run(args: argparse.Namespace) -> None:
         overrides["device"] = args.device
     if args.data_root is not None:
         overrides["data_root"] = args.data_root
-    print(race(Race.read(args.spec), args.out, jobs=args.jobs, overrides=overrides))
+    spec = Race.read(args.spec)
+    print(race(spec, args.out, jobs=args.jobs, in_process=args.in_process, overrides=overrides))
