@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from .images import tile
 from .intervals import t_interval
@@ -98,39 +98,86 @@ def save_figure(
     notebook: str,
     folder: str | Path | None = None,
 ) -> Path:
-    """Write ``<name>.svg`` and ``<name>.png`` with their texts inside, and list them in ``manifest.json``.
+    """Write ``<name>.svg`` and ``<name>.png`` with their texts inside; list them in ``manifest.json``.
 
-    name: NN_words, NN the number of the notebook; notebook: its stem. title, caption (states the conclusion) and alt
-    (the picture in words) are required. folder: default `figures_folder`. Equal data give equal bytes under one
-    matplotlib version. Returns the path of the PNG; raises ValueError for a bad name or an empty text.
+    name: NN_words, NN the number of the notebook. notebook: its stem. title, caption (states the
+    conclusion) and alt (the picture in words) are required. folder: default `figures_folder`. Equal
+    data give equal bytes under one matplotlib version.
+
+    Returns the path of the PNG. Raises ValueError for a bad name or an empty text.
     """
+    texts = {"title": title, "caption": caption, "alt": alt}
+    _check_figure(name, texts, notebook)
+    words = {"Title": title, "Description": f"{caption} Alt text: {alt}", "Source": notebook}
+    metadata = {**words, "Date": None}
+
+    vector = io.BytesIO()
+    fig.savefig(vector, format="svg", dpi=110, bbox_inches="tight", metadata=metadata)
+    raster = io.BytesIO()
+    fig.savefig(raster, format="png", dpi=110, bbox_inches="tight", metadata=metadata)
+
+    contents = {"svg": vector.getvalue(), "png": _shrink(raster, words)}
+    return _publish(contents, name, texts, notebook, folder)
+
+
+def save_animation(
+    content: bytes,
+    still: NDArray[np.uint8],
+    name: str,
+    *,
+    title: str,
+    caption: str,
+    alt: str,
+    notebook: str,
+    folder: str | Path | None = None,
+) -> Path:
+    """Write ``<name>.gif`` and its static twin ``<name>.png``; list them in ``manifest.json``.
+
+    content: the bytes of the GIF. still: the picture (H, W, 3) that stands for it where nothing
+    moves. The other arguments are those of `save_figure`. Returns the path of the GIF.
+    """
+    from PIL import Image
+
+    texts = {"title": title, "caption": caption, "alt": alt}
+    _check_figure(name, texts, notebook)
+    words = {"Title": title, "Description": f"{caption} Alt text: {alt}", "Source": notebook}
+    raster = io.BytesIO()
+    Image.fromarray(still).save(raster, "PNG")
+    contents = {"gif": content, "png": _shrink(raster, words)}
+    return _publish(contents, name, texts, notebook, folder).with_suffix(".gif")
+
+
+def _check_figure(name: str, texts: Mapping[str, str], notebook: str) -> None:
     if not re.fullmatch(r"\d\d_[a-z0-9_]+", name) or not notebook.startswith(name[:3]):
         raise ValueError(
             f"name must be NN_words with the number of its notebook; got {name!r} for {notebook!r}"
         )
-    texts = {"title": title, "caption": caption, "alt": alt}
     empty = [key for key, text in texts.items() if not text.strip()]
     if empty:
         raise ValueError(f"figure {name!r} needs a non-empty {' and '.join(empty)}")
-    folder = figures_folder() if folder is None else Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    words = {"Title": title, "Description": f"{caption} Alt text: {alt}", "Source": notebook}
+
+
+def _publish(
+    contents: Mapping[str, bytes],
+    name: str,
+    texts: Mapping[str, str],
+    notebook: str,
+    folder: str | Path | None,
+) -> Path:
+    """Write the files of one figure, ending to bytes, and its entry in the manifest."""
+    place = figures_folder() if folder is None else Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
     hashes = {}
-    for kind in ("svg", "png"):
-        buffer = io.BytesIO()
-        fig.savefig(
-            buffer, format=kind, dpi=110, bbox_inches="tight", metadata={**words, "Date": None}
-        )
-        content = buffer.getvalue() if kind == "svg" else _shrink(buffer, words)
-        _write(folder / f"{name}.{kind}", content)
+    for kind, content in contents.items():
+        _write(place / f"{name}.{kind}", content)
         hashes[kind] = hashlib.sha256(content).hexdigest()
-    path = folder / "manifest.json"
+
+    path = place / "manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     manifest[name] = {**texts, "notebook": notebook, "sha256": hashes}
-    _write(
-        path, (json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
-    )
-    return folder / f"{name}.png"
+    text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    _write(path, text.encode())
+    return place / f"{name}.png"
 
 
 def show(fig: Figure, name: str, *, title: str, caption: str, alt: str, notebook: str) -> None:

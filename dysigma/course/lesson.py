@@ -49,15 +49,13 @@ class Lesson:
     def show(self, fig: Figure, name: str, *, title: str, caption: str, alt: str) -> None:
         """Write the conclusion above a figure, save it as ``figures/name.png`` and ``.svg``, show it.
 
-        name: words that go into the file's name after the page's number. title: the conclusion.
+        name: the page's number and words, such as "03_weights". title: the conclusion.
         caption: what is plotted and what to see in it. alt: the picture in words.
         """
         columns = int(fig.get_figwidth() * 9.5)
         heading = textwrap.fill(title, columns)
         fig.suptitle(heading, x=0.01, ha="left", fontsize=12, fontweight="bold")
-        plots.show(
-            fig, self._file(name), title=title, caption=caption, alt=alt, notebook=self.notebook
-        )
+        plots.show(fig, name, title=title, caption=caption, alt=alt, notebook=self.notebook)
 
     def gallery(
         self,
@@ -126,7 +124,7 @@ class Lesson:
         path = plots.save_animation(
             content,
             frames[-1],
-            self._file(name),
+            name,
             title=title,
             caption=caption,
             alt=alt,
@@ -158,7 +156,7 @@ class Lesson:
 
         styled = frame.style.apply(emphasise, axis=1)
         styled = styled.format(precision=digits, na_rep="–").set_caption(caption)
-        styled = styled.set_uuid(self._file("table")).set_table_styles(
+        styled = styled.set_uuid(self.notebook[:2]).set_table_styles(
             [
                 {"selector": "caption", "props": "text-align: left; font-weight: bold"},
                 {"selector": "td, th", "props": "text-align: right; padding: 2px 10px"},
@@ -186,6 +184,3 @@ class Lesson:
     def end(self) -> None:
         """Say with which versions the page was run."""
         lessons.watermark()
-
-    def _file(self, name: str) -> str:
-        return f"{self.notebook[:2]}_{name}"

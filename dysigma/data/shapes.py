@@ -7,6 +7,7 @@ is a heart or is not.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from ..randomness import generator
 from .dataset import SPLITS, ImageData
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
 
 # Each picture is drawn at this multiple of its size and averaged, so that edges are smooth.
 SUPERSAMPLING = 2
