@@ -75,7 +75,7 @@ class Audit:
         nearest = _named(self.nearest["name"], self.nearest["params"])
         nearest += f" on {mistakes.target_in_words(self.nearest['target'])}"
         if self.nearest_off > 0:
-            nearest += f", roughly ({self.nearest_off:.0%} of the timesteps are off)"
+            nearest += f", roughly ({self.nearest_off:.1%} of the timesteps are off)"
         if self.claims is None:
             claim = "No claim was given; the figures compare with the nearest named weighting."
         else:
@@ -89,7 +89,7 @@ class Audit:
             ("as SNR goes to 0", self.at_zero_snr),
             ("as SNR goes to infinity", self.at_infinite_snr),
             ("what it really is", nearest),
-            ("right formula", self.right_formula),
+            ("right formula" if self.claims else "formula of the nearest", self.right_formula),
         ]
         lines = [f"  {label:28} {value}" for label, value in rows]
         return "\n".join([claim, self.diagnosis, *lines])
@@ -166,8 +166,8 @@ def audit(
         ),
         right_formula=right_formula,
         effective_sample_size=float(effective_sample_size(weights)),
-        at_zero_snr=_limit(function, schedule, as_, -1) if sampler is None else "not asked",
-        at_infinite_snr=_limit(function, schedule, as_, 1) if sampler is None else "not asked",
+        at_zero_snr=_limit(function, schedule, as_, sampler, -1),
+        at_infinite_snr=_limit(function, schedule, as_, sampler, 1),
         log_snr=log_snr,
         weights=weights / weights.mean(),
         reference=reference.softmax(0) * len(reference),
@@ -212,7 +212,9 @@ def _diagnosis(
     found = _named(nearest.name, nearest.params)
     on = mistakes.target_in_words(nearest.target)
     if claims is None:
-        return f"The nearest named weighting is {found}, on the error of {on}."
+        if nearest_off > 0:
+            return f"No named weighting gives it; the nearest is {found} on the error of {on}."
+        return f"It is {found} on the error of {on}."
     if agrees:
         return "Within 10 per cent of the claim at every timestep, up to a factor."
     is_exact = nearest_off == 0
@@ -230,11 +232,15 @@ def _diagnosis(
 
 
 def _limit(
-    function: WeightFunction | str, schedule: NoiseSchedule, as_: str, direction: int
+    function: WeightFunction | str,
+    schedule: NoiseSchedule,
+    as_: str,
+    sampler: TimestepSampler | None,
+    direction: int,
 ) -> str:
     """Where the weight goes as log-SNR goes to -infinity or infinity (direction -1 or 1), in words."""
-    if isinstance(function, str) or as_ == "timesteps":
-        return "not asked: a table over timesteps has no levels beyond"
+    if isinstance(function, str) or as_ == "timesteps" or sampler is not None:
+        return "not known: a table over timesteps ends with the schedule"
     log_snr = direction * torch.tensor([24.0, 23.0], dtype=torch.float64)
     try:
         far, near = call(function, from_log_snr(log_snr, as_, schedule.is_flow)).tolist()
