@@ -9,8 +9,15 @@
 PY ?= python3
 CONSTRAINTS ?= constraints.txt
 PYTEST_FLAGS ?= -n 2
+# What `make quick` tests: what a new weighting, sampler or schedule can break. Another file: make quick QUICK=tests/test_runs.py
+QUICK ?= $(addprefix tests/test_,architecture.py bins.py schedule.py samplers.py objective.py weightings.py testing.py \
+	pareto.py teaching.py) dysigma/weightings dysigma/schedule.py dysigma/samplers.py
 # Replaces lines of `make lowest`: torch==2.13.0 where the lowest torch has no small build.
 LOWEST ?=
+
+# One thread a process: a second one beside other processes makes tiny networks up to 20 times slower.
+OMP_NUM_THREADS ?= 1
+export OMP_NUM_THREADS
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,21 +26,29 @@ LOG := $(VENV)/pip.log
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lowest lab notebooks docs browser bench faults mutants coverage
+.PHONY: help setup run test quick check-docs lowest lab notebooks docs browser bench faults mutants coverage
 
 help:  ## list the targets
-	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP)  ## create .venv and install the package, the notebook and the test tools
 
 run: $(STAMP)  ## execute all notebooks in fast mode: live tiny training, figures, samples
 	$(BIN)/dysigma notebooks --fast --out runs/notebooks
 
-test: $(STAMP)  ## lint, format check, types, tests
+test: $(STAMP)  ## lint, format check, types, tests of the code and of the examples in its docstrings, check-docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -q $(PYTEST_FLAGS) --ignore=tests/docs
+	@$(MAKE) --no-print-directory check-docs
+
+quick: $(STAMP)  ## lint, and the tests of the core without the slow ones: for the time between two edits
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q $(PYTEST_FLAGS) -m "not slow" $(QUICK)
+
+check-docs: $(STAMP)  ## rules of documents: commands of the README run, pages and sources agree, figures and links exist
+	$(BIN)/python -m pytest -q $(PYTEST_FLAGS) tests/docs
 
 lowest:  ## the tests with the lowest versions that pyproject.toml allows, in .venv-lowest (with python3.11)
 	$(PY) -m venv .venv-lowest

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 
 import dysigma
 import dysigma.evaluation
-from dysigma.cli.common import describe_loss
 from dysigma.cli.main import main
+from dysigma.runs.folder import describe_loss
 
 QUICK = [
     f"--{name}={value}"
@@ -55,6 +55,8 @@ def test_train_sample_evaluate_on_ones_own_images(tmp_path, capsys):
     assert main(["train", "--out", str(out), "--resume", "--quiet"]) == 0
     again = capsys.readouterr().out
     assert "finished already" in again and again.endswith(f"{words}, {out}\n")
+    assert main(["runs", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith(f"{out}: const-eps, {words}\n")
     sample = ["sample", str(out), "--num-images", "3", "--steps", "4", "--device", "cpu"]
     assert main([*sample, "--npz", str(tmp_path / "s.npz")]) == 0
     assert np.load(tmp_path / "s.npz")["images"].shape == (3, 12, 12, 3)

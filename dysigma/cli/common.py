@@ -64,15 +64,6 @@ def read_pairs(items: Sequence[str]) -> dict[str, Any]:
     return pairs
 
 
-def describe_loss(loss: float, prediction: str, images: int) -> str:
-    """The words with which all commands tell a validation loss: the unweighted mean over timesteps.
-
-    >>> describe_loss(0.04321, "epsilon", 64)
-    'validation loss 0.0432 (epsilon error of the EMA weights on 64 test images)'
-    """
-    return f"validation loss {loss:.4f} ({prediction} error of the EMA weights on {images} test images)"
-
-
 @dataclass(frozen=True)
 class OpenRun:
     """A run folder with what the commands need of it."""

@@ -11,7 +11,6 @@ from .common import (
     OpenRun,
     add_command,
     add_draw_options,
-    describe_loss,
     draw_samples,
     open_run,
     prepare_output,
@@ -141,6 +140,7 @@ def _losses_and_elbo(
 ) -> dict[str, Any]:
     """The record of losses and ELBO on the first test images, also printed."""
     from ..evaluation import elbo, validation_losses
+    from ..runs.folder import describe_loss
     from ..runs.provenance import provenance
 
     prediction = opened.config.prediction

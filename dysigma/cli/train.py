@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import add_command, describe_loss, read_pairs
+from .common import add_command, read_pairs
 
 if TYPE_CHECKING:
     from ..training.config import TrainConfig
@@ -166,6 +166,7 @@ def run(args: argparse.Namespace) -> None:
     if args.resume and _is_finished(args.out):
         state = "finished already (it cannot be extended; train longer in another --out)"
 
+    from ..runs.folder import describe_loss
     from ..training.loop import train
 
     trained = train(config, args.out, resume=args.resume, progress=not args.quiet)

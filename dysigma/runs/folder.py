@@ -121,13 +121,26 @@ def _describe_race(path: Path) -> Found:
     return Found(path, _or_running(path, state), f"{len(rows)} of {total} trainings", last)
 
 
+def describe_loss(loss: float, prediction: str, images: int) -> str:
+    """The words with which all commands tell a validation loss, the unweighted mean over timesteps.
+
+    >>> describe_loss(0.04321, "epsilon", 64)
+    'validation loss 0.0432 (epsilon error of the EMA weights on 64 test images)'
+    """
+    return f"validation loss {loss:.4f} ({prediction} error of the EMA weights on {images} test images)"
+
+
 def _describe_run(path: Path) -> Found:
     run = load_run(path)
     rows = read_metrics(path / "metrics.jsonl")
     latest = rows[-1] if rows else {"images": 0}
     progress = f"{latest['images']:,} of {run.config['images']:,} images"
     last = run.config["weighting"]
-    if "loss" in latest:
+    if "validation_loss" in run.summary:
+        loss = run.summary["validation_loss"]
+        images = run.summary["validation_images"]
+        last += ", " + describe_loss(loss, run.config["prediction"], images)
+    elif "loss" in latest:
         last += f", weighted training loss {latest['loss']:.4g}"
     states = {"done": "finished", "failed": "failed"}
     state = states.get(str(run.summary.get("status")), "interrupted")
