@@ -4,25 +4,68 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..bins import Bins
-from ..checks import check_number, check_timesteps, find_named
+from ..checks import check_number, check_timesteps, find_named, plain_number
 from ..parallel import over_ranks
 from ..pareto import project_psd
 from ..schedule import NoiseSchedule
 from .formulas import PREDEFINED, Name, log_conversion, log_error_factor, log_weight
 
+# Beyond this a loss is an overflow in the making: its square would leave the range of float32.
+LARGEST_LOSS = 1e15
+# No table of a variance-preserving path or a flow reaches this log_snr in float64: they end at 37.
+LARGEST_LOG_SNR = 50.0
 
-def _ratio(total: Tensor, count: Tensor, default: Tensor | float) -> Tensor:
+
+def ratio(total: Tensor, count: Tensor, default: Tensor | float) -> Tensor:
+    """total / count, or default where nothing was counted."""
     return torch.where(count > 1e-12, total / count.clamp(min=1e-12), default)
 
 
-def _quadratic(gramian: Tensor, u: Tensor) -> Tensor:
-    return (u[:, None] * gramian * u).sum()  # a matrix product would be rounded by autocast
+def quadratic(gramian: Tensor, u: Tensor) -> Tensor:
+    """u' G u as a sum, because autocast would round a matrix product."""
+    return (u[:, None] * gramian * u).sum()
+
+
+def is_of_levels_alone(function: Callable[[Tensor], Tensor], levels: Tensor) -> bool:
+    """Whether function (n,) to (n,) gives each level a value that depends on no other level.
+
+    It is tried on the levels in other company: reversed, every second one, each twice, with points between and beyond,
+    and alone. A function that looks at neighbours, means, ranks or the number of levels gives itself away in one of
+    these, or raises. Random ones do too.
+
+    >>> levels = torch.linspace(3, -3, 20, dtype=torch.float64)
+    >>> is_of_levels_alone(torch.sin, levels), is_of_levels_alone(lambda x: x - x.mean(), levels)
+    (True, False)
+    """
+    count = len(levels)
+    wanted = function(levels)
+
+    def agrees(found: Tensor, expected: Tensor) -> bool:
+        return found.shape == expected.shape and torch.allclose(
+            found, expected, rtol=0, atol=tolerance
+        )
+
+    tolerance = 1e-9 if wanted.dtype == torch.float64 else 1e-5
+    forward = torch.arange(count, device=levels.device)
+    chosen = [forward.flip(0), forward[::2], forward[1::2], forward.repeat_interleave(2)]
+    chosen += [forward[i : i + 1] for i in {0, 1, count // 3, count // 2, count - 2, count - 1}]
+    try:
+        for index in chosen:
+            if not agrees(function(levels[index]), wanted[index]):
+                return False
+        finite = levels[levels.isfinite()]
+        between = (finite[1:] + finite[:-1]) / 2
+        beyond = torch.stack([finite[0] + 1, finite[-1] - 1])
+        found = function(torch.cat([between, levels, beyond]))
+        return agrees(found[len(between) : len(between) + count], wanted)
+    except Exception:  # it wants the whole schedule
+        return False
 
 
 class Setting(NamedTuple):
@@ -43,20 +86,30 @@ class Weighting(nn.Module):
     (gradient accumulation) matters little. Numbers stay float32 under autocast, and nothing waits for the device.
     Raises ValueError for losses that are not (B,), timesteps out of range, importance of another shape.
 
+    A sample whose loss or importance is not finite (or beyond 1e15) makes the returned loss what it makes it, so that a
+    GradScaler or a guard of your own sees it and skips the step. Nothing is learned from that sample: update() gets it
+    with loss 0 and importance 0. A loss of exactly 0 is a loss; to leave a sample out give it the importance 0.
+
     A subclass of your own gives weights() and, if it learns, update(); parameters and buffers are its whole state.
     ``dysigma.testing.check_weighting`` runs the laws on it.
+
+    >>> from dysigma import NoiseSchedule, make_weighting
+    >>> make_weighting("min-snr", NoiseSchedule.linear(), gamma=3)
+    min-snr(gamma=3, target=epsilon)
     """
 
-    needs_gramian = False  # whether the loop must call observe_gramian, every gramian_every steps
-    gramian_every = 0
-    suggested_lr = 1e-2
-    learns = True  # whether the losses change it
-    formula: tuple[Name, Mapping[str, Any]] = (
-        "const-x0",
-        {},
-    )  # what of the weight is exact in log_snr, with parameters
-    log_snr: Tensor
-    log_conversion: Tensor
+    name: str = ""  # as make_weighting was asked for it
+    params: Mapping[str, Any]  # all parameters by name, as make_weighting used them
+    needs_gramian: bool = (
+        False  # whether the loop must call observe_gramian, every gramian_every steps
+    )
+    gramian_every: int = 0
+    suggested_lr: float = 1e-2
+    learns: ClassVar[bool] = True  # whether the losses change it
+    # What of the weight is exact at every log_snr, and its parameters.
+    formula: tuple[Name, Mapping[str, Any]] = ("const-x0", {})
+    log_snr: Tensor  # (T,) float64
+    log_conversion: Tensor  # (T,) float64
     gramian: Tensor  # (K, K) positive semi-definite, mean diagonal 1; 0 before the first
     gramian_mean: Tensor  # (K, K) running mean of what was observed, in units of its diagonal
     gramians_seen: Tensor
@@ -65,30 +118,56 @@ class Weighting(nn.Module):
 
     def __init__(self, setting: Setting, bins: int | Bins | None = None) -> None:
         super().__init__()
+        if not isinstance(setting, Setting):
+            raise TypeError(
+                f"the first argument of {type(self).__name__} must be a Setting(schedule, prediction_type); "
+                f"got {type(setting).__name__}"
+            )
         log_snr = setting.schedule.log_snr
         self.prediction_type = setting.schedule.canonical(setting.prediction_type)
-        self.normalize, self.num_timesteps = setting.normalize, len(log_snr)
-        self.register_buffer("log_snr", log_snr.clone(), persistent=False)
+        self.normalize = setting.normalize
+        self.num_timesteps = len(log_snr)
         self.is_flow = setting.schedule.is_flow
         conversion = log_conversion(log_snr, self.prediction_type, self.is_flow)
+        self.register_buffer("log_snr", log_snr.clone(), persistent=False)
         self.register_buffer("log_conversion", conversion, persistent=False)
         if bins is not None:
-            self.bins = (
-                Bins(bins.edges)
-                if isinstance(bins, Bins)
-                else Bins.uniform(self.num_timesteps, bins)
+            self._set_bins(bins)
+
+    def _set_bins(self, bins: int | Bins) -> None:
+        if isinstance(bins, Bins):
+            self.bins = Bins(bins.edges)
+        else:
+            self.bins = Bins.uniform(self.num_timesteps, plain_number(bins))
+        if int(self.bins.edges[-1]) != self.num_timesteps:
+            raise ValueError(
+                f"{bins} do not end where the schedule does, at {self.num_timesteps} timesteps"
             )
-            if int(self.bins.edges[-1]) != self.num_timesteps:
-                raise ValueError(
-                    f"{bins} do not end where the schedule does, at {self.num_timesteps} timesteps"
-                )
-            self.register_buffer(
-                "bin_index", self.bins.index(torch.arange(self.num_timesteps)), persistent=False
-            )
+        bin_index = self.bins.index(torch.arange(self.num_timesteps))
+        self.register_buffer("bin_index", bin_index, persistent=False)
+
+    def __repr__(self) -> str:
+        parts = [f"{key}={_shown(value)}" for key, value in getattr(self, "params", {}).items()]
+        parts.append(f"target={self.prediction_type}")
+        if not self.normalize:
+            parts.append("normalize=False")
+        return f"{self.name or type(self).__name__}({', '.join(parts)})"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Weighting:
         # .half() on an enclosing module must not round weights or statistics: follow the device, keep the dtype.
-        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+        move: Any = super()._apply  # which torch leaves untyped
+        move(lambda tensor: tensor.to(fn(tensor).device), recurse)
+        return self
+
+    # ------------------------------------------------------------ for subclasses
+
+    def weights(self) -> Tensor:
+        """(T,) float32, detached: the gradient weight of each timestep now; mean 1 over timesteps if normalize."""
+        raise NotImplementedError
+
+    def update(self, losses: Tensor, timesteps: Tensor, importance: Tensor) -> Tensor | None:
+        """Move the statistics, from (B,) of all ranks; return what the parameters minimise, if there are any."""
+        return None
 
     def scaled(self, weights: Tensor) -> Tensor:
         """Weights (T,) divided by their mean, if normalize."""
@@ -99,75 +178,113 @@ class Weighting(nn.Module):
         return log_weights.softmax(0) * self.num_timesteps if self.normalize else log_weights.exp()
 
     def use_formula(self, formula: Name, schedule: NoiseSchedule, **params: Any) -> Tensor:
-        """log_weight of the formula, which `at` then computes between timesteps unless it looks at neighbours."""
-        table, plain = log_weight(formula, schedule, self.prediction_type, **params), self.formula
-        if not 0 < float(self.from_log(table).float().double().norm()) < math.inf:
+        """log_weight of the formula, (T,) float64.
+
+        `at` computes it between timesteps too, if its value at a level depends on that level alone; else `at`
+        interpolates the table.
+        """
+        table = log_weight(formula, schedule, self.prediction_type, **params)
+        norm = float(self.from_log(table).float().double().norm())
+        if not 0 < norm < math.inf:
             raise ValueError(
                 f"{formula} {params} gives weights that are all 0 or not finite: normalize, or use less"
             )
-        self.formula = formula, params
-        if not torch.allclose(self._known(self.log_snr.flip(0)).flip(0), table, rtol=1e-9):
-            self.formula = plain
+        function = find_named(formula, PREDEFINED, "predefined weighting")
+        if is_of_levels_alone(lambda levels: function(levels, **params), schedule.log_snr):
+            self.formula = formula, params
         return table
 
-    def weights(self) -> Tensor:
-        """(T,) float32, detached: the gradient weight of each timestep now; mean 1 over timesteps if normalize."""
-        raise NotImplementedError
-
-    def update(self, losses: Tensor, timesteps: Tensor, importance: Tensor) -> Tensor | None:
-        """Move the statistics, from (B,) of all ranks; return what the parameters minimise, if there are any."""
-        return None
+    # ------------------------------------------------------------ the loss
 
     def forward(
         self, losses: Tensor, timesteps: Tensor, importance: Tensor | None = None
     ) -> Tensor:
         self._check(losses, importance)
         check_timesteps(timesteps, self.num_timesteps, len(losses))
+        timesteps = timesteps.to(losses.device)
         return self._loss(losses, self.weights()[timesteps], timesteps, importance)
 
     def at(self, losses: Tensor, log_snr: Tensor, importance: Tensor | None = None) -> Tensor:
         """The loss () at noise levels log_snr (B,), for training in continuous time: -2 ln sigma, 2 ln((1 - s) / s).
 
-        Exact in log_snr are predefined weightings (elbo apart), the prior of dy-sigma and the conversion to the target,
-        on the scale that has mean 1 over the timesteps. What is learned is interpolated on the schedule, linear in
-        log_snr between timesteps and constant beyond, and learns from a sample as from the nearest timestep; so the
-        schedule should span the levels drawn. At a timestep's own log_snr all is as in a call with that timestep.
-        Raises ValueError for log_snr that is not (B,), NaN, inf (no noise), or -inf (no signal) with epsilon.
+        Exact in log_snr are predefined weightings (elbo apart), the prior of dy-sigma, your own formulas of which each
+        value depends on its level alone, and the conversion to the target, all on the scale that has mean 1 over the
+        timesteps. The rest, so all that is learned, is interpolated on the schedule, linear in log_snr between
+        timesteps and constant beyond, and learns from a sample as from the nearest timestep; so the schedule should
+        span the levels drawn. At a timestep's own log_snr all is as in a call with that timestep.
+        Raises ValueError for log_snr that is not (B,), NaN, above 50 (no noise), or -inf (no signal) with epsilon. On
+        an accelerator, where that test would wait for the device, such a level makes the loss NaN.
         """
         self._check(losses, importance)
-        is_checked = log_snr.device.type == "cpu" and not torch.compiler.is_compiling()
-        good = log_snr.isfinite() | (log_snr.isneginf() & (self.prediction_type != "epsilon"))
-        if (
-            log_snr.shape != losses.shape
-            or not log_snr.is_floating_point()
-            or (is_checked and not bool(good.all()))
-        ):
-            levels = "finite or -inf" if self.prediction_type != "epsilon" else "finite"
-            raise ValueError(f"log_snr must be {tuple(losses.shape)} real, {levels}; got {log_snr}")
-        level = log_snr.double()
+        level, is_level = self._checked_levels(log_snr, losses)
+        # The timesteps on both sides: log_snr falls with the timestep.
         right = torch.searchsorted(-self.log_snr, -level).clamp(1, self.num_timesteps - 1)
-        high, low = self.log_snr[right - 1], self.log_snr[right]
+        left = right - 1
+        high = self.log_snr[left]
+        low = self.log_snr[right]
         share = torch.where(level <= low, 1.0, ((high - level) / (high - low)).clamp(min=0))
-        known = self._known(self.log_snr)
-        factor = self.weights() / known.exp()
-        factor = torch.where(known.isneginf(), factor.roll(1), factor)
-        weights = (
-            self._known(level).exp() * torch.lerp(factor[right - 1], factor[right], share)
-        ).float()
-        return self._loss(losses, weights, right - (share < 0.5).long(), importance)
+        factor = self._interpolated_factor()
+        exact = self._log_exact(level).exp()
+        weights = (exact * torch.lerp(factor[left], factor[right], share)).float()
+        weights = torch.where(is_level, weights, math.nan)
+        nearest = right - (share < 0.5).long()
+        return self._loss(losses, weights, nearest, importance)
 
-    def _known(self, log_snr: Tensor) -> Tensor:
-        """Log of what is exact in log_snr."""
+    def _checked_levels(self, log_snr: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+        """Levels (B,) float64 and which of them are noise levels, after saying what is wrong with them."""
+        has_no_signal = self.prediction_type != "epsilon"
+        levels = "finite or -inf" if has_no_signal else "finite"
+        need = f"log_snr must be {tuple(losses.shape)} real, {levels}"
+        if not isinstance(log_snr, Tensor):
+            raise ValueError(f"{need}; got {type(log_snr).__name__}")
+        if not log_snr.is_floating_point():
+            raise ValueError(
+                f"{need}; got {log_snr.dtype}. Integer timesteps go to weighting(losses, timesteps)"
+            )
+        if log_snr.shape != losses.shape:
+            raise ValueError(f"{need}; got shape {tuple(log_snr.shape)}")
+        level = log_snr.to(losses.device).double()
+        good = level.isfinite() | (level.isneginf() & has_no_signal)
+        good_and_noisy = good & (level < LARGEST_LOG_SNR)
+        if level.device.type != "cpu" or torch.compiler.is_compiling():
+            return level, good_and_noisy
+        if not bool(good.all()):
+            raise ValueError(f"{need}; got {log_snr}")
+        if not bool(good_and_noisy.all()):
+            raise ValueError(
+                f"{need}, below {LARGEST_LOG_SNR:g}; got {float(level.max()):g}. Are these timesteps? A flow that "
+                "counts t from 0 to 1000 has sigma = t / 1000 and log_snr = 2 ln((1 - sigma) / sigma)"
+            )
+        return level, good_and_noisy
+
+    def _log_exact(self, log_snr: Tensor) -> Tensor:
+        """Log of what is exact in log_snr, on the error of the target: (n,) to (n,)."""
         name, params = self.formula
         function = find_named(name, PREDEFINED, "predefined weighting")
-        on_x0 = function(log_snr, **params)
+        on_x0: Tensor = function(log_snr, **params)
         return on_x0 - log_error_factor(log_snr, self.prediction_type, self.is_flow)
 
+    def _interpolated_factor(self) -> Tensor:
+        """weights() over what is exact, (T,) float64; where that is 0, the factor of the nearest step that has one."""
+        exact = self._log_exact(self.log_snr).exp()
+        factor = self.weights() / exact
+        has_one = exact > 0
+        steps = torch.arange(self.num_timesteps, device=exact.device)
+        before = torch.where(has_one, steps, -1).cummax(0).values
+        first = has_one.long().argmax()
+        return factor[torch.where(before >= 0, before, first)]
+
     def _check(self, losses: Tensor, importance: Tensor | None) -> None:
+        advice = "Use F.mse_loss(output, target, reduction='none').flatten(1).mean(1)"
+        need = "losses must be (B,) real, one mean squared error per sample"
+        if not isinstance(losses, Tensor):
+            raise ValueError(f"{need}; got {type(losses).__name__}. {advice}")
         if losses.ndim != 1 or not losses.is_floating_point():
+            raise ValueError(f"{need}; got shape {tuple(losses.shape)}, {losses.dtype}. {advice}")
+        if losses.device != self.log_snr.device:
             raise ValueError(
-                f"losses must be (B,) real, one mean squared error per sample; got shape {tuple(losses.shape)}, "
-                f"{losses.dtype}. Use F.mse_loss(output, target, reduction='none').flatten(1).mean(1)"
+                f"losses are on {losses.device}, the weighting on {self.log_snr.device}: "
+                "move it once with weighting.to(device)"
             )
         if importance is not None and importance.shape != losses.shape:
             raise ValueError(
@@ -177,24 +294,37 @@ class Weighting(nn.Module):
     def _loss(
         self, losses: Tensor, weights: Tensor, timesteps: Tensor, importance: Tensor | None
     ) -> Tensor:
-        importance = (
-            torch.ones_like(losses, dtype=torch.float32) if importance is None else importance
-        )
+        if importance is None:
+            importance = torch.ones_like(losses, dtype=torch.float32)
         loss = (weights * importance * losses).mean()
         if not (self.training and self.learns):
             return loss
-        losses, steps, importance = over_ranks(losses, timesteps, importance)
-        objective = self.update(losses, steps.long(), importance)
+        every_loss, every_step, every_importance = over_ranks(losses, timesteps, importance)
+        usable = (every_loss.abs() <= LARGEST_LOSS) & every_importance.isfinite()
+        objective = self.update(
+            torch.where(usable, every_loss, 0.0),
+            every_step.long(),
+            torch.where(usable, every_importance, 0.0),
+        )
+        # Its gradient without its value.
         return loss if objective is None else loss + (objective - objective.detach())
 
     def parameter_groups(self, lr: float | None = None) -> list[dict[str, Any]]:
         """Groups to add to an optimizer: own learning rate (default suggested_lr), no weight decay; [] if nothing."""
         parameters = list(self.parameters())
+        if not parameters:
+            return []
         lr = self.suggested_lr if lr is None else lr
-        return [{"params": parameters, "lr": lr, "weight_decay": 0.0}] if parameters else []
+        return [{"params": parameters, "lr": lr, "weight_decay": 0.0}]
+
+    # ------------------------------------------------------------ Gramians
 
     def _expect_gramian(self, gramian_every: int) -> None:
         size = self.bins.num_bins
+        try:
+            project_psd(torch.zeros(size, size))
+        except ValueError as error:
+            raise ValueError(f"bins: {size} must be fewer here. {error}") from None
         self.needs_gramian = True
         self.gramian_every = check_number("gramian_every", gramian_every, kinds=int)
         self.register_buffer("gramian", torch.zeros(size, size))
@@ -216,15 +346,28 @@ class Weighting(nn.Module):
         size = self.bins.num_bins
         if gramian.shape != (size, size) or not bool(torch.isfinite(gramian).all()):
             raise ValueError(f"gramian must be ({size}, {size}) and finite; got {gramian}")
-        if self.training:
-            self.gramians_seen += 1
-            # Gradients shrink by orders of magnitude in training: as they are, the first would rule the mean.
-            unit = gramian.double() / gramian.double().diagonal().abs().mean().clamp(min=1e-30)
-            self.gramian_mean.lerp_(unit, (1 / self.gramians_seen.double()).clamp(min=0.1))
-            nearest = project_psd(self.gramian_mean)
-            if nearest.trace() > 0:
-                self._observe(nearest * (size / nearest.trace()))
+        if not self.training:
+            return
+        self.gramians_seen += 1
+        # Gradients shrink by orders of magnitude in training: as they are, the first would rule the mean.
+        scale = gramian.double().diagonal().abs().mean().clamp(min=1e-30)
+        memory = (1 / self.gramians_seen.double()).clamp(min=0.1)
+        self.gramian_mean.lerp_(gramian.double() / scale, memory)
+        nearest = project_psd(self.gramian_mean)
+        if nearest.trace() > 0:
+            self._observe(nearest * (size / nearest.trace()))
 
     def _observe(self, gramian: Tensor) -> None:
         """Keep a positive semi-definite Gramian whose diagonal has mean 1."""
         self.gramian.copy_(gramian)
+
+
+def _shown(value: Any) -> str:
+    """A parameter in one short word."""
+    if isinstance(value, Bins):
+        return f"Bins({value.num_bins})"
+    if isinstance(value, Tensor):
+        return f"tensor{tuple(value.shape)}"
+    if callable(value):
+        return getattr(value, "__name__", type(value).__name__)
+    return str(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,13 @@ from torch import Tensor, nn
 from ..bins import Bins
 from ..checks import check_name, check_number
 from ..schedule import canonical_prediction_type
-from .base import Setting, Weighting, _quadratic, _ratio
+from .base import Setting, Weighting, quadratic, ratio
 from .formulas import PLAIN, Name
+
+# Beyond this kappa a weight is its prior's to the last digit of float32, which has no room for much larger numbers.
+LARGEST_KAPPA = 1e30
+# At least this share of a loss counts as learnable.
+SMALLEST_SHARE = 0.01
 
 
 class Variant(NamedTuple):
@@ -32,7 +37,8 @@ class Variant(NamedTuple):
     def objective(self, s: Tensor, z: Tensor, w: Tensor, kappa: float) -> Tensor:
         """What s minimises the mean of over samples."""
         each = z * torch.exp(-s) + s
-        each = each + kappa / 2 * s**2 if self.kappa_in == "objective" else each
+        if self.kappa_in == "objective":
+            each = each + kappa / 2 * s**2
         return w * each if self.outside else each
 
     def boost(self, s: Tensor, kappa: float) -> Tensor:
@@ -40,13 +46,14 @@ class Variant(NamedTuple):
         return self.sign * s / (1 + kappa) if self.kappa_in == "boost" else self.sign * s
 
     def fixed_point(self, z: Tensor, kappa: float) -> Tensor:
-        """Where constant z leads s, float64."""
-        if self.kappa_in != "objective":
-            return z.double().log()
+        """Where constant z leads s, float64: ln z, or with kappa in the objective W(z e^(1/kappa) / kappa) - 1/kappa."""
+        log_z = z.double().log()
+        if self.kappa_in != "objective" or kappa == 0:
+            return log_z
         from scipy.special import wrightomega
 
         # W(e^y) is wrightomega(y); e^(1 / kappa) itself would overflow for small kappa.
-        y = z.double().log() + 1 / kappa - math.log(kappa)
+        y = log_z + 1 / kappa - math.log(kappa)
         return torch.as_tensor(wrightomega(y.cpu().numpy())).to(z.device) - 1 / kappa
 
 
@@ -61,15 +68,19 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def _fourier_features(log_snr: Tensor, size: int = 128) -> Tensor:
-    """Cosines of -log_snr / 8 with random frequency and phase, as in EDM2 (Karras et al. 2024): (T, size) float32."""
+def fourier_features(log_snr: Tensor, size: int = 128) -> Tensor:
+    """Cosines of -log_snr / 8 with random frequency and phase, as in EDM2 (Karras et al. 2024): (T, size) float32.
+
+    They are divided by size, so that one step of Adam moves s about as far as it moves a bin.
+    """
     generator = torch.Generator().manual_seed(0)
     frequency = torch.randn(size, generator=generator, dtype=torch.float64).to(log_snr.device)
     phase = torch.rand(size, generator=generator, dtype=torch.float64).to(log_snr.device)
     # SNR = 0 has no place on this axis; its step takes the features of the step before.
-    position = -torch.where(torch.isneginf(log_snr), log_snr.roll(1), log_snr)[:, None] / 8
-    # Over the size, so that one step of Adam moves s about as far as it moves a bin.
-    return (2**0.5 / size * torch.cos(2 * math.pi * (position * frequency + phase))).float()
+    level = torch.where(torch.isneginf(log_snr), log_snr.roll(1), log_snr)
+    position = -level[:, None] / 8
+    waves = torch.cos(2 * math.pi * (position * frequency + phase))
+    return (2**0.5 / size * waves).float()
 
 
 class DySigma(Weighting):
@@ -81,12 +92,12 @@ class DySigma(Weighting):
 
     anchored  z e^-s + s + kappa/2 s^2: uncertainty weighting with the prior N(0, 1/kappa) on s, so a MAP estimate. At
               1 + kappa s = z e^-s, s* = W((z/kappa) e^(1/kappa)) - 1/kappa with Lambert's W; weight w e^-s*. As
-              s* >= -1/kappa, no weight exceeds e^(1/kappa) w. kappa -> inf: the prior; kappa -> 0: inside.
+              s* >= -1/kappa, no weight exceeds e^(1/kappa) w. kappa -> inf: the prior; kappa = 0: inside.
     inside    z e^-s + s: s* = ln z, weight 1 / L up to a factor: the prior cancels, it acts while s is catching up.
               The network then descends sum_t ln L_t, the geometric mean.
     outside   w (z e^-s + s): s* = ln z, weight w / L; the network descends sum_t w_t ln L_t.
     tempered  s as in outside, weight w e^(-s/(1+kappa)) -> w L^(-1/(1+kappa)); the network descends sum_t
-              w_t L_t^(kappa/(1+kappa)). kappa -> inf: the prior; kappa -> 0: outside.
+              w_t L_t^(kappa/(1+kappa)). kappa -> inf: the prior; kappa = 0: outside.
     excess    anchored on the learnable loss L - L* in place of L. Near its irreducible floor L* a bin keeps a loss that
               no weight can lower: 1 / L takes it for unsolved, 1 / (L - L*) does not.
     tilt      s as in inside, weight w e^(s/(1+kappa)) -> w (w L)^(1/(1+kappa)): the opposite sign, more where the
@@ -96,19 +107,20 @@ class DySigma(Weighting):
               diagonal: the squared length of the step, the objective of MGDA and UGD. Its slope in ln u_k is
               2 K u_k (Gu)_k: a bin that the step hurts, (Gu)_k < 0, gains weight. G = 0 or kappa -> inf: anchored.
 
-    prior, prior_params: as in log_weight. s is linear between the centres of bins, or with fourier=True in the
-    features of EDM2; |s| <= clamp. half_life: of the running mean, in images. floor: L* (T,) in the space of the
+    prior, prior_params: as in log_weight. kappa >= 0. s is linear between the centres of bins, or with fourier=True in
+    the features of EDM2; |s| <= clamp. half_life: of the running mean, in images. floor: L* (T,) in the space of the
     losses, or "online": two running means of a bin, of mean age 1/3 and 1/9 of the training, extrapolated as
     L* + c / images. (Another power scales c in all bins alike, and z has no scale.) At least 1 % of a loss counts as
     learnable. The target space of L matters to outside, tempered and conflict alone.
     """
 
-    basis: Tensor
-    log_prior: Tensor
+    basis: Tensor  # (T, number of coefficients)
+    log_prior: Tensor  # (T,)
     prior: Tensor  # (T,) the w of the objective: mean 1 where z is relative
     running: Tensor  # (2,): running sums of 1 and z
     history: Tensor  # (2, 2, K): for the long and the short memory, running sums of 1 and loss
-    images: Tensor
+    images: Tensor  # () int64: number of losses seen
+    floor_means: Tensor  # (K,)
 
     def __init__(
         self,
@@ -130,58 +142,58 @@ class DySigma(Weighting):
         self.variant = VARIANTS[variant]
         if kappa != 1 and not self.variant.kappa_in:
             raise ValueError(f"dy-sigma variant {variant!r} has no kappa; got {kappa!r}")
-        self.kappa, self.clamp = check_number("kappa", kappa), check_number("clamp", clamp)
-        self.half_life = half_life if half_life is None else check_number("half_life", half_life)
+        kappa = check_number("kappa", kappa, inclusive=True, high=math.inf)
+        self.kappa = min(kappa, LARGEST_KAPPA)
+        self.clamp = check_number("clamp", clamp)
+        self.half_life = None if half_life is None else check_number("half_life", half_life)
+
         log_prior = self.use_formula(prior, setting.schedule, **(prior_params or {}))
-        basis = (
-            _fourier_features(setting.schedule.log_snr) if fourier else self.bins.interpolation()
-        )
+        if self.half_life is None:
+            objective_prior = log_prior.exp()
+        else:
+            objective_prior = log_prior.softmax(0) * self.num_timesteps
+            self.register_buffer("running", torch.zeros(2))
+        self.register_buffer("log_prior", log_prior.float(), persistent=False)
+        self.register_buffer("prior", objective_prior.float(), persistent=False)
+
+        basis = fourier_features(self.log_snr) if fourier else self.bins.interpolation()
         # In units of the width of its prior, s has curvature 1 at z = 1 for every kappa, and optimizer steps of fixed
         # length do not shake what a strong prior holds still.
-        width = (1 + kappa) ** -0.5 if self.variant.kappa_in == "objective" else 1.0
-        self.coefficients = nn.Parameter(torch.zeros(basis.shape[1]))
+        width = (1 + self.kappa) ** -0.5 if self.variant.kappa_in == "objective" else 1.0
         self.register_buffer("basis", basis * width, persistent=False)
-        self.register_buffer("log_prior", log_prior.float(), persistent=False)
-        prior_weights = (
-            log_prior.exp() if half_life is None else log_prior.softmax(0) * self.num_timesteps
-        )
-        self.register_buffer("prior", prior_weights.float(), persistent=False)
-        if half_life is not None:
-            self.register_buffer("running", torch.zeros(2))
+        self.coefficients = nn.Parameter(torch.zeros(basis.shape[1]))
+
         self._set_floor(self.variant.floor if floor is None else floor)
         if self.variant.gramian:
             self._expect_gramian(gramian_every)
 
-    def _set_floor(self, floor: Any) -> None:
+    def _set_floor(self, floor: Tensor | Sequence[float] | str | None) -> None:
         self.floor = floor if floor is None or isinstance(floor, str) else "given"
-        if self.floor is not None:
-            self.register_buffer("images", torch.zeros((), dtype=torch.int64))
-            self.register_buffer("history", torch.zeros(2, 2, self.bins.num_bins))
-        if self.floor == "given":
-            table = torch.as_tensor(floor, dtype=torch.float32, device="cpu")
-            if table.shape != self.bin_index.shape or not bool(torch.isfinite(table).all()):
+        if floor is None:
+            return
+        self.register_buffer("images", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("history", torch.zeros(2, 2, self.bins.num_bins))
+        if isinstance(floor, str):
+            if floor != "online":
                 raise ValueError(
-                    f"floor must be finite, ({self.num_timesteps},); got shape {tuple(table.shape)}"
+                    f"floor must be None, 'online' or the floor of each timestep; got {floor!r}"
                 )
-            self.register_buffer(
-                "floor_means", self.bins.mean(table, torch.arange(len(table)))[0], persistent=False
-            )
-        elif self.floor not in (None, "online"):
+            return
+        table = torch.as_tensor(floor, dtype=torch.float32, device="cpu")
+        if table.shape != (self.num_timesteps,) or not bool(torch.isfinite(table).all()):
             raise ValueError(
-                f"floor must be None, 'online' or the floor of each timestep; got {floor!r}"
+                f"floor must be finite, ({self.num_timesteps},); got shape {tuple(table.shape)}"
             )
-
-    def _unbounded(self) -> Tensor:
-        return (self.basis * self.coefficients).sum(
-            1
-        )  # a matrix product would be rounded by autocast
-
-    def _log_weights(self, s: Tensor) -> Tensor:
-        return self.log_prior + self.variant.boost(s, self.kappa)
+        means, _ = self.bins.mean(table, torch.arange(self.num_timesteps))
+        self.register_buffer("floor_means", means, persistent=False)
 
     def log_variances(self) -> Tensor:
         """s: (T,) float32, with gradient to the parameters."""
         return self._unbounded().clamp(-self.clamp, self.clamp)
+
+    def _unbounded(self) -> Tensor:
+        # A sum, because autocast would round a matrix product.
+        return (self.basis * self.coefficients).sum(1)
 
     def fixed_point(self, z: Tensor) -> Tensor:
         """The s, float64, to which a constant z >= 0 leads, clamp included; for conflict, while G = 0."""
@@ -191,43 +203,59 @@ class DySigma(Weighting):
     def weights(self) -> Tensor:
         return self.from_log(self._log_weights(self.log_variances()))
 
+    def _log_weights(self, s: Tensor) -> Tensor:
+        return self.log_prior + self.variant.boost(s, self.kappa)
+
     def update(self, losses: Tensor, timesteps: Tensor, importance: Tensor) -> Tensor:
         prior = self.prior[timesteps]
         z = prior * losses if self.variant.weighted else losses
         if self.floor is not None:
             z = z * self._learnable_share(losses, timesteps, importance)
         if self.half_life is not None:
-            self.running.mul_(0.5 ** (len(z) / self.half_life))
-            self.running.add_(torch.stack([importance.sum(), (importance * z).sum()]))
-            z = z / (self.running[1] / self.running[0]).clamp(min=1e-30)
+            z = z / self._running_mean(z, importance, self.half_life)
+
         unbounded = self._unbounded()
         s = unbounded.clamp(-self.clamp, self.clamp)
         each = self.variant.objective(s[timesteps], z, prior, self.kappa)
         # The clamp stops the gradient both ways; the square brings s back once it is outside.
-        each = each + (unbounded - s.detach())[timesteps] ** 2 / 2
+        outside = unbounded - s.detach()
+        each = each + outside[timesteps] ** 2 / 2
         objective = (importance * each).mean()
         if self.variant.gramian:
-            share = self._log_weights(s).softmax(0)
-            shares = share.new_zeros(self.bins.num_bins).index_add(0, self.bin_index, share)
-            objective = objective + self.bins.num_bins * _quadratic(self.gramian, shares)
+            objective = objective + self._conflict(s)
         return objective
 
+    def _running_mean(self, z: Tensor, importance: Tensor, half_life: float) -> Tensor:
+        """The running mean of z, with this batch in it."""
+        self.running.mul_(0.5 ** (len(z) / half_life))
+        self.running.add_(torch.stack([importance.sum(), (importance * z).sum()]))
+        count, total = self.running
+        return ratio(total, count, 1.0).clamp(min=1e-30)
+
+    def _conflict(self, s: Tensor) -> Tensor:
+        """K u'Gu of the shares u of the bins."""
+        share = self._log_weights(s).softmax(0)
+        shares = share.new_zeros(self.bins.num_bins).index_add(0, self.bin_index, share)
+        return self.bins.num_bins * quadratic(self.gramian, shares)
+
     def _learnable_share(self, losses: Tensor, timesteps: Tensor, importance: Tensor) -> Tensor:
+        """(L - L*) / L of the bin of each sample (B,)."""
         index = self.bin_index[timesteps]
         self.images += len(losses)
         # A mean over the past with density images^(p-1) remembers a fixed fraction of the run and reads c / images as
-        # p / (p-1) times its present value: 2 for p = 2, 8/7 for p = 8, hence the 8/7 / (2 - 8/7) below.
+        # p / (p-1) times its present value: 2 for p = 2, 8/7 for p = 8. So their difference is 6/7 c / images, and
+        # what is learnable in the short one, 8/7 c / images, is 4/3 times that.
         keep = 1 - len(losses) / self.images.float()
-        keep = torch.stack([keep, keep**7])[:, None, None]
-        self.history.mul_(keep).index_add_(
-            2, index, torch.stack([importance, importance * losses]).expand(2, 2, -1)
-        )
-        long, short = _ratio(self.history[:, 1], self.history[:, 0], 1.0)
+        keep_both = torch.stack([keep, keep**7])[:, None, None]
+        new = torch.stack([importance, importance * losses]).expand(2, 2, -1)
+        self.history.mul_(keep_both).index_add_(2, index, new)
+        long, short = ratio(self.history[:, 1], self.history[:, 0], 1.0)
         learnable = 4 / 3 * (long - short) if self.floor == "online" else short - self.floor_means
-        return (learnable / short.clamp(min=1e-30)).clamp(0.01, 1)[index]
+        share: Tensor = (learnable / short.clamp(min=1e-30)).clamp(SMALLEST_SHARE, 1)
+        return share[index]
 
 
-class _Uncertainty(DySigma):
+class Uncertainty(DySigma):
     """Uncertainty weighting (Kendall, Gal, Cipolla 2018): "inside" with weight 1 in the model's own target space.
 
     s minimises L e^-s + s: e^s* = L, weight 1 / L, the same in every target space; the start is that of the own space.
@@ -238,10 +266,9 @@ class _Uncertainty(DySigma):
     def __init__(
         self, setting: Setting, *, bins: int | Bins = 20, fourier: bool = False, clamp: float = 10.0
     ) -> None:
-        prior = PLAIN[canonical_prediction_type(setting.prediction_type)]
         super().__init__(
             setting,
-            prior=prior,
+            prior=PLAIN[canonical_prediction_type(setting.prediction_type)],
             variant="inside",
             bins=bins,
             fourier=fourier,

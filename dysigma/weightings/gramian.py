@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..bins import Bins
 from ..checks import check_name, check_number
-from .base import Setting, Weighting, _quadratic
+from .base import Setting, Weighting, quadratic
 
 
-class _OfGramian(Weighting):
+class OfGramian(Weighting):
     """Weights from the shares u_k of the bins, each spread evenly over its timesteps: w_t = u_k T / n_k."""
 
     needs_gramian = True
-    spread: Tensor
+    spread: Tensor  # (K,): T / n_k
 
     def __init__(self, setting: Setting, bins: int | Bins, gramian_every: int) -> None:
         super().__init__(setting, bins)
         self._expect_gramian(gramian_every)
-        self.register_buffer(
-            "spread", self.num_timesteps / self.bins.counts.float(), persistent=False
-        )
+        spread = self.num_timesteps / self.bins.counts.float()
+        self.register_buffer("spread", spread, persistent=False)
 
-    def _shares(self) -> Tensor:
+    def bin_shares(self) -> Tensor:
+        """u (K,), summing to 1 up to a factor."""
         raise NotImplementedError
 
     @torch.no_grad()
     def weights(self) -> Tensor:
-        return self.scaled((self._shares() * self.spread)[self.bin_index])
+        return self.scaled((self.bin_shares() * self.spread)[self.bin_index])
 
 
-class _UGD(_OfGramian):
+class UGD(OfGramian):
     """Min-SNR's unconstrained gradient descent (Hang et al. 2023): u = softmax(beta), beta descends u'Gu + lambda u'u.
 
-    Every call descends the last Gramian seen, over its mean diagonal, with the optimizer of parameters(). lambda, the
-    regularization, keeps every bin in; at 0 the fixed point is the min-norm point, that of MGDA.
+    Every call descends the last Gramian seen, over its mean diagonal, with the optimizer of parameters().
+    regularization is lambda >= 0, which keeps every bin in; at 0 the fixed point is the min-norm point, that of MGDA.
     """
 
     def __init__(
@@ -47,15 +49,16 @@ class _UGD(_OfGramian):
         regularization: float = 0.1,
     ) -> None:
         super().__init__(setting, bins, gramian_every)
-        self.regularization = check_number("regularization", regularization, low=-1e-9)
+        self.regularization = check_number("regularization", regularization, inclusive=True)
         self.beta = nn.Parameter(torch.zeros(self.bins.num_bins))
 
-    def _shares(self) -> Tensor:
+    def bin_shares(self) -> Tensor:
         return self.beta.softmax(0)
 
     def update(self, losses: Tensor, timesteps: Tensor, importance: Tensor) -> Tensor:
-        u = self._shares()
-        return _quadratic(self.gramian, u) + self.regularization * (u * u).sum()
+        u = self.bin_shares()
+        spread: Tensor = self.regularization * (u * u).sum()
+        return quadratic(self.gramian, u) + spread
 
 
 # Rule: class of torchjd.aggregation and its arguments. Fairness of order 1 solves G a = 1 / a, the bargaining solution
@@ -73,10 +76,23 @@ GRAMIAN_RULES: dict[str, tuple[str, dict[str, float]]] = {
 }
 
 
-class _GramianRule(_OfGramian):
+def _torchjd_rule(rule: str) -> Any:
+    """The weighting of TorchJD of this name; ImportError says what to install."""
+    class_name, options = GRAMIAN_RULES[rule]
+    try:
+        from torchjd import aggregation
+
+        return getattr(aggregation, class_name)(**options)
+    except ImportError as error:
+        raise ImportError(
+            f"weighting 'gramian' with rule={rule!r}: {error}. pip install 'dysigma[moo]'"
+        ) from error
+
+
+class GramianRule(OfGramian):
     """Shares of the bins by a rule of TorchJD, equal before the first Gramian; negative ones of some rules are kept."""
 
-    shares: Tensor
+    shares: Tensor  # (K,)
 
     def __init__(
         self,
@@ -88,28 +104,33 @@ class _GramianRule(_OfGramian):
     ) -> None:
         super().__init__(setting, bins, gramian_every)
         check_name("gramian rule", rule, GRAMIAN_RULES)
-        name, options = GRAMIAN_RULES[rule]
-        try:
-            from torchjd import aggregation
+        self.rule = _torchjd_rule(rule)
+        equal = torch.full((self.bins.num_bins,), 1 / self.bins.num_bins)
+        self.register_buffer("shares", equal)
 
-            self.rule = getattr(aggregation, name)(**options)
-        except ImportError as error:
-            raise ImportError(
-                f"weighting 'gramian' with rule={rule!r}: {error}. pip install 'dysigma[moo]'"
-            ) from error
-        self.register_buffer("shares", torch.full((self.bins.num_bins,), 1 / self.bins.num_bins))
-
-    def _shares(self) -> Tensor:
+    def bin_shares(self) -> Tensor:
         return self.shares
 
     def _observe(self, gramian: Tensor) -> None:
         super()._observe(gramian)
-        # Some rules draw a random order; that draw belongs to the state, not to the global generator.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(self.gramians_seen))
-            shares = self.rule(gramian)
+        shares = self._seeded_shares(gramian)
         if not bool(torch.isfinite(shares).all()) or not shares.sum() > 0:
             raise ValueError(
                 f"{self.rule} found no usable shares, {shares.tolist()}, in {gramian.tolist()}"
             )
         self.shares.copy_(shares)
+
+    def _seeded_shares(self, gramian: Tensor) -> Tensor:
+        """The rule's shares; what it draws (a random order) is a function of the number of Gramians seen.
+
+        Rules draw from the CPU's global generator. It is seeded by itself, as torch.manual_seed would also seed those
+        of all GPUs, and gets its state back.
+        """
+        generator = torch.default_generator
+        state = generator.get_state()
+        generator.manual_seed(int(self.gramians_seen))
+        try:
+            shares: Tensor = self.rule(gramian.cpu())
+            return shares.to(gramian.device)
+        finally:
+            generator.set_state(state)

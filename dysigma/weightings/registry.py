@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ..checks import check_options, find_named
+from torch import nn
+
+from ..checks import check_options, find_named, keyword_parameters, plain_number
 from ..schedule import NoiseSchedule
-from .adaptive import _Adaptive, _Fixed, _loss_balance, _Random, _variance_aware
+from .adaptive import LossBalance, Predefined, RandomWeighting, VarianceAware
 from .base import Setting, Weighting
-from .dy_sigma import DySigma, _Uncertainty
+from .dy_sigma import DySigma, Uncertainty
 from .formulas import PREDEFINED, Name
-from .gramian import _UGD, _GramianRule
+from .gramian import UGD, GramianRule
 
 WEIGHTINGS: dict[str, Callable[..., Weighting]] = {
-    **{name: partial(_Fixed, name) for name in PREDEFINED},
-    "uncertainty": _Uncertainty,
-    "ugd": _UGD,
-    "loss-balance": partial(_Adaptive, _loss_balance),
-    "variance-aware": partial(_Adaptive, _variance_aware),
-    "random": _Random,
+    **{name: partial(Predefined, name) for name in PREDEFINED},
+    "uncertainty": Uncertainty,
+    "ugd": UGD,
+    "loss-balance": LossBalance,
+    "variance-aware": VarianceAware,
+    "random": RandomWeighting,
     "dy-sigma": DySigma,
-    "gramian": _GramianRule,
+    "gramian": GramianRule,
 }
 
 
@@ -38,20 +41,56 @@ def make_weighting(
     name: of WEIGHTINGS; or your own, as an object or "module:function" (imported, so run): a subclass of Weighting, a
     partial of one, or a function of log_snr that gives the log-weight on the x0 error, like those of PREDEFINED.
     normalize=True: weights of mean 1 over timesteps; False: the formula's own scale. params: those of the weighting, by
-    name. Raises KeyError for an unknown name, ImportError for a module that does not load, ValueError for an unknown or
-    bad parameter, epsilon where SNR = 0, a target that the schedule does not have, and weights all 0 or not finite.
+    name. Raises KeyError for an unknown name, ImportError for a module that does not load, TypeError for what is no
+    NoiseSchedule, ValueError for an unknown or bad parameter, epsilon where SNR = 0, a target that the schedule does
+    not have, and weights all 0 or not finite.
+
+    >>> weighting = make_weighting("p2", NoiseSchedule.linear(1000), "v_prediction", gamma=0.5)
+    >>> weighting
+    p2(k=1.0, gamma=0.5, target=v_prediction)
+    >>> tuple(weighting.weights().shape)
+    (1000,)
     """
-    found = find_named(name, WEIGHTINGS, "weighting")
-    if not hasattr(schedule, "log_snr"):
-        kind = type(schedule).__name__
+    if isinstance(name, nn.Module):
         raise TypeError(
-            f"schedule must be a NoiseSchedule; got {kind}: use NoiseSchedule.from_diffusers(scheduler)"
+            f"name must be a name of WEIGHTINGS, a function or a class; got a {type(name).__name__} as an object"
         )
-    check_options(str(name), params, PREDEFINED.get(str(name), found))
+    found = find_named(name, WEIGHTINGS, "weighting")
+    _check_schedule(schedule)
+    function = PREDEFINED.get(name, found) if isinstance(name, str) else found
+    params = {key: plain_number(value) for key, value in params.items()}
+    check_options(str(name), params, function)
     made = getattr(found, "func", found)  # of a partial
-    factory = (
-        found if isinstance(made, type) and issubclass(made, Weighting) else partial(_Fixed, name)
-    )
-    return factory(Setting(schedule, prediction_type, normalize), **params).to(
-        schedule.log_snr.device
-    )
+    is_class = isinstance(made, type) and issubclass(made, Weighting)
+    factory = found if is_class else partial(Predefined, name)
+    weighting: Weighting = factory(Setting(schedule, prediction_type, normalize), **params)
+    weighting.name = name if isinstance(name, str) else getattr(made, "__name__", str(made))
+    weighting.params = _defaults(function) | params
+    return weighting.to(schedule.log_snr.device)
+
+
+def _check_schedule(schedule: Any) -> None:
+    if isinstance(schedule, NoiseSchedule):
+        return
+    need = "schedule must be a NoiseSchedule"
+    advice = "use NoiseSchedule.from_diffusers(scheduler)"
+    if isinstance(schedule, type):
+        raise TypeError(f"{need}; got the class {schedule.__name__}: make one, and {advice}")
+    if isinstance(schedule, str):
+        raise TypeError(
+            f"{need}; got the text {schedule!r}: for a name of SCHEDULES use make_schedule, for a model of diffusers "
+            "NoiseSchedule.from_diffusers(pipeline.scheduler)"
+        )
+    if hasattr(schedule, "get") and hasattr(schedule, "keys"):
+        raise TypeError(f"{need}; got a configuration: make its scheduler, and {advice}")
+    raise TypeError(f"{need}; got {type(schedule).__name__}: {advice}")
+
+
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """The parameters of a weighting that have a value unless told, without those that are None."""
+    absent = (inspect.Parameter.empty, None)
+    return {
+        key: each.default
+        for key, each in keyword_parameters(function).items()
+        if each.default not in absent
+    }
