@@ -1141,8 +1141,8 @@ def test_unknown_names_show_the_choices():
         ("min-snr", {"gamma": "5"}),
         ("edm", {"sigma_data": -0.5}),
         ("sigmoid", {"bias": math.nan}),
-        ("p2", {"k": 0}),
-        ("dy-sigma", {"kappa": 0.0}),
+        ("p2", {"k": -1}),
+        ("dy-sigma", {"kappa": -0.5}),
         ("dy-sigma", {"kappa": math.inf}),
         ("dy-sigma", {"variant": "inside", "kappa": 2.0}),
         ("dy-sigma", {"bins": 0}),
@@ -1157,7 +1157,7 @@ def test_unknown_names_show_the_choices():
         ("dy-sigma", {"variant": "conflict", "gramian_every": 2.5}),
         ("ugd", {"regularization": -1.0}),
         ("random", {"seed": 0.5}),
-        ("loss-balance", {"strength": 0.0}),
+        ("loss-balance", {"strength": -1.0}),
     ],
 )
 def test_bad_parameters_are_refused(name, params):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -81,7 +81,7 @@ def _check_schedule(schedule: Any) -> None:
             f"{need}; got the text {schedule!r}: for a name of SCHEDULES use make_schedule, for a model of diffusers "
             "NoiseSchedule.from_diffusers(pipeline.scheduler)"
         )
-    if hasattr(schedule, "get") and hasattr(schedule, "keys"):
+    if isinstance(schedule, Mapping):
         raise TypeError(f"{need}; got a configuration: make its scheduler, and {advice}")
     raise TypeError(f"{need}; got {type(schedule).__name__}: {advice}")
 
