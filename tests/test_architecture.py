@@ -19,7 +19,7 @@ FLOORS = (
     ("checks", "randomness", "devices", "parallel", "intervals", "images", "downloads", "pareto"),
     ("schedule", "bins", "models", "runs", "data"),
     ("objective", "weightings", "samplers", "exact", "distances"),
-    ("testing", "gradients", "evaluation", "auditing"),
+    ("testing", "gradients", "sampling", "evaluation", "auditing"),
     ("training",),
     ("plots",),
     ("lab", "convergence"),

@@ -152,7 +152,7 @@ def test_groups_left_out_by_sums_are_those_left_out_in_fact(monkeypatch):
     x, seen = gaussian(43, generator(0, 0, "groups")) + 100, []
     monkeypatch.setattr(distances, "frechet_distance", lambda a, b: seen.append(a) or 0.0)
     compare_features(x, gaussian(30, generator(1, 0, "groups")))
-    for i, part in enumerate(seen[:10]):
+    for i, part in enumerate(seen[1:11]):
         wanted = moments(x[[row for row in range(43) if row % 10 != i]])
         torch.testing.assert_close(part.mean, wanted.mean)
         torch.testing.assert_close(part.covariance, wanted.covariance)
@@ -277,8 +277,8 @@ def test_features_of_the_same_images_are_computed_once(tmp_path):
     )
     images = torch.randint(256, (30, 3, 4, 4), generator=generator(0, 0, "test"), dtype=torch.uint8)
     first = reference_features(counted, images)
-    assert torch.equal(first, extract(features, images)) and calls == [30]
-    assert torch.equal(reference_features(counted, images.clone()), first) and calls == [30]
+    assert torch.equal(first, extract(features, images)) and calls == [2, 30]
+    assert torch.equal(reference_features(counted, images.clone()), first) and calls == [2, 30]
     changed = images.clone()
     changed[7, 1, 2, 3] += 1
     other = Features(counted.function, "another network")
@@ -290,7 +290,7 @@ def test_features_of_the_same_images_are_computed_once(tmp_path):
         (other, images),
     ):
         assert torch.equal(reference_features(which, what), extract(features, what))
-    assert calls == [30] * 6
+    assert calls == [2, 30] * 6
     kept = len([*(data_folder() / "features").iterdir()])
     reference_features(load_features("pixels"), images)
     assert len([*(data_folder() / "features").iterdir()]) == kept == 6, (
@@ -318,7 +318,7 @@ def test_kept_features_that_are_damaged_or_foreign_are_computed_anew(tmp_path, d
         "empty": b"",
     }[damage]
     file.write_bytes(content)
-    assert torch.equal(reference_features(counted, images), first) and calls == [30, 30]
+    assert torch.equal(reference_features(counted, images), first) and calls == [2, 30, 2, 30]
     assert file.read_bytes() == whole, "mended"
 
 
@@ -338,3 +338,99 @@ def test_where_features_come_from_is_said_and_a_folder_that_cannot_be_written_is
         UserWarning, match="features are not kept for the next time: .*Not a directory"
     ):
         assert torch.equal(reference_features(features, images), extract(features, images))
+
+
+# --- networks that do not fit -------------------------------------------------------------------------------------------
+
+
+class TakesFloat(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution = torch.nn.Conv2d(3, 8, 3)
+
+    def forward(self, images):
+        return self.convolution(images).mean((2, 3))
+
+
+class GivesMaps(TakesFloat):
+    def forward(self, images):
+        return self.convolution(images.float()).mean((2, 3), keepdim=True)
+
+
+class GivesOne(TakesFloat):
+    def forward(self, images):
+        return [self.convolution(images.float()).mean((2, 3))]
+
+
+class GivesTuple(TakesFloat):
+    def forward(self, images):
+        return (self.convolution(images.float()).mean((2, 3)),)
+
+
+class GivesTwo(TakesFloat):
+    def forward(self, images):
+        x = self.convolution(images.float())
+        return [x.mean((2, 3)), x.amax((2, 3))]
+
+
+class GivesDict(TakesFloat):
+    def forward(self, images):
+        return {"features": self.convolution(images.float()).mean((2, 3))}
+
+
+class GivesPositions(TakesFloat):
+    def forward(self, images):
+        return self.convolution(images.float())
+
+
+class GivesOneForAll(TakesFloat):
+    def forward(self, images):
+        return self.convolution(images.float()).mean((0, 2, 3))[None]
+
+
+class GivesClasses(TakesFloat):
+    def forward(self, images):
+        return self.convolution(images.float()).mean((2, 3)).argmax(1)
+
+
+PICTURES = torch.randint(256, (30, 3, 8, 8), generator=generator(0, 0, "fit"), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("network", [GivesMaps, GivesOne, GivesTuple])
+def test_features_in_another_container_are_unpacked(tmp_path, network):
+    module = network()
+    found = extract(load_features(str(save(tmp_path / "net.pt", module))), PICTURES)
+    with torch.no_grad():
+        wanted = module.convolution(PICTURES.float()).mean((2, 3)).double()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        (TakesFloat, "cannot be applied to uint8"),
+        (GivesTwo, "returns a list"),
+        (GivesDict, "returns a dict"),
+        (GivesPositions, r"returns torch.float32 \(2, 8, 6, 6\) for 2 images"),
+        (GivesOneForAll, r"returns torch.float32 \(1, 8\) for 2 images"),
+        (GivesClasses, r"returns torch.int64 \(2,\) for 2 images"),
+    ],
+)
+@pytest.mark.parametrize("measure", [extract, reference_features])
+def test_networks_that_do_not_fit_are_told_in_one_line(tmp_path, network, words, measure):
+    features = load_features(str(save(tmp_path / "net.pt", network())))
+    with pytest.raises(ValueError, match=words) as raised:
+        measure(features, PICTURES)
+    message = str(raised.value)
+    assert "net.pt" in message and r"(N, 3, H, W)" in message and "\n" not in message
+
+
+def test_a_network_is_tried_on_two_images_first():
+    sizes = []
+
+    def count(images):
+        sizes.append(len(images))
+        return images.flatten(1).float()
+
+    extract(Features(count), PICTURES, batch_size=16)
+    assert sizes == [2, 16, 14]

@@ -1,11 +1,14 @@
 """Evaluation against quantities known in closed form."""
 
+import itertools
 import math
 
+import diffusers
 import pytest
 import torch
 from torch import nn
 
+from dysigma import sampling
 from dysigma.evaluation import (
     SAMPLERS,
     elbo,
@@ -14,6 +17,7 @@ from dysigma.evaluation import (
     validation_losses,
 )
 from dysigma.models import make_model
+from dysigma.sampling import FLOW_SAMPLERS
 from dysigma.schedule import NoiseSchedule
 
 
@@ -203,3 +207,189 @@ def test_a_broken_network_gives_no_black_images():
 def test_unknown_sampler_shows_the_choices():
     with pytest.raises(KeyError, match="dpm-solver"):
         sample_images(nn.Identity(), NoiseSchedule.linear(), (1, 3, 4, 4), sampler="euler")
+
+
+# --- rectified flows ---------------------------------------------------------------------------------------------------
+
+
+class Optimal(nn.Module):
+    """Optimal denoiser of pixels ~ N(0, std^2), of any target on any path."""
+
+    def __init__(self, schedule, std, kind):
+        super().__init__()
+        self.schedule, self.std, self.kind = schedule, std, kind
+        self.dummy = nn.Parameter(torch.zeros(()))
+        self.calls = []
+
+    def forward(self, x_t, timesteps):
+        self.calls.append(int(timesteps[0]))
+        t = timesteps.long()
+        alpha = self.schedule.alpha[t].view(-1, 1, 1, 1)
+        sigma = self.schedule.sigma[t].view(-1, 1, 1, 1)
+        variance = alpha**2 * self.std**2 + sigma**2
+        x0 = alpha * self.std**2 / variance * x_t
+        noise = sigma / variance * x_t
+        return {"sample": x0, "epsilon": noise, "flow_prediction": noise - x0}[self.kind]
+
+
+FLOW_KINDS = ("flow_prediction", "sample", "epsilon")
+
+
+def no_zero(schedule):
+    """The flow without its last level, at which nothing is left of the image."""
+    return NoiseSchedule(schedule.alphas_cumprod[:-1], is_flow=True)
+
+
+@pytest.mark.parametrize("kind", FLOW_KINDS)
+def test_validation_losses_on_a_flow_equal_the_known_optimum(kind):
+    schedule, std = NoiseSchedule.flow(1000), 0.25
+    timesteps = evaluation_timesteps(1000, 5)
+    losses = validation_losses(
+        Optimal(schedule, std, kind), gaussian_images(64, std), schedule, kind, timesteps=timesteps
+    )
+    s = schedule.sigma[timesteps].double()
+    variance = (1 - s) ** 2 * std**2 + s**2
+    # x0 given x_t has this variance; the errors of noise and velocity are multiples of that of x0.
+    of_x0 = std**2 * s**2 / variance
+    factor = {"sample": 1, "epsilon": (1 - s) / s, "flow_prediction": 1 / s}[kind]
+    torch.testing.assert_close(losses, of_x0 * factor**2, rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("kind", FLOW_KINDS)
+def test_the_elbo_of_a_flow_is_that_of_the_diffusion_with_its_snr(kind):
+    """Latents divided by alpha + sigma are others, and the bound is the same."""
+    std, images = 0.25, gaussian_images(32, 0.25)
+    flow = NoiseSchedule.flow(200, shift=2.0)
+    if kind == "epsilon":
+        flow = no_zero(flow)
+    diffusion = NoiseSchedule(flow.alphas_cumprod)
+    on_flow = elbo(Optimal(flow, std, kind), images, flow, kind, timesteps_per_image=10)
+    same = "epsilon" if kind == "epsilon" else "sample"
+    wanted = elbo(Optimal(diffusion, std, same), images, diffusion, same, timesteps_per_image=10)
+    for value, other in zip(on_flow, wanted, strict=True):
+        assert math.isclose(value, other, rel_tol=1e-4, abs_tol=1e-6)
+
+
+def test_the_elbo_of_a_flow_is_its_closed_form():
+    schedule, std = NoiseSchedule.flow(1000), 0.25
+    bound = elbo(
+        Optimal(schedule, std, "flow_prediction"), gaussian_images(128, std), schedule, "flow",
+        timesteps_per_image=50,
+    )  # fmt: skip
+    snr = schedule.log_snr.exp()
+    diffusion = float((0.5 * (snr[:-1] - snr[1:]) / (snr[1:] + std**-2)).sum()) / math.log(2)
+    assert abs(bound.diffusion - diffusion) < max(4 * bound.standard_error, 0.02)
+    assert bound.prior == 0
+
+
+def test_the_elbo_of_one_image_has_no_standard_error():
+    schedule = NoiseSchedule.linear(100)
+    bound = elbo(Gaussian(schedule, 0.25), gaussian_images(1, 0.25), schedule)
+    assert math.isfinite(bound.bits_per_dim) and math.isnan(bound.standard_error)
+
+
+@pytest.mark.parametrize("kind", FLOW_KINDS)
+@pytest.mark.parametrize("sampler", FLOW_SAMPLERS)
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_samplers_on_a_flow_recover_the_deviation_of_gaussian_data(sampler, kind, shift):
+    schedule = NoiseSchedule.flow(1000, shift=shift)
+    network = Optimal(schedule, 0.25, kind)
+    images = sample_images(
+        network, schedule, (64, 3, 8, 8), prediction_type=kind, sampler=sampler, num_steps=100
+    )
+    deviation = float(images.double().div(127.5).sub(1).std())
+    assert math.isclose(deviation, 0.25, rel_tol=0.05), deviation
+    # What is predicted as noise is no image at the level of pure noise.
+    assert network.calls[0] == (998 if kind == "epsilon" else 999)
+    assert len(network.calls) == (99 if sampler == "heun" else 100)
+
+
+def test_euler_on_a_flow_is_ddim_on_the_diffusion_of_the_same_snr():
+    flow = no_zero(NoiseSchedule.flow(101))
+    diffusion = NoiseSchedule(flow.alphas_cumprod)
+    drawn = [
+        sample_images(
+            Optimal(schedule, 0.2, "sample"), schedule, (8, 3, 8, 8), prediction_type="sample", num_steps=20
+        )
+        for schedule in (flow, diffusion)
+    ]  # fmt: skip
+    # Their latents differ by alpha + sigma at the last level, which is 1.01.
+    assert (drawn[0].int() - drawn[1].int()).abs().max() <= 2
+
+
+def test_heun_on_a_flow_is_heun():
+    schedule, std = NoiseSchedule.flow(40), 0.2
+    network = Optimal(schedule, std, "flow_prediction")
+    found = sample_images(
+        network, schedule, (2, 1, 4, 4), prediction_type="flow", sampler="heun", num_steps=9, seed=5
+    )
+    latents = [sampling.generator(5, i, "latent") for i in range(2)]
+    x = torch.stack([torch.randn(1, 4, 4, generator=latent) for latent in latents])
+
+    def velocity(x, t):
+        s = schedule.sigma[t]
+        x0 = (1 - s) * std**2 / ((1 - s) ** 2 * std**2 + s**2) * x
+        return (x - x0.clamp(-1, 1)) / s
+
+    levels = [39, 31, 23, 15, 7]
+    for t, later in itertools.pairwise(levels):
+        step = schedule.sigma[later] - schedule.sigma[t]
+        first = velocity(x, t)
+        x = x + step * (first + velocity(x + step * first, later)) / 2
+    x = x - schedule.sigma[7] * velocity(x, 7)
+    wanted = x.add(1).mul(127.5).round().clamp(0, 255)
+    assert (found.float() - wanted).abs().max() <= 1
+
+
+def test_euler_on_a_flow_has_the_levels_of_diffusers_where_every_timestep_is_visited():
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(50)
+    theirs.set_timesteps(50)
+    ours = sampling._FlowPath(NoiseSchedule.flow(50), "flow_prediction", "euler", 50)
+    torch.testing.assert_close(ours.scheduler.sigmas, theirs.sigmas)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm-solver"])
+def test_samplers_that_a_flow_does_not_have_are_refused(sampler):
+    with pytest.raises(ValueError, match=f"{sampler}.* flow .*ddim.*heun"):
+        sample_images(nn.Identity(), NoiseSchedule.flow(), (1, 3, 4, 4), sampler=sampler)
+
+
+# --- large batches and low precision ------------------------------------------------------------------------------------
+
+
+def test_the_solver_that_takes_quantiles_gets_no_larger_batches_than_it_can_take(monkeypatch):
+    monkeypatch.setattr(sampling, "_LARGEST_QUANTILE", 3 * 4 * 4 * 2 + 5)
+    schedule, sizes = NoiseSchedule.linear(), set()
+
+    class Seen(Gaussian):
+        def forward(self, x_t, timesteps):
+            sizes.add(len(x_t))
+            return super().forward(x_t, timesteps)
+
+    for sampler, wanted in (("dpm-solver", {2, 1}), ("ddim", {5})):
+        sizes.clear()
+        sample_images(Seen(schedule, 0.25), schedule, (5, 3, 4, 4), sampler=sampler, num_steps=3)
+        assert sizes == wanted
+
+
+def test_precision_is_that_of_the_network_alone():
+    schedule, seen = NoiseSchedule.linear(), []
+
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x_t, timesteps):
+            output = self.layer(x_t)
+            seen.append((x_t.dtype, output.dtype))
+            return output
+
+    network = Linear()
+    drawn = [
+        sample_images(network, schedule, (2, 3, 4, 4), num_steps=3, precision=precision)
+        for precision in (None, torch.bfloat16)
+    ]
+    assert seen[:3] == [(torch.float32, torch.float32)] * 3
+    assert seen[3:] == [(torch.float32, torch.bfloat16)] * 3
+    assert (drawn[0].int() - drawn[1].int()).abs().float().mean() < 3
