@@ -21,7 +21,7 @@ _OTHER_TARGET = 0.005
 # A root mean square of the log-ratio that rounding alone explains.
 _EXACT = 1e-4
 
-# How many fits on the grid are worth polishing.
+# How many fits on the grid are worth polishing, besides every name's fit to the given target.
 _POLISHED = 6
 
 
@@ -66,7 +66,9 @@ def find_nearest(
     best_first = sorted(coarse, key=_by_score)
     if best_first[0].distance < _EXACT:
         return best_first[0]
-    polished = [_polish(fit, log_weights, schedule) for fit in best_first[:_POLISHED]]
+    of_target = [fit for fit in best_first[_POLISHED:] if fit.target == target]
+    promising = [*best_first[:_POLISHED], *of_target]
+    polished = [_polish(fit, log_weights, schedule) for fit in promising]
     return min(polished + best_first, key=_by_score)
 
 
