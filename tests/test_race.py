@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+import dysigma.lab.race
 from dysigma.cli.main import main
 from dysigma.exact import (
     GaussianField,
@@ -54,6 +55,57 @@ def test_a_race_records_every_entry_once_and_goes_on_where_it_stopped(tmp_path):
     rerun = {(r["arm"], r["seed"]): r["validation_losses"] for r in map(json.loads, lines)}
     again = {(r.arm, r.seed): r.validation_losses for r in table.itertuples()}
     assert rerun == again
+
+
+def test_one_process_gives_the_records_that_several_give_and_reads_the_data_once(
+    tmp_path, monkeypatch
+):
+    change = {"distance_images": 24, "distance_steps": 2}
+    spec = Race.from_dict(SPEC | {"seeds": [0], "base": SPEC["base"] | change})
+    race(spec, tmp_path / "workers", progress=False)
+    read = []
+    load = dysigma.lab.race.load_split
+    monkeypatch.setattr(
+        dysigma.lab.race, "load_split", lambda *given: read.append(given[1]) or load(*given)
+    )
+    race(spec, tmp_path / "here", in_process=True, progress=False)
+    assert read == ["train", "test"]
+    workers, here = (
+        load_races(tmp_path / name).drop(columns="seconds") for name in ("workers", "here")
+    )
+    assert workers.sort_values("arm").to_dict("records") == here.sort_values("arm").to_dict(
+        "records"
+    )
+    assert all(
+        len(kids) == len(images) for kids, images in zip(here.kids, here.images, strict=True)
+    )
+    with pytest.raises(ValueError, match="jobs"):
+        race(spec, tmp_path / "both", jobs=2, in_process=True)
+
+
+def test_targets_paths_and_samplers_make_up_the_grid_and_arms(tmp_path):
+    change = {
+        "grid": {
+            "x0": {"prediction": "sample", "arms": ["const-x0", "min-snr"]},
+            "v, cosine": {"prediction": "v_prediction", "schedule": "cosine", "arms": ["min-snr"]},
+        },
+        "arms": {
+            "const-x0": {"weighting": "const-x0"},
+            "min-snr": {"weighting": "min-snr", "timestep_sampler": "stratified"},
+        },
+    }
+    spec = Race.from_dict(SPEC | change)
+    keys = [key for key, _ in spec.entries()]
+    assert keys == [
+        (label, arm, seed)
+        for seed in (0, 1)
+        for label, arm in (("x0", "const-x0"), ("x0", "min-snr"), ("v, cosine", "min-snr"))
+    ]
+    configs = dict(spec.entries())
+    last = configs["v, cosine", "min-snr", 1]
+    assert (last.schedule, last.timestep_sampler, last.seed) == ("cosine", "stratified", 1)
+    with pytest.raises(ValueError, match="ugd"):
+        Race.from_dict(SPEC | {"grid": {"x0": {"prediction": "sample", "arms": ["ugd"]}}})
 
 
 def test_an_entry_that_fails_ends_the_race_and_the_others_wait_for_the_next_call(tmp_path):

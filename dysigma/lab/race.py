@@ -20,13 +20,17 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import runs
+from ..data.dataset import ImageData
 from ..devices import resolve_device
 from ..runs.files import RunError
 from ..training.config import TrainConfig
 from ..training.loop import train
-from ..training.parts import make_parts
+from ..training.parts import load_split, make_parts
 from ..training.step import TrainingDiverged
 from .records import entries_of_a_seed, race_config
+
+# The fields on which the images depend.
+DATA_FIELDS = ("data", "data_root", "image_size", "train_images", "conditional", "device")
 
 Key = tuple[str, str, int]  # grid label, arm, seed
 
@@ -186,13 +190,18 @@ def _record(config: TrainConfig, folder: Path) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None and value != []}
 
 
-def _run_entry(key: Key, config: TrainConfig, folder: Path) -> dict[str, Any]:
+def _run_entry(
+    key: Key,
+    config: TrainConfig,
+    folder: Path,
+    images: tuple[ImageData, ImageData] | None = None,
+) -> dict[str, Any]:
     """Train one entry in its own folder and reduce it to a record; goes on where it was stopped."""
     label, arm, seed = key
     record: dict[str, Any] = {"grid": label, "arm": arm, "seed": seed}
     begun = (folder / "config.json").exists()
     try:
-        train(config, folder, resume=begun, progress=False, finish=False)
+        train(config, folder, resume=begun, progress=False, finish=False, images=images)
     except TrainingDiverged as error:
         record["diverged"] = str(error).replace(str(folder), "the run folder")
         return record
@@ -264,9 +273,17 @@ def _in_this_process(entries: list[Entry]) -> Finished:
     """(entry, record) one after the other, with one thread on a CPU."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    loaded: dict[tuple[Any, ...], tuple[ImageData, ImageData]] = {}
     try:
         for entry in entries:
-            yield entry, _run_entry(*entry)
+            config = entry.config
+            which = tuple(getattr(config, name) for name in DATA_FIELDS)
+            if which not in loaded:
+                loaded.clear()  # one data set at a time in memory
+                device = resolve_device(config.device)
+                train_images = load_split(config, "train", device)
+                loaded[which] = train_images, load_split(config, "test", device)
+            yield entry, _run_entry(*entry, images=loaded[which])
     finally:
         torch.set_num_threads(before)
 

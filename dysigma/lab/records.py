@@ -129,8 +129,10 @@ def _diffusion_bits(losses: torch.Tensor, timesteps: list[int], config: dict[str
     Half the integral of the epsilon loss over log-SNR, by trapezoids between the first and the last
     validation timestep: what lies beyond them is left out.
     """
-    log_snr = TrainConfig.from_dict(config).noise_schedule().log_snr
-    to_epsilon = (log_snr + log_conversion(log_snr, config["prediction"])).exp()
+    schedule = TrainConfig.from_dict(config).noise_schedule()
+    log_snr = schedule.log_snr
+    to_x0 = log_conversion(log_snr, config["prediction"], schedule.is_flow)
+    to_epsilon = (log_snr + to_x0).exp()
     at = torch.tensor(timesteps)
     nats = torch.trapezoid(losses * to_epsilon[at], -log_snr[at]) / 2
     return (nats / math.log(2)).numpy()

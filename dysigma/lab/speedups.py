@@ -140,11 +140,15 @@ def _t_test(differences: Array) -> _Fit:
     from scipy import stats
 
     mean = float(differences.mean())
-    if len(differences) < 2:
+    df = len(differences) - 1
+    if df == 0:
         return _NO_FIT._replace(mean=mean)
-    test = stats.ttest_1samp(differences, 0.0)
-    interval = test.confidence_interval()
-    return _Fit(mean, float(interval.low), float(interval.high), float(test.pvalue))
+    standard_error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
+    half = float(stats.t.ppf(0.975, df)) * standard_error
+    with np.errstate(divide="ignore", invalid="ignore"):
+        statistic = np.float64(mean) / standard_error
+    p = 2 * float(stats.t.sf(abs(statistic), df))
+    return _Fit(mean, mean - half, mean + half, p)
 
 
 def _detectable(differences: Array) -> float:

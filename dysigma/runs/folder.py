@@ -113,7 +113,9 @@ def _is_run(path: Path) -> bool:
 def _describe_race(path: Path) -> Found:
     race = read_config(path / "race.json")
     rows = read_metrics(path / "records.jsonl")
-    total = len(race["seeds"]) * len(race["arms"]) * len(race["grid"])
+    # A grid entry may name the arms that are raced under it.
+    of_a_seed = [len(fields.get("arms", race["arms"])) for fields in race["grid"].values()]
+    total = len(race["seeds"]) * sum(of_a_seed)
     last = ""
     if rows:
         last = " ".join(str(rows[-1][key]) for key in ("grid", "arm", "seed"))

@@ -38,10 +38,12 @@ def train(
     resume: bool = False,
     progress: bool = True,
     finish: bool = True,
+    images: tuple[ImageData, ImageData] | None = None,
 ) -> Run:
     """Train to the end of the configuration and write a run folder; returns it as load_run does.
 
-    finish=False leaves out what comes after the last step: pipeline and samples.
+    finish=False leaves out what comes after the last step: pipeline and samples. images: train and
+    test images, if load_split has loaded those of this configuration before.
 
     With resume=True an interrupted run goes on from its last checkpoint and ends with the same
     weights as one that was never interrupted (bit for bit on one CPU device). Its images may lie
@@ -61,8 +63,9 @@ def train(
             _check_folder(config, out, resume)
         else:
             wait_for_all()  # the first rank may have to download the data
-        data = load_split(config, "train", device)
-        test = load_split(config, "test", device)
+        if images is None:
+            images = load_split(config, "train", device), load_split(config, "test", device)
+        data, test = images
         if first:
             wait_for_all()
         _check_classes(config, data, test)

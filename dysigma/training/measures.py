@@ -9,7 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..data.dataset import ImageData
-from ..distances import extract, frechet_distance, load_features, moments, reference_features
+from ..distances import (
+    extract,
+    frechet_distance,
+    kernel_distance,
+    load_features,
+    moments,
+    reference_features,
+)
 from ..evaluation import evaluation_timesteps, sample_images, validation_losses
 from ..gradients.measure import conflicts
 from .config import TrainConfig
@@ -49,11 +56,16 @@ class Measures:
         self.ema_model: nn.Module = copy.deepcopy(state.model)
         self.features: Any = None
         self.reference: Any = None
+        self.reference_rows: Any = None
 
     def prepare_distance(self) -> None:
         """Load the feature network and measure the training images with it; before the first step."""
         self.features = load_features(self.config.features, self.images.device)
-        self.reference = moments(reference_features(self.features, self.data.originals))
+        features = reference_features(self.features, self.data.originals)
+        self.reference = moments(features)
+        # For KID as many as there are samples, from all over the data, which may be sorted.
+        every = max(1, len(features) // self.config.distance_images)
+        self.reference_rows = features[::every][: self.config.distance_images].clone()
 
     def validate(self) -> dict[str, Any]:
         """Losses at fixed timesteps, images and noise; TrainingDiverged if they are not finite."""
@@ -75,12 +87,18 @@ class Measures:
         return {"validation_timesteps": self.timesteps, "validation_losses": losses}
 
     def distance(self) -> dict[str, Any]:
-        """Fréchet distance of samples to the training images; nothing unless it was prepared."""
+        """Fréchet distance and KID of samples to the training images; nothing unless prepared.
+
+        KID is left out below the 20 samples that it needs.
+        """
         if self.reference is None:
             return {}
         samples = self.samples(self.config.distance_images, self.config.distance_steps)
-        found = moments(extract(self.features, samples))
-        return {"distance": frechet_distance(found, self.reference)}
+        features = extract(self.features, samples)
+        found = {"distance": frechet_distance(moments(features), self.reference)}
+        if min(len(features), len(self.reference_rows)) >= 20:
+            found["kid"], _ = kernel_distance(features, self.reference_rows)
+        return found
 
     def samples(self, count: int, steps: int) -> Tensor:
         """Images (count, C, H, W) of the weights last validated, of classes in turn, from one set of latents."""
