@@ -93,7 +93,8 @@ def min_norm_weights(gramian: Values) -> Any:
 
     gramian: (K, K) inner products of gradients, K <= 64. Returns (K,) float64, non-negative, summing to 1. Exact up to
     rounding, also for gradient norms of very different sizes. If some gradients are exactly zero they share the
-    weight. Raises ValueError for a matrix that is not symmetric and positive semi-definite.
+    weight; where several mixtures are equally short, one of them is returned. Raises ValueError for a matrix that is
+    not symmetric and positive semi-definite.
 
     >>> min_norm_weights([[1.0, 0.0], [0.0, 4.0]])
     array([0.8, 0.2])

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 from .common import add_command, add_draw_options, open_run, write_record
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
+    from torch import nn
 
     from ..bins import Bins
     from ..data.dataset import ImageData
@@ -86,7 +89,8 @@ def add(commands: Commands) -> None:
 class _Measured:
     """A network and what is needed to compute its losses."""
 
-    network: Any  # of diffusers: it has .config and .device
+    network: nn.Module  # called with the timesteps of the schedule
+    options: Mapping[str, Any]  # the network's own configuration in diffusers
     schedule: NoiseSchedule
     prediction: str
     config: TrainConfig  # says which images
@@ -127,6 +131,7 @@ def _open_pipeline(path: Path, device: torch.device) -> _Measured:
     """The network of a local diffusers pipeline."""
     from diffusers import DiffusionPipeline
 
+    from ..foreign import FlowNetwork
     from ..schedule import NoiseSchedule
     from ..training.config import TrainConfig
 
@@ -143,21 +148,24 @@ def _open_pipeline(path: Path, device: torch.device) -> _Measured:
         raise ValueError(f"{path} does not open as a diffusers pipeline: {reason}") from error
     network = getattr(pipeline, name)
     schedule = NoiseSchedule.from_diffusers(pipeline.scheduler)
-    if schedule.is_flow:
-        raise ValueError(
-            f"{path} is trained by flow matching; its network is called with noise levels, which are not measured here"
-        )
     if "encoder_hidden_states" in inspect.signature(network.forward).parameters:
         raise ValueError(f"{path} needs encoder_hidden_states, as of a prompt; {MEASURED}")
-    prediction = pipeline.scheduler.config.get("prediction_type", "epsilon")
+    prediction = pipeline.scheduler.config.get("prediction_type")
     config = TrainConfig(train_images=IMAGES_FOR_PIPELINE)
-    return _Measured(network.to(device), schedule.to(device), prediction, config)
+    options = network.config
+    if schedule.is_flow:
+        network = FlowNetwork(network, schedule)
+        prediction = prediction or "flow_prediction"
+    return _Measured(
+        network.to(device), options, schedule.to(device), prediction or "epsilon", config
+    )
 
 
 def _open_run(path: Path, device: str) -> _Measured:
     opened = open_run(path, device)
+    network: Any = opened.load_network()
     return _Measured(
-        opened.load_network(), opened.schedule, opened.config.prediction, opened.config
+        network, network.config, opened.schedule, opened.config.prediction, opened.config
     )
 
 
@@ -177,7 +185,7 @@ def _images(measured: _Measured, args: argparse.Namespace) -> tuple[ImageData, b
     """The images that a network takes, and whether it is conditioned on their classes."""
     from ..training.parts import load_split
 
-    options = measured.network.config
+    options = measured.options
     config = replace(
         measured.config,
         data_root=args.data_root or measured.config.data_root,
@@ -188,12 +196,15 @@ def _images(measured: _Measured, args: argparse.Namespace) -> tuple[ImageData, b
         config = replace(config, data=args.data, train_images=None)
     if args.num_images is not None:
         config = replace(config, train_images=args.num_images)
-    data = load_split(config, "train", measured.network.device)
+    data = load_split(config, "train", measured.schedule.log_snr.device)
 
     channels = options["in_channels"]
     if channels == 1 and _is_gray(data):
         data = replace(data, images=data.images[:, :1])
     found = data.images.shape[1]
+    if channels == 3 and found == 1:  # a gray picture in colours
+        data = replace(data, images=data.images.repeat(1, 3, 1, 1))
+        found = 3
     if found != channels:
         raise ValueError(
             f"{args.path} takes {channels} channels, and {data.name} has {found}: choose another --data; "

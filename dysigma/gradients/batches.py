@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from ..bins import Bins
 from ..data.dataset import ImageData
 from ..objective import sample_losses
+from ..pareto import MAX_OBJECTIVES
 from ..randomness import generator
 from ..schedule import NoiseSchedule
 
@@ -52,31 +55,87 @@ def spans(edges: list[int]) -> list[str]:
     return [f"{first}-{end - 1}" for first, end in pairwise(edges)]
 
 
+def check_count(name: str, value: Any, least: int) -> int:
+    """value as an int of at least `least`; NumPy and torch integers count. ValueError otherwise."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise ValueError(f"need {name} >= {least}, an integer; got {value!r}") from None
+    if count < least:
+        raise ValueError(f"need {name} >= {least}; got {count}")
+    return count
+
+
 def image_table(images: Images) -> Tensor:
-    """The images as one tensor (N, ...), uint8 or floating."""
-    return images.images if isinstance(images, ImageData) else images
+    """The images as one tensor (N, ...): uint8, or floating in about [-1, 1]. ValueError for anything else."""
+    table = images.images if isinstance(images, ImageData) else images
+    if not isinstance(table, Tensor):
+        raise ValueError(
+            f"need images as a tensor (N, C, H, W) or ImageData; got {type(table).__name__}: torch.as_tensor(images)"
+        )
+    if table.ndim < 2 or 0 in table.shape:
+        raise ValueError(f"need images (N, C, H, W), one or more; got shape {tuple(table.shape)}")
+    if table.dtype == torch.uint8:
+        return table
+    if not table.is_floating_point():
+        raise ValueError(
+            f"need uint8 or floating images; got {table.dtype}: images.to(torch.uint8)"
+        )
+    low, high = (float(end) for end in table.aminmax())
+    if not math.isfinite(low) or not math.isfinite(high):
+        raise ValueError("images hold values that are NaN or infinite: leave them out")
+    if low >= 0 and high > 32:
+        raise ValueError(
+            f"floating images must lie in about [-1, 1]; got values from {low:.3g} to {high:.3g}: give them as uint8, "
+            "or images / 127.5 - 1"
+        )
+    return table
 
 
 def resolve_bins(schedule: NoiseSchedule, bins: int | Bins) -> Bins:
-    """The bins, or that many of equal width; ValueError unless they end where the schedule does."""
+    """The bins, or that many of equal width.
+
+    Raises ValueError for more than ``pareto.MAX_OBJECTIVES``, and unless they end where the schedule does.
+    """
+    total = schedule.num_timesteps
     if not isinstance(bins, Bins):
-        return Bins.uniform(schedule.num_timesteps, bins)
-    if bins.edges[-1] != schedule.num_timesteps:
+        bins = Bins.uniform(total, check_count("bins", bins, 1))
+    if bins.edges[-1] != total:
         raise ValueError(
-            f"need bins that end at the schedule's {schedule.num_timesteps} timesteps; got edges "
-            f"{bins.edges.tolist()}"
+            f"need bins that end at the schedule's {total} timesteps; got edges {bins.edges.tolist()}"
         )
+    if bins.num_bins > MAX_OBJECTIVES:
+        raise ValueError(f"need at most {MAX_OBJECTIVES} bins; got {bins.num_bins}")
     return bins
 
 
-def check_devices(table: Tensor, schedule: NoiseSchedule, model: nn.Module) -> None:
-    """ValueError unless images, schedule and parameters are on one device."""
+def check_model(model: nn.Module, schedule: NoiseSchedule, table: Tensor) -> None:
+    """Raise unless model and schedule are what their names say and on the device of the images."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(
+            f"schedule must be a NoiseSchedule; got {type(schedule).__name__}: for a scheduler of diffusers, "
+            "NoiseSchedule.from_diffusers(scheduler)"
+        )
     tensors = [table, schedule.log_snr, *model.parameters()]
     devices = {str(tensor.device) for tensor in tensors}
     if len(devices) > 1:
         raise ValueError(
             f"need images, schedule and model on one device; got {sorted(devices)}: call .to(device)"
         )
+
+
+def check_model_kwargs(model_kwargs: ModelKwargs, count: int) -> None:
+    """ValueError unless every argument is a tensor with one row per image."""
+    for name, value in (model_kwargs or {}).items():
+        if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != count:
+            got = type(value).__name__
+            if isinstance(value, Tensor):
+                got = f"shape {tuple(value.shape)}"
+            raise ValueError(
+                f"model_kwargs must be tensors with one row for each of {count} images; {name} has {got}"
+            )
 
 
 def draw_batches(
@@ -110,7 +169,10 @@ def batch_losses(
     model_kwargs: ModelKwargs,
 ) -> Tensor:
     """``sample_losses`` (B,) of one bin; every image keeps its own row of model_kwargs."""
-    own = {name: table[batch.rows] for name, table in (model_kwargs or {}).items()}
+    device = batch.x0.device
+    own = {}
+    for name, table in (model_kwargs or {}).items():
+        own[name] = table[batch.rows.to(table.device)].to(device)
     return sample_losses(
         model, schedule, batch.x0, batch.noise, batch.timesteps, prediction_type, **own
     )

@@ -85,7 +85,9 @@ class GramianAccumulator:
         self.groups = [groups(name) for name in named]
         self.group_names = list(dict.fromkeys(self.groups))
         self.sizes = [p.numel() for p in self.parameters]
-        dtype = torch.promote_types(self.parameters[0].dtype, torch.float32)
+        dtype = torch.float32
+        for p in self.parameters:
+            dtype = torch.promote_types(dtype, p.dtype)
         device = self.parameters[0].device
         self.rows = torch.zeros(num_bins, sum(self.sizes), dtype=dtype, device=device)
         self.sums = torch.zeros_like(self.rows)
@@ -107,16 +109,28 @@ class GramianAccumulator:
         for a gradient that is NaN, infinite or exactly 0.
         """
         values = []
+        scale = self._loss_scale()
         with torch.enable_grad():
             for row, loss in zip(self.rows, losses, strict=True):
-                gradients = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
+                scaled = loss if scale == 1 else scale * loss
+                gradients = torch.autograd.grad(scaled, self.parameters, materialize_grads=True)
                 torch.cat([g.flatten() for g in gradients], out=row)
+                if scale != 1:
+                    row /= scale
                 values.append(loss.detach())
         products = self.products(self.rows)
         self._check(products.sum(0).diagonal(), values)
         self.sums += self.rows
         self.own_products += products
         return torch.stack(values)
+
+    def _loss_scale(self) -> float:
+        """2^12 where gradients pass through float16, whose smallest numbers would be 0 without it; else 1."""
+        device = self.rows.device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        in_half = autocast == torch.float16
+        in_half = in_half or any(p.dtype == torch.float16 for p in self.parameters)
+        return 4096.0 if in_half else 1.0
 
     def _check(self, squares: Tensor, losses: list[Tensor]) -> None:
         usable = squares.isfinite() & (squares > 0)

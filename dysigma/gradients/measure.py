@@ -9,14 +9,16 @@ from torch import Tensor, distributed, nn
 
 from ..bins import Bins
 from ..randomness import forked_rng, generator
-from ..schedule import NoiseSchedule, canonical_prediction_type
+from ..schedule import NoiseSchedule
 from ..weightings.base import Weighting
 from .batches import (
     BinBatch,
     Images,
     ModelKwargs,
     batch_losses,
-    check_devices,
+    check_count,
+    check_model,
+    check_model_kwargs,
     draw_batches,
     image_table,
     resolve_bins,
@@ -31,6 +33,19 @@ def _mean_log_snr(schedule: NoiseSchedule, bins: Bins) -> Tensor:
     """(K,) the mean over the finite values of each bin."""
     parts = schedule.log_snr.cpu().split(bins.counts.tolist())
     return torch.stack([values[values.isfinite()].mean() for values in parts])
+
+
+def _loss_weights(weighting: Weighting | None, schedule: NoiseSchedule, kind: str) -> Tensor:
+    """(T,) what multiplies the losses; ValueError for a weighting that was made for other losses."""
+    if weighting is None:
+        return torch.ones_like(schedule.alpha)
+    weights = weighting.weights().to(schedule.alpha.device)
+    if len(weights) != schedule.num_timesteps or weighting.prediction_type != kind:
+        raise ValueError(
+            f"the weighting is for {weighting.prediction_type} and {len(weights)} timesteps, the losses for {kind} and "
+            f"{schedule.num_timesteps}: make it with this schedule and prediction_type"
+        )
+    return weights
 
 
 def _micro_batches_of_rank(model: nn.Module, micro_batches: int) -> range:
@@ -60,27 +75,45 @@ def conflicts(
     """Which timestep bins conflict, from micro_batches * batch_per_bin samples of each bin.
 
     model: any module called as model(x_t, timesteps, **kwargs), measured in the mode and the autocast it is in.
-    images: (N, C, H, W) uint8, or float in [-1, 1]. bins: Bins, or how many of equal width in t. weighting: its
-    weights() multiply the losses. optimizer: the Adam that trains the model, for the cosines with its last step and in
-    its metric. groups: from a parameter's name to its group. paired: bins share images and noise, which spoils the
-    naive cosine alone. model_kwargs: tensors with one row per image.
+        Weights may be bfloat16 or float16; it may return a tensor, a tuple, or an output or dict with "sample".
+    images: (N, C, H, W) uint8, or float in [-1, 1]; on the device of model and schedule.
+    schedule: variance-preserving or a flow. The timesteps given to the model are those of the schedule, 0 the
+        cleanest. A network trained with a flow scheduler of diffusers wants T sigma instead: wrap it in
+        ``foreign.FlowNetwork``.
+    bins: Bins, or how many of equal width in t; at most 64.
+    weighting: its weights() multiply the losses.
+    optimizer: the Adam that trains the model, for the cosines with its last step and in its metric.
+    groups: from a parameter's name to its group.
+    paired: bins share images and noise, which spoils the naive cosine alone.
+    model_kwargs: tensors with one row per image.
 
-    Costs about micro_batches training steps on bins * batch_per_bin images, and memory for 2 K gradients. Leaves
-    parameters, .grad, mode and the random state alone. Ranks of a DistributedDataParallel model share the
-    micro-batches; each must hold all images. Raises ValueError for gradients that are NaN or exactly 0, BatchNorm in
-    train mode, an output unlike the input, fewer than 6 micro_batches, tensors on two devices.
+    Costs about micro_batches training steps on bins * batch_per_bin images. Takes memory for 2 K gradients, and for
+    micro_batches * K sketches of at most 65,536 float64 numbers. Leaves parameters, .grad, mode and the random state
+    alone. Ranks of a DistributedDataParallel model share the micro-batches; each must hold all images.
+
+    Everything that can be checked is checked before the first step. Raises ValueError for gradients that are NaN or
+    exactly 0, BatchNorm in train mode, an output unlike the input, fewer than 6 micro_batches, more than 64 bins,
+    tensors on two devices; TypeError for a scheduler in place of a schedule.
+
+    >>> from dysigma.exact import LinearDenoiser
+    >>> schedule = NoiseSchedule.linear(10)
+    >>> model = LinearDenoiser(schedule, torch.ones(4))
+    >>> images = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+    >>> report = conflicts(model, images, schedule, bins=2, progress=False)
+    >>> report.spans(), report.gramian.shape
+    (['0-4', '5-9'], torch.Size([2, 2]))
     """
     from tqdm import tqdm
 
-    if micro_batches < 6 or batch_per_bin < 1:
-        raise ValueError(
-            f"need micro_batches >= 6 and batch_per_bin >= 1; got {micro_batches} and {batch_per_bin}"
-        )
-    kind = canonical_prediction_type(prediction_type)
+    micro_batches = check_count("micro_batches", micro_batches, 6)
+    batch_per_bin = check_count("batch_per_bin", batch_per_bin, 1)
+    seed = check_count("seed", seed, 0)
     table = image_table(images)
+    check_model(model, schedule, table)
+    check_model_kwargs(model_kwargs, len(table))
+    kind = schedule.canonical(prediction_type)
     cut = resolve_bins(schedule, bins)
-    check_devices(table, schedule, model)
-    weights = torch.ones_like(schedule.alpha) if weighting is None else weighting.weights()
+    weights = _loss_weights(weighting, schedule, kind)
 
     network = without_ranks(model)
     accumulator = GramianAccumulator(network, cut.num_bins, groups)

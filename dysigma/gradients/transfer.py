@@ -17,7 +17,9 @@ from .batches import (
     Images,
     ModelKwargs,
     batch_losses,
-    check_devices,
+    check_count,
+    check_model,
+    check_model_kwargs,
     draw_batches,
     image_table,
     resolve_bins,
@@ -82,17 +84,23 @@ def negative_transfer(
 
     optimizer: makes the optimizer of a copy from its parameters; None is Adam, lr 1e-4. The copies train on the same
     images and noise. Evaluation is in eval() mode on samples_per_bin draws per bin fixed beforehand, so differences
-    are paired; their standard errors are of the evaluation alone. The rest is as in ``conflicts``.
+    are paired; their standard errors are of the evaluation alone. The rest is as in ``conflicts``, errors included.
     """
     from tqdm import tqdm
 
+    steps = check_count("steps", steps, 1)
+    batch_size = check_count("batch_size", batch_size, 1)
+    samples_per_bin = check_count("samples_per_bin", samples_per_bin, 2)
+    seed = check_count("seed", seed, 0)
     table = image_table(images)
+    check_model(model, schedule, table)
+    check_model_kwargs(model_kwargs, len(table))
+    kind = schedule.canonical(prediction_type)
     cut = resolve_bins(schedule, bins)
-    check_devices(table, schedule, model)
     held_out = draw_batches(table, cut, samples_per_bin, seed, 0, paired=False)
 
     def losses(network: nn.Module, batch: BinBatch) -> Tensor:
-        return batch_losses(network, schedule, batch, prediction_type, model_kwargs)
+        return batch_losses(network, schedule, batch, kind, model_kwargs)
 
     @torch.no_grad()
     def evaluate(network: nn.Module) -> Tensor:
