@@ -13,6 +13,7 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     EDMEulerScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     UNet2DConditionModel,
     UNet2DModel,
@@ -462,6 +463,60 @@ def test_conflicts_of_a_class_conditional_network_use_the_labels(tmp_path):
     same(reread(out)[1], expected)
 
 
+def test_conflicts_of_a_flow_are_those_of_the_network_told_its_noise_level(tmp_path, monkeypatch):
+    """As diffusers trains it: the network is given scheduler.timesteps, 1000 s, from noisy to clean."""
+    monkeypatch.chdir(tmp_path)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    path, _ = a_pipeline(tmp_path / "flow", scheduler)
+    assert main(["conflicts", path, *SMALL, "--num-images=20"]) == 0
+    network = UNet2DModel.from_pretrained(path, subfolder="unet")
+
+    class AsDiffusersCallsIt(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x_t, timesteps):
+            return self.network(x_t, scheduler.timesteps[1000 - 1 - timesteps])
+
+    expected = dysigma.conflicts(
+        AsDiffusersCallsIt(),
+        dysigma.leaves(20, 8).images,
+        dysigma.NoiseSchedule.flow(shift=3.0),
+        3,
+        prediction_type="flow_prediction",
+        micro_batches=6,
+        batch_per_bin=2,
+        progress=False,
+    )
+    report = reread(tmp_path / "conflicts-flow")[1]
+    torch.testing.assert_close(report.losses, expected.losses, rtol=1e-5, atol=0)
+    torch.testing.assert_close(report.gramian, expected.gramian, rtol=1e-3, atol=1e-9)
+    assert (
+        "conv_in" in report.group_names and report.settings["prediction_type"] == "flow_prediction"
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_gray_pictures_are_measured_by_gray_and_by_colour_networks(tmp_path, monkeypatch, channels):
+    monkeypatch.chdir(tmp_path)
+    gray = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "gray.npz", train_images=gray, test_images=gray[:2])
+    path, _ = a_pipeline(tmp_path / "p", in_channels=channels, out_channels=channels)
+    assert main(["conflicts", path, *SMALL, "--data=gray.npz"]) == 0
+    network = UNet2DModel.from_pretrained(path, subfolder="unet")
+    expected = dysigma.conflicts(
+        network,
+        torch.from_numpy(gray)[:, None].repeat(1, channels, 1, 1),
+        dysigma.NoiseSchedule.from_diffusers(DDPMScheduler()),
+        3,
+        micro_batches=6,
+        batch_per_bin=2,
+        progress=False,
+    )
+    same(reread(tmp_path / "conflicts-p")[1], expected)
+
+
 def test_sentences_say_what_the_report_does(capsys):
     torch.manual_seed(1)
     network, schedule = torch.nn.Conv2d(3, 3, 3, padding=1), dysigma.NoiseSchedule.linear(30)
@@ -564,15 +619,16 @@ def test_conflicts_refuses_other_pipelines_with_the_reason(tmp_path, capsys):
         "damaged": "does not open as a diffusers pipeline: ",
         "pickled": "does not open as a diffusers pipeline: Error no file named diffusion_pytorch_model.safetensors",
         "stranger": "has a unet of os; no code but that of diffusers is run",
-        "flow": "is trained by flow matching; its network is called with noise levels, which are not measured here",
-        "edm": "EDMEulerScheduler has no alphas_cumprod",
+        "continuous": "continuum of levels",
+        "edm": "has no alphas_cumprod",
         "alone/unet": "is neither a run folder nor a diffusers pipeline (it has no model_index.json)",
         "none": "is neither a run folder nor a diffusers pipeline",
     }
     a_pipeline(tmp_path / "prompted", network=prompted)
     for name in ("latent", "headless", "damaged", "alone", "pickled", "stranger"):
         a_pipeline(tmp_path / name)
-    a_pipeline(tmp_path / "flow", FlowMatchEulerDiscreteScheduler())
+    continuous = EulerDiscreteScheduler(timestep_type="continuous", sigma_min=0.002, sigma_max=700)
+    a_pipeline(tmp_path / "continuous", continuous)
     a_pipeline(tmp_path / "edm", EDMEulerScheduler())
     changes = {"latent": {"vqvae": ["diffusers", "VQModel"]}, "headless": {"unet": [None, None]}}
     for name, change in (changes | {"stranger": {"unet": ["os", "system"]}}).items():
@@ -585,7 +641,4 @@ def test_conflicts_refuses_other_pipelines_with_the_reason(tmp_path, capsys):
     for name, reason in reasons.items():
         assert main(["conflicts", str(tmp_path / name), *SMALL]) == 2, name
         error = capsys.readouterr().err.splitlines()[-1]
-        assert (
-            error.startswith(f"dysigma: {'' if name == 'edm' else tmp_path / name}")
-            and reason in error
-        ), name
+        assert error.startswith(f"dysigma: {tmp_path / name}") and reason in error, name

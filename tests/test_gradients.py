@@ -8,8 +8,10 @@ import math
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from dysigma import pareto
 from dysigma.bins import Bins
 from dysigma.exact import LinearDenoiser
+from dysigma.foreign import FlowNetwork
 from dysigma.gradients import (
     ConflictReport,
     bin_gramian,
@@ -460,19 +463,175 @@ def test_faulty_models_are_explained(fault, message):
         conflicts(Bad(fault), IMAGES, SCHEDULE, BINS, micro_batches=6, progress=False)
 
 
-def test_bad_requests_are_explained():
-    model = Net()
-    with pytest.raises(ValueError, match="micro_batches >= 6"):
-        conflicts(model, IMAGES, SCHEDULE, BINS, micro_batches=5)
-    with pytest.raises(ValueError, match="end at the schedule's 20"):
-        conflicts(model, IMAGES, SCHEDULE, Bins.uniform(10, 2))
-    with pytest.raises(ValueError, match="one device"):
-        conflicts(model, IMAGES, copy.deepcopy(SCHEDULE).to("meta"), BINS)
-    with pytest.raises(ValueError, match="unknown prediction type"):
-        conflicts(model, IMAGES, SCHEDULE, BINS, prediction_type="score")
+class Untouched(Net):
+    """A network that must not be run: what is wrong is told before any work."""
+
+    def forward(self, x_t: Tensor, timesteps: Tensor, shift: Tensor | None = None) -> Tensor:
+        raise AssertionError("the network was run")
+
+
+@pytest.mark.parametrize("measure", [conflicts, negative_transfer])
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"bins": 100}, ValueError, "64 bins"),
+        ({"bins": 2000}, ValueError, "bins"),
+        ({"bins": 2.5}, ValueError, "bins"),
+        ({"bins": Bins.uniform(10, 2)}, ValueError, "end at"),
+        ({"images": IMAGES[:0]}, ValueError, "one or more"),
+        ({"images": IMAGES.float()}, ValueError, r"\[-1, 1\]"),
+        ({"images": IMAGES.float() / torch.nan}, ValueError, "NaN"),
+        ({"images": IMAGES.long()}, ValueError, "int64"),
+        ({"images": IMAGES.numpy()}, ValueError, "tensor"),
+        (
+            {"schedule": copy.deepcopy(NoiseSchedule.linear(1000)).to("meta")},
+            ValueError,
+            "one device",
+        ),
+        ({"schedule": "linear"}, TypeError, "NoiseSchedule"),
+        ({"schedule": type("DDPMScheduler", (), {})()}, TypeError, "from_diffusers"),
+        ({"model": torch.relu}, TypeError, "Module"),
+        ({"prediction_type": "score"}, ValueError, "prediction type"),
+        ({"prediction_type": "flow_prediction"}, ValueError, "flow_prediction"),
+        ({"model_kwargs": {"shift": torch.zeros(5)}}, ValueError, "shift"),
+        ({"model_kwargs": {"shift": 1.0}}, ValueError, "shift"),
+        ({"seed": -1}, ValueError, "seed"),
+    ],
+)
+def test_bad_requests_are_told_before_any_work(measure, change, error, words):
+    request = {"model": Untouched(), "images": IMAGES, "schedule": NoiseSchedule.linear(1000)}
+    with pytest.raises(error, match=words):
+        measure(**{**request, **change}, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"micro_batches": 5}, "micro_batches >= 6"),
+        ({"micro_batches": 6.5}, "micro_batches"),
+        ({"batch_per_bin": 0}, "batch_per_bin"),
+        ({"weighting": make_weighting("min-snr", NoiseSchedule.linear(10))}, "10 timesteps"),
+        ({"weighting": make_weighting("min-snr", SCHEDULE, "v")}, "v_prediction"),
+        ({"optimizer": torch.optim.Adam(Untouched().parameters())}, "not stepped"),
+    ],
+)
+def test_bad_settings_of_conflicts_are_told_before_any_work(change, words):
+    with pytest.raises(ValueError, match=words):
+        conflicts(Untouched(), IMAGES, SCHEDULE, BINS, progress=False, **change)
+
+
+def test_counts_may_be_numbers_of_numpy_and_torch():
+    counts = {"micro_batches": np.int64(6), "batch_per_bin": torch.tensor(2), "seed": np.uint8(3)}
+    theirs = conflicts(Net(), IMAGES, SCHEDULE, np.int64(4), progress=False, **counts)
+    ours = conflicts(
+        Net(), IMAGES, SCHEDULE, 4, progress=False, micro_batches=6, batch_per_bin=2, seed=3
+    )
+    assert theirs.settings == ours.settings and torch.equal(theirs.gramian, ours.gramian)
+    json.dumps(theirs.to_dict())
+
+
+def test_an_empty_bin_of_a_batch_is_explained():
     x0, noise, timesteps = batch(2)
-    with pytest.raises(ValueError, match=r"got \[4, 4, 0, 0\].*bin_timesteps"):
-        bin_gramian(model, SCHEDULE, x0, noise, timesteps % 10, BINS)
+    with pytest.raises(ValueError, match=r"\[4, 4, 0, 0\].*bin_timesteps"):
+        bin_gramian(Net(), SCHEDULE, x0, noise, timesteps % 10, BINS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_networks_in_other_precisions_are_measured(dtype):
+    """Against the same rounded weights in float32."""
+    options = {"micro_batches": 6, "batch_per_bin": 4, "progress": False}
+    low = conflicts(Net().to(dtype), IMAGES, SCHEDULE, BINS, **options)
+    full = conflicts(Net().to(dtype).float(), IMAGES, SCHEDULE, BINS, **options)
+    torch.testing.assert_close(low.losses, full.losses, rtol=1e-2, atol=0)
+    assert (low.cosine - full.cosine).abs().max() < 0.02
+    size = full.gramian.diagonal()
+    assert ((low.gramian.diagonal() - size) / size).abs().max() < 0.05
+
+
+def test_small_gradients_do_not_vanish_in_float16():
+    """Where a network is nearly right, gradients fall below the smallest float16: 6e-8."""
+
+    class Nearly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.tensor(1 + 2.0**-10))
+
+        def forward(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
+            return (self.factor * x_t).view(x_t.shape)
+
+    clean = NoiseSchedule(torch.tensor([1 - 1e-9, 1 - 2e-9], dtype=torch.float64))
+    images = torch.rand(8, 1, 128, 128, generator=generator(0, 3, "test")) * 2 - 1
+    options = {"prediction_type": "sample", "micro_batches": 6, "progress": False}
+    half = conflicts(Nearly().half(), images.half(), clean, 2, **options)
+    full = conflicts(Nearly(), images.half().float(), clean, 2, **options)
+    torch.testing.assert_close(half.gramian, full.gramian, rtol=0.1, atol=0)
+
+
+def test_weights_of_two_precisions_ask_for_autocast():
+    model = Net()
+    model.head.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="autocast"):
+        conflicts(model, IMAGES, SCHEDULE, BINS, progress=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        report = conflicts(model, IMAGES, SCHEDULE, BINS, micro_batches=6, progress=False)
+    assert report.losses.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [
+        lambda out: (out, None),
+        lambda out: [out],
+        lambda out: {"sample": out, "logvar": out},
+        lambda out: {"prediction": out},
+        lambda out: types.SimpleNamespace(sample=out),
+    ],
+    ids=["tuple", "list", "dict", "only tensor", "object"],
+)
+def test_outputs_are_unpacked(pack):
+    class Packs(Net):
+        def forward(self, x_t: Tensor, timesteps: Tensor, shift: Tensor | None = None):
+            return pack(super().forward(x_t, timesteps))
+
+    options = {"micro_batches": 6, "batch_per_bin": 1, "progress": False}
+    packed = conflicts(Packs(), IMAGES, SCHEDULE, BINS, **options)
+    assert torch.equal(packed.gramian, conflicts(Net(), IMAGES, SCHEDULE, BINS, **options).gramian)
+
+
+def test_measuring_seeds_no_generator_but_its_own(monkeypatch):
+    """torch.manual_seed would seed all CUDA devices, whose state nobody puts back when the network is on the CPU."""
+    model = Net(dropout=0.5).train()
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("all devices are seeded"))
+    conflicts(model, IMAGES, SCHEDULE, BINS, micro_batches=6, progress=False)
+    negative_transfer(model, IMAGES, SCHEDULE, BINS, steps=1, samples_per_bin=2, progress=False)
+
+
+def test_a_flow_network_is_told_its_noise_level():
+    """Against FlowMatchEulerDiscreteScheduler: index i of its table, from noisy to clean, is our timestep T - 1 - i."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=20, shift=2.0)
+    schedule = NoiseSchedule.from_diffusers(scheduler)
+    seen = []
+
+    class Told(Net):
+        def forward(self, x_t: Tensor, timesteps: Tensor, shift: Tensor | None = None) -> Tensor:
+            seen.append(timesteps)
+            return super().forward(x_t, timesteps.round().long() - 1)
+
+    x0, noise, _ = batch(5)
+    timesteps = torch.arange(20)
+    network = FlowNetwork(Told(), schedule)
+    losses = sample_losses(network, schedule, x0, noise, timesteps, "flow_prediction")
+    index = 19 - timesteps
+    torch.testing.assert_close(seen[0], scheduler.timesteps[index])
+    sigma = scheduler.sigmas[index].view(-1, 1, 1, 1)
+    x_t = (1 - sigma) * x0 + sigma * noise
+    output = network.network(x_t, scheduler.timesteps[index])
+    expected = (output - (noise - x0)).square().mean((1, 2, 3))
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="flow"):
+        FlowNetwork(Told(), SCHEDULE)
 
 
 def test_bin_timesteps_fill_their_bins_evenly():

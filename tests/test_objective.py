@@ -79,11 +79,52 @@ def test_losses_are_unreduced_and_float32_under_autocast():
     assert losses.shape == (4,) and losses.dtype == torch.float32
 
 
-def test_diffusers_outputs_and_tuples_are_unwrapped():
+def test_diffusers_outputs_dicts_and_tuples_are_unwrapped():
     x, t = torch.randn(2, 3), torch.zeros(2, dtype=torch.long)
-    assert predict(lambda x, t: (x,), x, t) is x
+    for packed in ((x,), [x, None], {"sample": x, "logvar": -x}, {"anything": x}):
+        assert predict(lambda x, t, packed=packed: packed, x, t) is x
+    for other in (None, {}, {"a": x, "b": x}, (), ("text",), 3.0):
+        with pytest.raises(ValueError, match="must return a tensor"):
+            predict(lambda x, t, other=other: other, x, t)
     with pytest.raises(ValueError, match=r"\(2, 6\).*\(2, 3\)"):
         predict(lambda x, t: torch.cat([x, x], 1), x, t)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_network_gets_its_input_in_the_precision_of_its_weights(dtype):
+    model, schedule = nn.Conv2d(1, 1, 3, padding=1).to(dtype), NoiseSchedule.cosine(10)
+    x0, noise = torch.rand(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
+
+    class Timeless(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = model
+
+        def forward(self, x, timesteps):
+            assert x.dtype == dtype
+            return self.network(x)
+
+    losses = sample_losses(Timeless(), schedule, x0, noise, torch.arange(4))
+    exact = sample_losses(lambda x, t: model.float()(x), schedule, x0, noise, torch.arange(4))
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, exact, rtol=1e-2, atol=1e-3)
+
+
+def test_a_schedule_on_another_device_is_named():
+    schedule = NoiseSchedule.linear(10).to("meta")
+    with pytest.raises(ValueError, match="on meta and x0 on cpu"):
+        sample_losses(
+            nn.Identity(), schedule, torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([0, 1])
+        )
+
+
+def test_errors_of_a_network_are_its_own():
+    class Broken(nn.Module):
+        def forward(self, x, timesteps):
+            raise RuntimeError("no such type of layer")
+
+    with pytest.raises(RuntimeError, match="no such type of layer"):
+        predict(Broken(), torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))
 
 
 def test_mismatched_noise_is_refused():

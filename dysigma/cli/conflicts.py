@@ -147,7 +147,10 @@ def _open_pipeline(path: Path, device: torch.device) -> _Measured:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} does not open as a diffusers pipeline: {reason}") from error
     network = getattr(pipeline, name)
-    schedule = NoiseSchedule.from_diffusers(pipeline.scheduler)
+    try:
+        schedule = NoiseSchedule.from_diffusers(pipeline.scheduler)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}, and dysigma.conflicts in Python") from error
     if "encoder_hidden_states" in inspect.signature(network.forward).parameters:
         raise ValueError(f"{path} needs encoder_hidden_states, as of a prompt; {MEASURED}")
     prediction = pipeline.scheduler.config.get("prediction_type")
