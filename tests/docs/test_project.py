@@ -183,6 +183,27 @@ def test_ci_runs_what_the_reader_runs():
     assert "make test" in script.read_text().splitlines()
 
 
+@pytest.mark.parametrize(
+    "path",
+    sorted([*ROOT.glob(".github/**/*.yml"), ROOT / ".pre-commit-config.yaml"]),
+    ids=lambda path: path.name,
+)
+def test_workflows_and_forms_are_yaml_and_run_targets_that_exist(path):
+    text = path.read_text(encoding="utf-8")
+    assert yaml.safe_load(text)
+    assert set(re.findall(r"run: make ([a-z-]+)", text)) <= set(recipes())
+
+
+def test_contributing_names_files_and_targets_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`make ([a-z-]+)", text)) <= set(recipes())
+    files = re.findall(r"`([\w/]+/[\w./]+\.\w+)`", text)
+    missing = [
+        name for name in files if not (ROOT / name).exists() and not (ROOT / "dysigma" / name).exists()
+    ]
+    assert files and [name for name in missing if "NN_" not in name] == []
+
+
 def test_notebooks_and_records_show_no_machine_paths():
     files = [
         *ROOT.glob("notebooks/**/*.ipynb"),

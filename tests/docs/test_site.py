@@ -56,6 +56,14 @@ def test_the_api_page_lists_every_public_module_and_what_the_package_gives_at_it
         )
 
 
+def test_the_map_shows_every_room():
+    drawing = (REFERENCE / "house.svg").read_text(encoding="utf-8")
+    shown = set(re.findall(r"font-weight=\"bold\" text-anchor[^>]*>([\w]+)/?<", drawing))
+    rooms = {path.stem for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    rooms |= {path.stem for path in PACKAGE.glob("[!_]*.py")}
+    assert shown == rooms
+
+
 def symbols(cell: str) -> list[str]:
     """The symbols that the first cell of a row of notation defines, without the formulas of those that have one."""
     parts = re.split(r",\\ |, ", cell.replace("$", "")) if "$" in cell else []
@@ -114,6 +122,7 @@ def test_the_site_builds_without_a_warning_and_needs_nothing_from_elsewhere(tmp_
     }
     assert {path.stem for path in NOTEBOOKS.glob("[0-9]*.py")} | {
         "api",
+        "architecture",
         "notation",
         "glossary",
     } <= set(pages)
