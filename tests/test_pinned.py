@@ -35,10 +35,26 @@ NAMES = [
     "dysigma.convergence",
     "dysigma.testing.check_weighting",
 ]
-WEIGHTINGS = """
-    const-x0 const-eps const-v truncated-snr min-snr max-snr soft-min-snr p2 debiased edm sigmoid elbo
-    uncertainty ugd variance-aware loss-balance dy-sigma gramian
-""".split()
+WEIGHTINGS = [
+    "const-x0",
+    "const-eps",
+    "const-v",
+    "truncated-snr",
+    "min-snr",
+    "max-snr",
+    "soft-min-snr",
+    "p2",
+    "debiased",
+    "edm",
+    "sigmoid",
+    "elbo",
+    "uncertainty",
+    "ugd",
+    "variance-aware",
+    "loss-balance",
+    "dy-sigma",
+    "gramian",
+]
 SAMPLERS = ["uniform", "stratified", "logit-normal", "lognormal", "loss-second-moment"]
 COMMANDS = [
     "train --out x --data cifar10 --data-root d --weighting dy-sigma --prediction epsilon --model compact "

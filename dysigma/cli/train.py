@@ -174,6 +174,6 @@ def run(args: argparse.Namespace) -> None:
         return
     summary = trained.summary
     loss = describe_loss(
-        summary["validation_loss"], config.prediction, summary["validation_images"]
+        summary["validation_loss"], config.prediction, summary.get("validation_images")
     )
     print(f"{state}: {summary['images']:,} images, {loss}, {trained.path}")

@@ -123,13 +123,18 @@ def _describe_race(path: Path) -> Found:
     return Found(path, _or_running(path, state), f"{len(rows)} of {total} trainings", last)
 
 
-def describe_loss(loss: float, prediction: str, images: int) -> str:
+def describe_loss(loss: float, prediction: str, images: int | None = None) -> str:
     """The words with which all commands tell a validation loss, the unweighted mean over timesteps.
+
+    images: how many test images it is of; runs of before 0.1.0 do not say.
 
     >>> describe_loss(0.04321, "epsilon", 64)
     'validation loss 0.0432 (epsilon error of the EMA weights on 64 test images)'
     """
-    return f"validation loss {loss:.4f} ({prediction} error of the EMA weights on {images} test images)"
+    count = "" if images is None else f"{images} "
+    return (
+        f"validation loss {loss:.4f} ({prediction} error of the EMA weights on {count}test images)"
+    )
 
 
 def _describe_run(path: Path) -> Found:
@@ -140,7 +145,7 @@ def _describe_run(path: Path) -> Found:
     last = run.config["weighting"]
     if "validation_loss" in run.summary:
         loss = run.summary["validation_loss"]
-        images = run.summary["validation_images"]
+        images = run.summary.get("validation_images")
         last += ", " + describe_loss(loss, run.config["prediction"], images)
     elif "loss" in latest:
         last += f", weighted training loss {latest['loss']:.4g}"

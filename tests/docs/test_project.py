@@ -199,7 +199,9 @@ def test_contributing_names_files_and_targets_that_exist():
     assert set(re.findall(r"`make ([a-z-]+)", text)) <= set(recipes())
     files = re.findall(r"`([\w/]+/[\w./]+\.\w+)`", text)
     missing = [
-        name for name in files if not (ROOT / name).exists() and not (ROOT / "dysigma" / name).exists()
+        name
+        for name in files
+        if not (ROOT / name).exists() and not (ROOT / "dysigma" / name).exists()
     ]
     assert files and [name for name in missing if "NN_" not in name] == []
 
