@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .downloads import check_digest, data_folder, download
+from .images import to_real
 from .runs.files import digest, write_atomically
 
 # The network of most published FIDs (Heusel et al. 2017), translated to TorchScript by the authors of
@@ -152,7 +153,7 @@ def load_features(
 
 
 def _pixels(images: Tensor) -> Tensor:
-    return images.flatten(1).double() / 127.5 - 1
+    return to_real(images.flatten(1), torch.float64)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .images import to_real
 from .objective import predict, sample_losses
 from .randomness import generator
 
@@ -46,7 +47,7 @@ def evaluation_timesteps(num_timesteps: int, count: int) -> Tensor:
 
 def _draws(images: Tensor, seed: int, repeats: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(x0, noise), `repeats` times: the same images, and fresh noise that seed alone decides."""
-    x0 = images.float().div(127.5).sub(1)
+    x0 = to_real(images)
     for repeat in range(repeats):
         draw = generator(seed, repeat, "evaluation", images.device)
         yield x0, torch.randn(x0.shape, generator=draw, device=x0.device)
@@ -235,7 +236,7 @@ def _diffusion_nats(
 def _prior_nats(images: Tensor, schedule: NoiseSchedule) -> Tensor:
     """KL from q(x_T | x0) to a standard normal, per image."""
     bar = schedule.alphas_cumprod[-1].to(images.device)
-    squares = images.double().div(127.5).sub(1).square()
+    squares = to_real(images, torch.float64).square()
     return 0.5 * (bar * squares - bar - torch.log1p(-bar)).flatten(1).sum(1)
 
 
@@ -247,7 +248,7 @@ def _reconstruction_nats(images: Tensor, schedule: NoiseSchedule, seed: int) -> 
     """
     device = images.device
     half_snr = 0.5 * schedule.log_snr[0].exp().to(device)
-    levels = torch.arange(256, device=device, dtype=torch.float64).div(127.5).sub(1)
+    levels = to_real(torch.arange(256, device=device), torch.float64)
     nats = []
     for index, image in enumerate(images):
         draw = generator(seed, index, "reconstruction", device)

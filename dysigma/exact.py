@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .data.dataset import ImageData
+from .images import to_uint8
 from .randomness import generator
 from .schedule import NoiseSchedule, canonical_prediction_type
 
@@ -231,9 +232,7 @@ def gaussian_fields(
             torch.fft.ifft2(torch.fft.fft2(white, norm="ortho") * scale, norm="ortho").real
         )
     x0 = torch.cat(blocks)[:num_images, None]
-    return ImageData(
-        x0.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8), name="gaussian-fields"
-    )
+    return ImageData(to_uint8(x0), name="gaussian-fields")
 
 
 def field_floor(schedule: NoiseSchedule, prediction_type: str = "epsilon", size: int = 8) -> Tensor:

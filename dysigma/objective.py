@@ -1,11 +1,13 @@
-"""The per-sample loss of a denoiser, unreduced: the one tensor that weightings, bins and Gramians all consume."""
+"""The per-sample loss of a denoiser, unreduced: what weightings, bins and Gramians all consume."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .schedule import NoiseSchedule
@@ -108,3 +110,89 @@ def sample_losses(
     prediction = predict(model, x_t, timesteps, **model_kwargs)
     error = prediction.float() - target
     return error.square().flatten(1).mean(1)
+
+
+class OutputLayerGradients:
+    """Squared gradient norms of single samples, in the last layer of a network.
+
+    They are exact for that layer and cost one product of its input and output gradient. Over timesteps
+    they are a near-perfect stand-in for the norms of the whole gradient.
+
+    Use it around forward and backward:
+
+    >>> network = nn.Linear(2, 2, bias=False)
+    >>> with OutputLayerGradients(network) as output:
+    ...     losses = network(torch.tensor([[1.0, 0.0], [2.0, 0.0]])).sum(1)
+    ...     losses.retain_grad()
+    ...     losses.mean().backward()
+    >>> output.squared_norms(losses)
+    tensor([2., 8.])
+
+    The last layer is the last nn.Linear or nn.Conv2d of model.modules(). Raises ValueError if there is
+    none, or if its convolution has groups.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        if not layers:
+            raise ValueError("the network has no nn.Linear or nn.Conv2d whose gradient to take")
+        self.layer = layers[-1]
+        if isinstance(self.layer, nn.Conv2d) and self.layer.groups != 1:
+            raise ValueError("the gradient of a last convolution with groups is not measured")
+        self.found: Tensor | None = None
+
+    def __enter__(self) -> Self:
+        self.found = None
+        self.handle = self.layer.register_forward_hook(self._remember_input)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.handle.remove()
+
+    def _remember_input(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        features = inputs[0].detach()
+
+        def measure(gradient: Tensor) -> None:
+            self.found = self._squares(features.float(), gradient.float())
+
+        output.register_hook(measure)
+
+    def _squares(self, features: Tensor, gradient: Tensor) -> Tensor:
+        """|dL_i/dW|^2 + |dL_i/db|^2 (B,) of the layer's input and of the gradient in its output."""
+        with torch.autocast(features.device.type, enabled=False):
+            if isinstance(self.layer, nn.Conv2d):
+                features = F.unfold(
+                    features,
+                    self.layer.kernel_size,
+                    self.layer.dilation,
+                    self.layer.padding,  # type: ignore[arg-type]
+                    self.layer.stride,
+                )
+                gradient = gradient.flatten(2)
+            else:
+                features = features.reshape(len(features), -1, features.shape[-1]).mT
+                gradient = gradient.reshape(len(gradient), -1, gradient.shape[-1]).mT
+            of_weight = gradient @ features.mT  # (B, out, in), summed over positions
+            squares = of_weight.square().sum((1, 2))
+            if self.layer.bias is not None:
+                squares = squares + gradient.sum(2).square().sum(1)
+        return squares
+
+    def squared_norms(self, losses: Tensor) -> Tensor:
+        """(B,): of the gradient of each loss alone, whatever weight it had in what was minimised.
+
+        losses: (B,), after backward, with their own gradient retained. A sample of weight 0 gets 0.
+        Raises RuntimeError if the layer took no part in a forward and backward of these losses.
+        """
+        if self.found is None or losses.grad is None:
+            raise RuntimeError(
+                "no gradient passed the network's last layer: call losses.retain_grad() before backward; "
+                "a compiled network cannot be measured"
+            )
+        factor = losses.grad.square()
+        return torch.where(factor > 0, self.found / factor, 0.0)

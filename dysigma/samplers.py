@@ -1,8 +1,9 @@
-"""Timestep samplers: uniform numbers u in, timesteps and 1 / (T p_t) out, by inversion of p_t.
+"""Timestep samplers: uniform numbers u in, timesteps and importance 1 / (T p_t) out.
 
-Given the same u, all samplers share their random numbers. A sampler is no weighting: with 1 / (T p_t) as importance=
-the expected loss is that of uniform sampling and only its variance differs; without, the objective is weighted by p_t
-too. `corrected` says which one the method means.
+A sampler inverts the cumulative sums of its probabilities p_t, so that all samplers given the same u
+share their random numbers. It is no weighting. With importance, the expected loss is that of uniform
+sampling and only its variance differs. Without, the objective is weighted by p_t too. `corrected` says
+which one the method means, and effective_weights what a sampler and a weighting mean together.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import inspect
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,16 @@ from .parallel import over_ranks
 from .schedule import NoiseSchedule
 
 
-def _check_positive(name: str, value: float, high: float = math.inf) -> float:
-    if not 0 < value <= high or math.isinf(value):
-        raise ValueError(f"{name} must be a finite number in (0, {high:g}]; got {value!r}")
-    return value
+def _number(name: str, value: SupportsFloat, low: float = 0.0, high: float = math.inf) -> float:
+    """value as a float, if it is one in (low, high]; numbers of NumPy and torch are numbers too."""
+    is_number = isinstance(value, SupportsFloat) and not isinstance(value, bool | str)
+    number = float(value) if is_number else math.nan
+    if math.isinf(number) or not low < number <= high:
+        raise ValueError(f"{name} must be a finite number in ({low:g}, {high:g}]; got {value!r}")
+    return number
+
+
+# ---------------------------------------------------------------- densities
 
 
 def _normal_cdf(x: Tensor) -> Tensor:
@@ -33,67 +40,163 @@ def _normal_cdf(x: Tensor) -> Tensor:
 
 
 def _laplace_cdf(x: Tensor) -> Tensor:
-    return torch.where(x < 0, x.clamp(max=0).exp() / 2, 1 - (-x.clamp(min=0)).exp() / 2)
+    below = x.clamp(max=0).exp() / 2
+    above = 1 - (-x.clamp(min=0)).exp() / 2
+    return torch.where(x < 0, below, above)
 
 
 def _mass(edges: Tensor, cdf: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mass of a symmetric distribution between rising edges (T+1,), each from the tail where numbers are small."""
-    low, high = edges[:-1], edges[1:]
+    """Mass of a symmetric distribution between rising edges (T+1,).
+
+    Each difference is taken in the tail where the numbers are small, and so keep their digits.
+    """
+    low = edges[:-1]
+    high = edges[1:]
     return torch.where(low + high > 0, cdf(-low) - cdf(-high), cdf(high) - cdf(low))
 
 
 def _noise_edges(log_snr: Tensor) -> Tensor:
-    """-log_snr midway between timesteps, open at both ends (T+1,); a last step at SNR = 0 gets what lies beyond."""
+    """-log_snr midway between timesteps, open at both ends (T+1,).
+
+    A last step at SNR = 0 gets what lies beyond half a step from its neighbour.
+    """
     finite = -log_snr[torch.isfinite(log_snr)]
-    beyond = (1.5 * finite[-1:] - finite[-2:-1] / 2)[: len(log_snr) - len(finite)]
     inner = (finite[1:] + finite[:-1]) / 2
-    return torch.cat([inner.new_tensor([-math.inf]), inner, beyond, inner.new_tensor([math.inf])])
+    beyond = (1.5 * finite[-1:] - finite[-2:-1] / 2)[: len(log_snr) - len(finite)]
+    end = inner.new_tensor([math.inf])
+    return torch.cat([-end, inner, beyond, end])
 
 
-def _logit_normal(log_snr: Tensor, *, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """logit of t / T normal (Esser et al. 2024, for the time of a rectified flow)."""
-    edges = torch.linspace(
-        0, 1, len(log_snr) + 1, dtype=torch.float64, device=log_snr.device
-    ).logit()
-    return _mass((edges - mean) / _check_positive("std", std), _normal_cdf)
+def _time_edges(log_snr: Tensor, shift: float) -> Tensor:
+    """t / T at the edges of the timesteps (T+1,), before the shift of Esser et al. 2024 was applied."""
+    shift = _number("shift", shift)
+    count = len(log_snr) + 1
+    edges = torch.linspace(0, 1, count, dtype=torch.float64, device=log_snr.device)
+    return edges / (shift - (shift - 1) * edges)
 
 
-def _lognormal(log_snr: Tensor, *, mean: float = -1.2, std: float = 1.2) -> Tensor:
+def uniform_density(log_snr: Tensor) -> Tensor:
+    """Every timestep alike."""
+    return torch.ones_like(log_snr)
+
+
+def logit_normal_density(
+    log_snr: Tensor, *, mean: float = 0.0, std: float = 1.0, shift: float = 1.0
+) -> Tensor:
+    """logit of t / T normal, for the time of a rectified flow (Esser et al. 2024, equation 19).
+
+    t / T grows with the noise. diffusers counts from the noisy end, so its logit_mean is minus ours.
+    shift: draws are moved to shift s / (1 + (shift - 1) s), which adds ln(shift) to the mean. On a
+    schedule that has the shift already, as SD3 has it, leave it at 1.
+    """
+    edges = _time_edges(log_snr, shift).logit()
+    return _mass((edges - mean) / _number("std", std), _normal_cdf)
+
+
+def mode_density(log_snr: Tensor, *, scale: float = 1.29, shift: float = 1.0) -> Tensor:
+    """Mode sampling with heavy tails (Esser et al. 2024, equation 20), "mode" of diffusers.
+
+    t / T = 1 - u - scale (cos(pi u / 2)^2 - 1 + u) with u uniform; 0 is uniform. scale lies in
+    (-1, 2 / (pi - 2)), where that falls in u.
+    """
+    scale = _number("scale", scale, low=-1.0, high=2 / (math.pi - 2) - 1e-6)
+    edges = _time_edges(log_snr, shift)
+    low = torch.zeros_like(edges)
+    high = torch.ones_like(edges)
+    for _ in range(60):  # bisection for u(t), which has no closed form; by symmetry u -> 1 - u
+        middle = (low + high) / 2
+        t = middle + scale * (middle - torch.sin(middle * math.pi / 2) ** 2)
+        low = torch.where(t < edges, middle, low)
+        high = torch.where(t < edges, high, middle)
+    return ((low + high) / 2).diff()
+
+
+def cosmap_density(log_snr: Tensor, *, shift: float = 1.0) -> Tensor:
+    """The density 2 / (pi (1 - 2 s + 2 s^2)) of s = t / T (Esser et al. 2024, equation 21).
+
+    On a rectified flow it is what the variance-preserving cosine schedule draws.
+    """
+    s = _time_edges(log_snr, shift)
+    return (torch.atan2(s, 1 - s) * 2 / math.pi).diff()
+
+
+def beta_density(
+    log_snr: Tensor, *, alpha: float = 2.0, beta: float = 2.0, shift: float = 1.0
+) -> Tensor:
+    """t / T of the beta distribution, whose density is t^(alpha - 1) (1 - t)^(beta - 1)."""
+    from scipy.stats import beta as distribution
+
+    shape = distribution(_number("alpha", alpha), _number("beta", beta))
+    edges = _time_edges(log_snr, shift).cpu().numpy()
+    below = torch.from_numpy(shape.cdf(edges)).diff()
+    above = -torch.from_numpy(shape.sf(edges)).diff()
+    from_below = torch.from_numpy(edges[1:] < shape.median())
+    return torch.where(from_below, below, above).to(log_snr.device)
+
+
+def lognormal_density(log_snr: Tensor, *, mean: float = -1.2, std: float = 1.2) -> Tensor:
     """ln sigma normal, for sigma^2 = 1 / SNR on the levels of the schedule (Karras et al. 2022)."""
-    return _mass((_noise_edges(log_snr) / 2 - mean) / _check_positive("std", std), _normal_cdf)
+    return _mass((_noise_edges(log_snr) / 2 - mean) / _number("std", std), _normal_cdf)
 
 
-def _laplace(log_snr: Tensor, *, mean: float = 0.0, scale: float = 0.5) -> Tensor:
+def laplace_density(log_snr: Tensor, *, mean: float = 0.0, scale: float = 0.5) -> Tensor:
     """log SNR Laplace around mean, on the levels of the schedule (Hang, Gu 2024)."""
-    return _mass((_noise_edges(log_snr) + mean) / _check_positive("scale", scale), _laplace_cdf)
+    return _mass((_noise_edges(log_snr) + mean) / _number("scale", scale), _laplace_cdf)
 
 
+# What may be drawn without a weighting, as masses (T,) of log_snr (T,); used uncorrected.
 DENSITIES: dict[str, Callable[..., Tensor]] = {
-    "uniform": lambda log_snr: torch.ones_like(log_snr),
-    "logit-normal": _logit_normal,
-    "lognormal": _lognormal,
-    "laplace": _laplace,
+    "uniform": uniform_density,
+    "logit-normal": logit_normal_density,
+    "lognormal": lognormal_density,
+    "laplace": laplace_density,
+    "mode": mode_density,
+    "cosmap": cosmap_density,
+    "beta": beta_density,
 }
 
 
-class TimestepSampler(nn.Module):
-    """sampler(u (B,) in [0, 1)) -> (timesteps (B,) int64, rising in u; importance (B,) float32 = 1 / (T p_t)).
+def floored(mass: Tensor, uniform: float) -> Tensor:
+    """Probabilities (T,) of masses (T,), of which a share `uniform` is spread evenly.
 
-    density: one of DENSITIES, whose methods mean to be used uncorrected. Raises ValueError for u that is not (B,) real.
+    No importance then exceeds 1 / uniform.
+    """
+    evenly = 1 / len(mass)
+    return (1 - uniform) * mass / mass.sum().clamp(min=1e-300) + uniform * evenly
+
+
+# ---------------------------------------------------------------- samplers
+
+
+class TimestepSampler(nn.Module):
+    """sampler(u) draws timesteps by given masses.
+
+    masses: (T,), positive; their sum does not matter. stratified: one timestep in each of B equal parts
+    of the distribution (Kingma et al. 2021); u[0] shifts the grid, modulo 1. Each timestep alone has
+    the same distribution, and the mean over a batch varies less.
+    corrected: whether the method means the importance to be used.
+    observes: what `update` takes in: "nothing", "losses", or "gradient-norms".
+
+    Raises ValueError for masses that leave a timestep without probability.
     """
 
-    corrected = False
+    observes = "nothing"
     table: Tensor  # (T,) float64
 
-    def __init__(self, schedule: NoiseSchedule, density: str = "uniform", **params: float) -> None:
+    def __init__(
+        self, masses: Tensor, *, stratified: bool = False, corrected: bool = False
+    ) -> None:
         super().__init__()
-        mass = DENSITIES[density](schedule.log_snr, **params)
-        if not bool((mass > 0).all()):
+        masses = masses.detach().double()
+        good = masses.isfinite() & (masses > 0)
+        if not bool(good.all()):
             raise ValueError(
-                f"{density} {params} gives {int((mass <= 0).sum())} timesteps no probability; widen it"
+                f"{int((~good).sum())} timesteps get no probability; widen the density"
             )
-        self.num_timesteps = len(mass)
-        self.register_buffer("table", mass / mass.sum(), persistent=False)
+        self.num_timesteps = len(masses)
+        self.stratified = bool(stratified)
+        self.corrected = corrected
+        self.register_buffer("table", masses / masses.sum(), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TimestepSampler:
         # .half() on an enclosing module must not round probabilities: follow the device, keep the dtype.
@@ -104,103 +207,230 @@ class TimestepSampler(nn.Module):
         return self.table.clone()
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """(timesteps (B,) int64, importance (B,) float32 = 1 / (T p_t)) of u (B,) in [0, 1).
+
+        Timesteps rise with u, unless stratified. Raises ValueError for u that is not (B,) real.
+        """
         if u.ndim != 1 or not u.is_floating_point():
             raise ValueError(
                 f"u must be (B,) real in [0, 1); got shape {tuple(u.shape)}, {u.dtype}"
             )
+        u = u.double()
+        if self.stratified:
+            u = (u[:1] + torch.arange(len(u), device=u.device) / len(u)) % 1.0
         p = self.probabilities()
-        # Rounding may leave the last sum below the largest u.
-        timesteps = torch.searchsorted(p.cumsum(0), u.double(), right=True).clamp(
-            max=self.num_timesteps - 1
-        )
-        return timesteps, (1 / (self.num_timesteps * p[timesteps])).float()
+        timesteps = torch.searchsorted(p.cumsum(0), u, right=True)
+        timesteps = timesteps.clamp(max=self.num_timesteps - 1)  # the last sum may round to below u
+        importance = 1 / (self.num_timesteps * p[timesteps])
+        return timesteps, importance.float()
 
-    def update(self, losses: Tensor, timesteps: Tensor) -> None:
-        """Take in per-sample losses (B,) at timesteps (B,), if the sampler adapts."""
+    def update(self, values: Tensor, timesteps: Tensor) -> None:
+        """Take in what the sampler observes, (B,) at timesteps (B,), if it adapts."""
 
 
-class _Stratified(TimestepSampler):
-    """Uniform, one timestep in each of B equal parts (Kingma et al. 2021): u[0] shifts a grid, modulo 1.
+class AdaptiveSampler(TimestepSampler):
+    """p_t as the root of a running mean, with which the corrected mean varies least.
 
-    Each timestep alone is uniform, so importance is 1; the mean over a batch varies less.
+    For a batch mean of importance g with p_t, the variance is least at p_t as sqrt(E|g|^2).
+    observes="losses" takes losses for g (Nichol, Dhariwal 2021, who keep the last 10 losses of each
+    timestep). observes="gradient-norms" takes the squared norms of gradients themselves; those of the
+    network's output layer alone are a near-perfect stand-in for all. Give either one of what is
+    minimised: weighted, if training is.
+
+    bins: running means are kept in so many bins of timesteps. half_life: of those means, in images.
+    warmup: uniform until each bin has seen so many. uniform: the share that stays uniform, so that no
+    importance exceeds 1 / uniform.
+
+    Values that are not finite are left out. Under DDP every rank must bring the same B.
     """
 
-    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        return super().forward(
-            (u[:1].double() + torch.arange(len(u), device=u.device) / len(u)) % 1.0
-        )
-
-
-class _LossSecondMoment(TimestepSampler):
-    """p_t as the root of the mean squared loss, with which the corrected mean varies least (Nichol, Dhariwal 2021).
-
-    They keep the last 10 losses of each timestep; here bins keep running means, of half_life in images. Uniform until
-    each bin has seen `warmup` losses, and a share `uniform` remains so. To be updated with the losses whose mean is
-    minimised: weighted, if training is. Under DDP every rank must bring the same B.
-    """
-
-    corrected = True
-    moments: Tensor  # (3, K): how many losses, and running sums of 1 and loss^2
+    moments: Tensor  # (3, K): how many were seen, and running sums of 1 and of what is rooted
     bin_index: Tensor
 
     def __init__(
         self,
         schedule: NoiseSchedule,
         *,
+        observes: str,
         bins: int = 100,
         warmup: int = 10,
-        uniform: float = 0.001,
+        uniform: float,
         half_life: float = 5e4,
+        stratified: bool = False,
     ) -> None:
-        super().__init__(schedule)
-        self.bins, self.warmup = Bins.uniform(self.num_timesteps, bins), warmup
-        self.uniform, self.half_life = (
-            _check_positive("uniform", uniform, 1.0),
-            _check_positive("half_life", half_life),
-        )
-        self.register_buffer("moments", torch.zeros(3, bins))
-        self.register_buffer(
-            "bin_index", self.bins.index(torch.arange(self.num_timesteps)), persistent=False
-        )
+        super().__init__(uniform_density(schedule.log_snr), stratified=stratified, corrected=True)
+        self.observes = observes
+        self.bins = Bins.uniform(self.num_timesteps, bins)
+        self.warmup = _number("warmup", warmup, low=-1.0)
+        self.uniform = _number("uniform", uniform, high=1.0)
+        self.half_life = _number("half_life", half_life)
+        index = self.bins.index(torch.arange(self.num_timesteps))
+        self.register_buffer("moments", torch.zeros(3, self.bins.num_bins))
+        self.register_buffer("bin_index", index, persistent=False)
 
     def probabilities(self) -> Tensor:
         """p_t now: (T,) float64, positive, summing to 1."""
-        seen, count, squares = self.moments.double()
-        root = (squares / count.clamp(min=1e-12)).sqrt()[self.bin_index]
-        adapted = (1 - self.uniform) * root / root.sum().clamp(
-            min=1e-300
-        ) + self.uniform * self.table
-        return torch.where((seen >= self.warmup).all() & (root.sum() > 0), adapted, self.table)
+        seen, count, total = self.moments.double()
+        root = (total / count.clamp(min=1e-12)).sqrt()[self.bin_index]
+        is_ready = (seen >= self.warmup).all() & (root.sum() > 0)
+        return torch.where(is_ready, floored(root, self.uniform), self.table)
 
     @torch.no_grad()
-    def update(self, losses: Tensor, timesteps: Tensor) -> None:
-        """Take in per-sample losses (B,) at timesteps (B,), in train() mode alone."""
-        check_timesteps(timesteps, self.num_timesteps, len(losses))
+    def update(self, values: Tensor, timesteps: Tensor) -> None:
+        """Take in losses or squared gradient norms (B,) at timesteps (B,), in train() mode alone."""
+        check_timesteps(timesteps, self.num_timesteps, len(values))
         if not self.training:
             return
-        losses, steps = over_ranks(losses, timesteps)
-        self.moments[1:] *= 0.5 ** (len(losses) / self.half_life)
-        one = torch.ones_like(losses)
-        self.moments.index_add_(1, self.bin_index[steps.long()], torch.stack([one, one, losses**2]))
+        values, steps = over_ranks(values, timesteps)
+        squares = values**2 if self.observes == "losses" else values
+        # Without a branch, which would wait for the device.
+        is_good = squares.isfinite()
+        squares = torch.where(is_good, squares, 0.0)
+        one = is_good.to(squares.dtype)
+        self.moments[1:] *= 0.5 ** (len(values) / self.half_life)
+        added = torch.stack([one, one, squares])
+        self.moments.index_add_(1, self.bin_index[steps.long()], added)
+
+
+def _of_density(
+    schedule: NoiseSchedule,
+    weights: Tensor | None,
+    stratified: bool = False,
+    *,
+    density: str,
+    **params: Any,
+) -> TimestepSampler:
+    masses = DENSITIES[density](schedule.log_snr, **params)
+    return TimestepSampler(masses, stratified=stratified)
+
+
+def _stratified(schedule: NoiseSchedule, weights: Tensor | None) -> TimestepSampler:
+    """Uniform and stratified."""
+    return TimestepSampler(uniform_density(schedule.log_snr), stratified=True)
+
+
+def _of_weight(
+    schedule: NoiseSchedule,
+    weights: Tensor | None,
+    *,
+    uniform: float = 0.1,
+    stratified: bool = False,
+    power: float,
+) -> TimestepSampler:
+    """p_t as a power of the weights of a weighting, as they are now, corrected."""
+    if weights is None:
+        raise ValueError(
+            "this sampler draws by the weights of a weighting: give make_sampler(..., weighting=)"
+        )
+    uniform = _number("uniform", uniform, high=1.0)
+    masses = floored(weights.to(schedule.log_snr.device).double() ** power, uniform)
+    return TimestepSampler(masses, stratified=stratified, corrected=True)
+
+
+def _adaptive(
+    schedule: NoiseSchedule, weights: Tensor | None, *, observes: str, **params: Any
+) -> TimestepSampler:
+    return AdaptiveSampler(schedule, observes=observes, **params)
 
 
 TIMESTEP_SAMPLERS: dict[str, Callable[..., TimestepSampler]] = {
-    **{name: partial(TimestepSampler, density=name) for name in DENSITIES},
-    "stratified": _Stratified,
-    "loss-second-moment": _LossSecondMoment,
+    **{name: partial(_of_density, density=name) for name in DENSITIES},
+    "stratified": _stratified,
+    # The optimum where every timestep's gradient has the same norm, and a baseline that learns nothing.
+    "weight": partial(_of_weight, power=1.0),
+    "sqrt-weight": partial(_of_weight, power=0.5),
+    # Nichol and Dhariwal leave 0.1 % uniform, which bounds nothing; records rest on it.
+    "loss-second-moment": partial(_adaptive, observes="losses", uniform=0.001),
+    "gradient-norm": partial(_adaptive, observes="gradient-norms", uniform=0.1),
 }
 
 
-def make_sampler(name: str, schedule: NoiseSchedule, **params: Any) -> TimestepSampler:
+def _parameter_names(name: str) -> list[str]:
+    if name == "stratified":
+        return []
+    if name in DENSITIES:
+        return [*inspect.signature(DENSITIES[name]).parameters][1:] + ["stratified"]
+    if name in ("weight", "sqrt-weight"):
+        return ["uniform", "stratified"]
+    return ["bins", "warmup", "uniform", "half_life", "stratified"]
+
+
+def make_sampler(
+    name: str,
+    schedule: NoiseSchedule,
+    *,
+    weighting: nn.Module | Tensor | None = None,
+    **params: Any,
+) -> TimestepSampler:
     """The named timestep sampler for a schedule, on its device.
 
+    weighting: a weighting, or its weights (T,), which "weight" and "sqrt-weight" need; others ignore it.
+    stratified=True, which every sampler but "stratified" has, draws one timestep in each of B equal
+    parts of the distribution.
     Raises KeyError for an unknown name, ValueError for an unknown or bad parameter.
+
+    >>> import torch
+    >>> sampler = make_sampler("logit-normal", NoiseSchedule.flow(1000), mean=-1.0)
+    >>> timesteps, importance = sampler(torch.tensor([0.1, 0.5, 0.9]))
+    >>> timesteps
+    tensor([ 92, 268, 569])
     """
     check_name("timestep sampler", name, TIMESTEP_SAMPLERS)
-    signature = inspect.signature(DENSITIES.get(name, TIMESTEP_SAMPLERS[name]))
-    names = [p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
-    if set(params) - set(names):
+    known = _parameter_names(name)
+    unknown = sorted(set(params) - set(known))
+    if unknown:
+        raise ValueError(f"sampler {name!r} has no parameter {unknown}; it has {known}")
+    weights = None if weighting is None else _weights_of(weighting, schedule.num_timesteps)
+    try:
+        sampler = TIMESTEP_SAMPLERS[name](schedule, weights, **params)
+    except ValueError as error:
+        raise ValueError(f"sampler {name!r} {params}: {error}") from None
+    return sampler.to(schedule.log_snr.device)
+
+
+def _weights_of(weighting: nn.Module | Tensor, num_timesteps: int) -> Tensor:
+    table = weighting if isinstance(weighting, Tensor) else weighting.weights()  # type: ignore[operator]
+    good = table.isfinite() & (table >= 0)
+    if table.shape != (num_timesteps,) or not bool(good.all()) or not bool(table.sum() > 0):
         raise ValueError(
-            f"sampler {name!r} has no parameter {sorted(set(params) - set(names))}; it has {names}"
+            f"weights must be ({num_timesteps},), finite, >= 0 and not all 0; got {tuple(table.shape)}"
         )
-    return TIMESTEP_SAMPLERS[name](schedule, **params).to(schedule.log_snr.device)
+    return table.detach().double()
+
+
+# ---------------------------------------------------------------- density times weight
+
+
+def effective_weights(
+    sampler: TimestepSampler, weighting: nn.Module | Tensor | None = None
+) -> Tensor:
+    """What training with a sampler and a weighting minimises: (T,) float64 weights of mean 1.
+
+    They are the weights that do the same under uniform sampling: w_t where the sampler is corrected,
+    p_t w_t where it is not. weighting: a weighting or its weights (T,); by default all ones.
+
+    So an uncorrected sampler *is* a weighting. With s = t / T of a rectified flow, beta(a, b) draws as
+    the weight s^(a-1) (1 - s)^(b-1) on the velocity's error weighs; as 1 / s^2 is the velocity's error
+    in units of that of x0, it is on the error of x0
+    ln w = (b - 1) log_snr / 2 - (a + b - 4) ln(1 + e^(log_snr / 2)).
+
+    >>> flow = NoiseSchedule.flow(4)
+    >>> effective_weights(make_sampler("beta", flow, alpha=2, beta=1))
+    tensor([0.2500, 0.7500, 1.2500, 1.7500], dtype=torch.float64)
+    """
+    p = sampler.probabilities()
+    if weighting is None:
+        weights = torch.ones_like(p)
+    else:
+        weights = _weights_of(weighting, len(p)).to(p.device)
+    product = weights if sampler.corrected else weights * p
+    return product / product.mean()
+
+
+def equivalent_sampler(schedule: NoiseSchedule, weighting: nn.Module | Tensor) -> TimestepSampler:
+    """The uncorrected sampler whose unweighted loss is the objective of a weighting, p_t as w_t.
+
+    Raises ValueError for weights of 0: such timesteps could not be drawn.
+    """
+    weights = _weights_of(weighting, schedule.num_timesteps)
+    return TimestepSampler(weights.to(schedule.log_snr.device))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .checks import check_name
 from .devices import fast_kernels
+from .images import to_uint8
 from .objective import predict
 from .randomness import generator
 from .schedule import NoiseSchedule
@@ -139,7 +140,7 @@ def sample_images(
                 raise ValueError(
                     f"{sampler}, {num_steps} steps: values are not finite. Is the network whole?"
                 )
-            done.append(images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8))
+            done.append(to_uint8(images))
             bar.update(min(stop, count) - first)
     model.train(was_training)
     return torch.cat(done)[:count]

@@ -1,5 +1,6 @@
 """Bins partition the timesteps, their means agree with a loop, and interpolation reproduces what is linear."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -85,8 +86,13 @@ def test_edges_that_leave_a_bin_empty_or_are_no_edges_are_refused(edges):
 def test_more_bins_than_timesteps_and_bad_masses_are_refused():
     with pytest.raises(ValueError, match=r"bins must be an int in \[1, 4\]"):
         Bins.uniform(4, 5)
-    with pytest.raises(ValueError, match="edges must"):
+    with pytest.raises(ValueError, match="bins must be"):
         Bins.equal_mass(torch.ones(4), 5)
+    for integer in (np.int64(2), torch.tensor(2)):
+        assert torch.equal(Bins.uniform(4, integer).edges, Bins.uniform(4, 2).edges)
+    for number in (2.0, True, "2", 0):
+        with pytest.raises(ValueError, match="bins must be"):
+            Bins.uniform(4, number)
     for values in (torch.zeros(4), torch.tensor([1.0, -1.0]), torch.tensor([torch.nan, 1.0])):
         with pytest.raises(ValueError, match="values must"):
             Bins.equal_mass(values, 2)

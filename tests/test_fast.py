@@ -136,7 +136,9 @@ def test_no_number_of_a_step_crosses_to_the_host(monkeypatch):
     cases = [
         (name, "uniform") for name in WEIGHTINGS if name not in ("gramian", "ugd")
     ]  # those read a Gramian's bins
-    for weighting, sampler in cases + [("min-snr", name) for name in TIMESTEP_SAMPLERS]:
+    # One sampler looks at the network's own last layer, which this stand-in does not have.
+    samplers = [name for name in TIMESTEP_SAMPLERS if name != "gradient-norm"]
+    for weighting, sampler in cases + [("min-snr", name) for name in samplers]:
         config = dataclasses.replace(SLOW, weighting=weighting, timestep_sampler=sampler)
         _, state.weighting, state.sampler = (
             part.to("meta") for part in training.make_parts(config)

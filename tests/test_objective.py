@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dysigma.objective import predict, sample_losses
+from dysigma.objective import OutputLayerGradients, predict, sample_losses
 from dysigma.schedule import NoiseSchedule
 
 
@@ -136,3 +136,48 @@ def test_mismatched_noise_is_refused():
             torch.zeros(1, 3),
             torch.zeros(2, dtype=torch.long),
         )
+
+
+def conv_network():
+    return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 2, 3, padding=1))
+
+
+def token_network():
+    return nn.Sequential(nn.Linear(8, 6), nn.SiLU(), nn.Linear(6, 8, bias=False))
+
+
+@pytest.mark.parametrize("make", [conv_network, token_network])
+def test_gradient_norms_of_the_output_layer_are_those_of_single_samples(make):
+    """Against autograd, one sample after the other, under weights that must not matter."""
+    model, schedule = make(), NoiseSchedule.cosine(10)
+    x0, noise = torch.randn(2, 5, 2, 8, 8)
+    timesteps = torch.arange(5)
+
+    def losses_of(part):
+        return sample_losses(
+            lambda x, t: model(x), schedule, x0[part], noise[part], timesteps[part]
+        )
+
+    with OutputLayerGradients(model) as output:
+        losses = losses_of(slice(None))
+        losses.retain_grad()
+        (losses * torch.tensor([1.0, 3.0, 0.1, 0.0, 2.0])).mean().backward()
+    found = output.squared_norms(losses)
+    for i in range(5):
+        gradients = torch.autograd.grad(
+            losses_of(slice(i, i + 1)).sum(), list(model[-1].parameters())
+        )
+        wanted = sum(g.square().sum() for g in gradients)
+        torch.testing.assert_close(found[i], wanted if i != 3 else torch.zeros(()))
+
+
+def test_gradient_norms_need_a_layer_and_a_backward():
+    with pytest.raises(ValueError, match="no nn"):
+        OutputLayerGradients(nn.ReLU())
+    with pytest.raises(ValueError, match="groups"):
+        OutputLayerGradients(nn.Conv2d(4, 4, 3, groups=2))
+    with (
+        pytest.raises(RuntimeError, match="retain_grad"),
+        OutputLayerGradients(nn.Linear(1, 1)) as o,
+    ):
+        o.squared_norms(torch.zeros(2))

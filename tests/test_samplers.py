@@ -6,12 +6,23 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers.training_utils import (
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dysigma.samplers import DENSITIES, TIMESTEP_SAMPLERS, make_sampler
+from dysigma.samplers import (
+    DENSITIES,
+    TIMESTEP_SAMPLERS,
+    effective_weights,
+    equivalent_sampler,
+    make_sampler,
+)
 from dysigma.schedule import SCHEDULES, NoiseSchedule, make_schedule
 from dysigma.training import TrainConfig, build, load_split, train_step
+from dysigma.training.parts import make_parts
 from dysigma.weightings import make_weighting
 
 LINEAR = NoiseSchedule.linear(1000)
@@ -25,13 +36,19 @@ def adapted(schedule=LINEAR, **params):
     return sampler
 
 
+ADAPTIVE = ("loss-second-moment", "gradient-norm")
+
+
 def every(schedule=LINEAR):
+    """Every sampler, and one that has adapted. The weighting is for those that draw by one."""
     bins = {"bins": min(100, schedule.num_timesteps)}
-    samplers = {
-        name: make_sampler(name, schedule, **(bins if name == "loss-second-moment" else {}))
-        for name in TIMESTEP_SAMPLERS
-    }
-    return samplers | {"adapted": adapted(schedule, **bins)}
+    weighting = make_weighting("min-snr", schedule, "sample")
+    samplers = {}
+    for name in TIMESTEP_SAMPLERS:
+        params = bins if name in ADAPTIVE else {}
+        samplers[name] = make_sampler(name, schedule, weighting=weighting, **params)
+    samplers["adapted"] = adapted(schedule, **bins)
+    return samplers
 
 
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
@@ -73,7 +90,7 @@ def test_corrected_expectations_agree_with_the_uniform_mean(name):
         timesteps, importance = sampler(GRID)
         # The grid misses what is rarer than 1 in 200,000; nowhere does it add anything.
         assert (importance * losses[timesteps]).double().mean() <= losses.double().mean() * 1.001
-    if name in ("uniform", "stratified", "loss-second-moment", "adapted"):
+    if name in ("uniform", "stratified", *ADAPTIVE, "adapted"):
         timesteps, importance = sampler(GRID)
         torch.testing.assert_close(
             (importance * losses[timesteps]).double().mean(),
@@ -135,6 +152,27 @@ def test_statistics_of_a_weighting_are_those_of_uniform_timesteps(name):
     moved = (learned["adapted", False] - learned["uniform", True]).abs().max()
     # The rules that look at means of a bin alone need no correction: a mean does not depend on how often it was drawn.
     assert (moved > 0.01) == (name != "loss-balance")
+
+
+def test_training_with_gradient_norms_adapts_to_the_weighted_gradients():
+    """And does not depend on how a batch is split."""
+    moments = []
+    for accumulate in (1, 2):
+        config = TrainConfig(
+            model="micro", image_size=8, train_images=32, weighting="min-snr", batch_size=16,
+            timestep_sampler="gradient-norm", sampler_params={"bins": 5}, accumulate=accumulate,
+            compile=False, precision="float32",
+        )  # fmt: skip
+        data = load_split(config, "train", torch.device("cpu"))
+        state = build(config, data)
+        weights = state.weighting.weights()
+        record = train_step(state, data, config)
+        assert record.losses.shape == (16,) and weights.isfinite().all()
+        moments.append(state.sampler.moments.clone())
+    assert moments[0][0].sum() == 16 and moments[0][2].sum() > 0
+    torch.testing.assert_close(moments[0], moments[1], rtol=1e-3, atol=0)
+    with pytest.raises(ValueError, match="no-compile"):
+        make_parts(TrainConfig(timestep_sampler="gradient-norm", compile=True))
 
 
 @pytest.mark.parametrize("name", ["uniform", "stratified", "lognormal", "loss-second-moment"])
@@ -325,18 +363,237 @@ def test_its_state_is_in_the_state_dict():
     sampler, fresh = adapted(), make_sampler("loss-second-moment", LINEAR)
     fresh.load_state_dict(sampler.state_dict())
     assert torch.equal(fresh.probabilities(), sampler.probabilities())
-    assert all(
-        not sampler.state_dict() for name, sampler in SAMPLERS.items() if not sampler.corrected
+    for sampler in SAMPLERS.values():
+        assert (sampler.observes == "nothing") == (not sampler.state_dict())
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
+def test_values_that_are_not_finite_are_as_if_they_had_not_been_there(name, value):
+    """1e30 is finite, and its square in float32 is not."""
+    if name == "gradient-norm" and value == 1e30:
+        value = math.inf
+    first, second = (make_sampler(name, LINEAR, bins=10, half_life=1e9) for _ in range(2))
+    timesteps = torch.arange(1000)
+    values = 1 + timesteps / 1000
+    spoilt = values.clone()
+    spoilt[::100] = value
+    kept = spoilt == values
+    for _ in range(3):
+        first.update(spoilt, timesteps)
+        second.update(values[kept], timesteps[kept])
+    torch.testing.assert_close(first.moments, second.moments, rtol=1e-6, atol=0)
+    assert first.probabilities().std() > 0
+
+
+def test_losses_of_zero_are_losses():
+    sampler = make_sampler("loss-second-moment", LINEAR, bins=10)
+    for _ in range(20):
+        sampler.update(torch.zeros(1000), torch.arange(1000))
+    torch.testing.assert_close(sampler.probabilities(), torch.full((1000,), 1e-3).double())
+    half = torch.where(torch.arange(1000) < 500, 0.0, 1.0)
+    sampler.update(half, torch.arange(1000))
+    p = sampler.probabilities()
+    assert p.isfinite().all() and (p > 0).all() and p[999] > 100 * p[0]
+
+
+def test_gradient_norms_give_the_density_of_least_variance():
+    """S(p) = mean of w^2 m / (T p) is least at p as sqrt(w^2 m); the floor costs 1 / (1 - u) at most."""
+    norms = torch.linspace(0.1, 3, 1000).double() ** 4
+    timesteps = torch.arange(1000)
+    sampler = make_sampler("gradient-norm", LINEAR, bins=1000, warmup=1, uniform=0.1)
+    sampler.update(norms, timesteps)
+
+    def second_moment(p):
+        return float((norms / p).sum() / 1000**2)
+
+    best = norms.sqrt() / norms.sqrt().sum()
+    found = sampler.probabilities()
+    assert second_moment(best) < second_moment(found)
+    assert second_moment(found) <= second_moment(best) / 0.9
+    assert second_moment(found) < second_moment(torch.full((1000,), 1e-3).double())
+    torch.testing.assert_close(found, 0.9 * best + 0.1 / 1000, rtol=1e-4, atol=0)
+
+
+# ---------------------------------------------------------------- densities of a weighting
+
+
+@pytest.mark.parametrize(("name", "power"), [("weight", 1.0), ("sqrt-weight", 0.5)])
+@pytest.mark.parametrize("uniform", [0.1, 0.5])
+def test_density_of_a_weighting(name, power, uniform):
+    weighting = make_weighting("min-snr", LINEAR, "sample")
+    sampler = make_sampler(name, LINEAR, weighting=weighting, uniform=uniform)
+    mass = weighting.weights().double() ** power
+    wanted = (1 - uniform) * mass / mass.sum() + uniform / 1000
+    torch.testing.assert_close(sampler.probabilities(), wanted)
+    by_table = make_sampler(name, LINEAR, weighting=weighting.weights(), uniform=uniform)
+    assert torch.equal(by_table.probabilities(), sampler.probabilities())
+
+
+@pytest.mark.parametrize("name", ["weight", "sqrt-weight", "gradient-norm", "loss-second-moment"])
+def test_the_floor_bounds_importance(name):
+    """Also where almost all weight or gradient lies on one timestep."""
+    peak = torch.full((1000,), 1e-12)
+    peak[3] = 1.0
+    bins = {"bins": 1000, "warmup": 1} if name in ADAPTIVE else {}
+    sampler = make_sampler(name, LINEAR, weighting=peak, uniform=0.2, **bins)
+    sampler.update(peak, torch.arange(1000))
+    importance = 1 / (1000 * sampler.probabilities())
+    assert importance.max() <= 1 / 0.2 + 1e-9
+
+
+# ---------------------------------------------------------------- stratified draws of any density
+
+
+@pytest.mark.parametrize("name", [name for name in TIMESTEP_SAMPLERS if name != "stratified"])
+def test_any_density_can_be_drawn_stratified(name):
+    bins = {"bins": 10, "warmup": 1} if name in ADAPTIVE else {}
+    weighting = make_weighting("min-snr", LINEAR, "sample")
+    sampler = make_sampler(name, LINEAR, weighting=weighting, stratified=True, **bins)
+    sampler.update(torch.arange(1.0, 1001.0), torch.arange(1000))
+    p = sampler.probabilities()
+    below = p.cumsum(0) - p
+    size = 40
+    # Over the shifts of the grid each timestep comes up as often as p says: its marginal is p.
+    shifts = (torch.arange(2000, dtype=torch.float64) + 0.5) / (2000 * size)
+    count = torch.zeros(1000, dtype=torch.float64)
+    for shift in shifts:
+        timesteps, importance = sampler(shift.expand(size).contiguous())
+        count += torch.bincount(timesteps, minlength=1000)
+        torch.testing.assert_close(
+            importance.double(), 1 / (1000 * p[timesteps]), rtol=1e-5, atol=0
+        )
+    torch.testing.assert_close(count / count.sum(), p, rtol=0, atol=1.1 / (2000 * size))
+    # And each of `size` equal parts of the distribution holds one of them.
+    timesteps, _ = sampler(torch.full((size,), 0.3))
+    part_of = torch.arange(size).double() / size
+    for low in part_of:
+        touches = (below[timesteps] < low + 1 / size) & (below[timesteps] + p[timesteps] > low)
+        assert touches.any()
+
+
+# ---------------------------------------------------------------- densities of SD3, against diffusers
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "scheme", "options"),
+    [
+        ("mode", {"scale": 1.29}, "mode", {"mode_scale": 1.29}),
+        ("mode", {"scale": -0.5}, "mode", {"mode_scale": -0.5}),
+        # diffusers counts from the noisy end, so its mean is minus ours.
+        ("logit-normal", {"mean": -0.7, "std": 0.8}, "logit_normal", {"logit_mean": 0.7, "logit_std": 0.8}),
+        ("uniform", {}, "none", {}),
+    ],
+)  # fmt: skip
+def test_densities_are_those_of_diffusers(name, params, scheme, options):
+    count = 200_000
+    torch.manual_seed(0)
+    u = compute_density_for_timestep_sampling(scheme, count, **options)
+    schedule = make_schedule("flow", 20)
+    timesteps = 19 - (u * 20).long().clamp(max=19)
+    frequency = torch.bincount(timesteps, minlength=20).double() / count
+    p = make_sampler(name, schedule, **params).probabilities()
+    torch.testing.assert_close(p, frequency, rtol=0, atol=5 * 0.5 / math.sqrt(count))
+
+
+def test_cosmap_is_the_map_of_its_paper():
+    """t = 1 - 1 / (tan(pi u / 2) + 1) of uniform u, and the density of the weighting of that name."""
+    schedule = make_schedule("flow", 50)
+    p = make_sampler("cosmap", schedule).probabilities()
+    t = 1 - 1 / (torch.tan(GRID * math.pi / 2) + 1)
+    frequency = torch.bincount((t * 50).long(), minlength=50).double() / len(GRID)
+    torch.testing.assert_close(p, frequency, rtol=0, atol=1e-4)
+    middle = (torch.arange(50) + 0.5) / 50
+    theirs = compute_loss_weighting_for_sd3("cosmap", sigmas=middle).double()
+    torch.testing.assert_close(p / p.mean(), theirs / theirs.mean(), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.5, 0.5), (2.0, 1.0), (2.0, 5.0)])
+def test_beta_is_the_beta_distribution(alpha, beta):
+    draws = torch.distributions.Beta(alpha, beta).sample((200_000,))
+    frequency = torch.bincount((draws * 20).long().clamp(max=19), minlength=20).double() / 200_000
+    sampler = make_sampler("beta", NoiseSchedule.linear(20), alpha=alpha, beta=beta)
+    torch.testing.assert_close(sampler.probabilities(), frequency, rtol=0, atol=6e-3)
+
+
+@pytest.mark.parametrize("name", ["logit-normal", "mode", "cosmap", "beta"])
+def test_a_shift_moves_the_draws_as_it_moves_the_levels(name):
+    """Drawn on a shifted schedule, or shifted and drawn on a plain one: the same noise levels."""
+    count = 4000
+    shifted = make_schedule("flow", count, shift=3.0)
+    plain = make_schedule("flow", count)
+    by_schedule, _ = make_sampler(name, shifted)(GRID[::50].clone())
+    by_sampler, _ = make_sampler(name, plain, shift=3.0)(GRID[::50].clone())
+    torch.testing.assert_close(
+        shifted.sigma[by_schedule], plain.sigma[by_sampler], rtol=0, atol=3 * 3 / count
     )
+
+
+# ---------------------------------------------------------------- density times weight
+
+
+def test_a_beta_sampler_is_a_weighting_and_which():
+    """Beta(a, b) on a flow equals ln w = (b - 1) log_snr / 2 - (a + b - 4) softplus(log_snr / 2) on x0."""
+    alpha, beta = 2.0, 3.0
+
+    def as_weighting(log_snr):
+        half = log_snr / 2
+        return (beta - 1) * half - (alpha + beta - 4) * torch.logaddexp(
+            half, torch.zeros_like(half)
+        )
+
+    schedule = make_schedule("flow", 4000)
+    sampler = make_sampler("beta", schedule, alpha=alpha, beta=beta)
+    found = effective_weights(sampler)
+    weighting = make_weighting(as_weighting, schedule, "flow_prediction")
+    wanted = effective_weights(make_sampler("uniform", schedule), weighting)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", [*TIMESTEP_SAMPLERS, "adapted"])
+def test_effective_weights_are_the_objective_in_expectation(name):
+    """The expected gradient of each loss, summed exactly over the timesteps that may be drawn."""
+    sampler = every(SHORT)[name]
+    weighting = make_weighting("min-snr", SHORT, "sample")
+    p = sampler.probabilities()
+    importance = (1 / (12 * p)).float() if sampler.corrected else None
+    gradient = expected_gradients(weighting, p, importance)[0].double()
+    effective = effective_weights(sampler, weighting)
+    torch.testing.assert_close(gradient / gradient.mean(), effective, rtol=1e-5, atol=1e-9)
+
+
+def test_the_sampler_of_a_weighting_has_its_objective():
+    weighting = make_weighting("min-snr", LINEAR, "sample")
+    sampler = equivalent_sampler(LINEAR, weighting)
+    assert not sampler.corrected
+    torch.testing.assert_close(
+        effective_weights(sampler), effective_weights(SAMPLERS["uniform"], weighting)
+    )
+    with pytest.raises(ValueError, match="no probability"):
+        equivalent_sampler(LINEAR, torch.cat([torch.zeros(1), torch.ones(999)]))
+
+
+@pytest.mark.parametrize("number", [np.float64, np.float32, torch.tensor])
+def test_parameters_may_be_scalars_of_numpy_and_torch(number):
+    one = make_sampler("logit-normal", LINEAR, mean=number(0.5), std=number(2.0))
+    other = make_sampler("logit-normal", LINEAR, mean=0.5, std=2.0)
+    torch.testing.assert_close(one.probabilities(), other.probabilities())
+    adaptive = make_sampler(
+        "gradient-norm", LINEAR, bins=np.int64(10), warmup=np.int64(5), uniform=number(0.5)
+    )
+    assert adaptive.bins.num_bins == 10
 
 
 # ---------------------------------------------------------------- behaviour and bad input
 
 
-def test_only_loss_second_moment_means_to_be_corrected():
-    assert [name for name in TIMESTEP_SAMPLERS if SAMPLERS[name].corrected] == [
-        "loss-second-moment"
-    ]
+def test_which_samplers_mean_to_be_corrected_and_what_they_observe():
+    corrected = [name for name in TIMESTEP_SAMPLERS if SAMPLERS[name].corrected]
+    assert corrected == ["weight", "sqrt-weight", "loss-second-moment", "gradient-norm"]
+    observed = {name: SAMPLERS[name].observes for name in TIMESTEP_SAMPLERS}
+    assert observed.pop("loss-second-moment") == "losses"
+    assert observed.pop("gradient-norm") == "gradient-norms"
+    assert set(observed.values()) == {"nothing"}
 
 
 @pytest.mark.parametrize("name", every())
@@ -352,21 +609,28 @@ def test_copies_and_low_precision_keep_the_probabilities(name):
 def test_bad_input_is_refused():
     with pytest.raises(KeyError, match="logit-normal"):
         make_sampler("logitnormal", LINEAR)
-    with pytest.raises(
-        ValueError, match=r"'lognormal' has no parameter \['scale'\]; it has \['mean', 'std'\]"
-    ):
+    with pytest.raises(ValueError, match=r"lognormal.*scale.*mean"):
         make_sampler("lognormal", LINEAR, scale=1.0)
     for name, params in [
         ("lognormal", {"std": 0.0}),
         ("laplace", {"scale": math.inf}),
         ("loss-second-moment", {"uniform": 0}),
+        ("gradient-norm", {"uniform": 1.5}),
+        ("gradient-norm", {"half_life": "long"}),
+        ("mode", {"scale": 2.0}),
+        ("beta", {"alpha": -1.0}),
+        ("cosmap", {"shift": 0.0}),
+        ("logit-normal", {"std": True}),
     ]:
         with pytest.raises(ValueError, match="must be a finite number"):
             make_sampler(name, LINEAR, **params)
-    with pytest.raises(ValueError, match="no probability; widen it"):
+    with pytest.raises(ValueError, match="no probability"):
         make_sampler("laplace", LINEAR, scale=1e-3)
     with pytest.raises(ValueError, match="bins must be"):
         make_sampler("loss-second-moment", LINEAR, bins=1001)
+    for weighting in (None, torch.ones(999), torch.zeros(1000), -torch.ones(1000)):
+        with pytest.raises(ValueError, match="weight"):
+            make_sampler("sqrt-weight", LINEAR, weighting=weighting)
     for u in (torch.rand(2, 2), torch.arange(3)):
         with pytest.raises(ValueError, match=r"u must be \(B,\)"):
             SAMPLERS["uniform"](u)

@@ -100,7 +100,8 @@ def _weights(schedule: NoiseSchedule, steps: Tensor) -> list[dict[str, Any]]:
 
 def _densities(schedule: NoiseSchedule, steps: Tensor) -> list[dict[str, Any]]:
     entries = []
-    for name, params in DENSITY_CASES:
+    for name, known in DENSITY_CASES:
+        params: dict[str, Any] = dict(known)
         density = make_sampler(name, schedule, **params).probabilities() * schedule.num_timesteps
         entries.append({"name": name, "params": params, "density": _rounded(density[steps])})
     return entries
@@ -110,7 +111,9 @@ def _objectives(schedule: NoiseSchedule, steps: Tensor) -> list[dict[str, Any]]:
     path = _targets(schedule)[-1]
     entries = []
     for sampler in OBJECTIVES:
-        params = dict(next(known for name, known in DENSITY_CASES if name == sampler))
+        params: dict[str, Any] = dict(
+            next(known for name, known in DENSITY_CASES if name == sampler)
+        )
         density = make_sampler(sampler, schedule, **params).probabilities()
         for name in ("const-flow" if schedule.is_flow else "const-v", "min-snr"):
             product = density * log_weight(name, schedule, path).exp()

@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> None:
         args.weighting, schedule, args.prediction, **read_pairs(args.weighting_params)
     )
     name = args.timestep_sampler or "uniform"
-    sampler = make_sampler(name, schedule, **read_pairs(args.sampler_params))
+    params = read_pairs(args.sampler_params)
+    sampler = make_sampler(name, schedule, weighting=weighting, **params)
     shown = preview(weighting, sampler, schedule)
     print(shown.table())
     print("\nAll columns have mean 1 over the timesteps; the weight is on the network's own error.")

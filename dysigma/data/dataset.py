@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..devices import to_device
+from ..images import to_real
 from ..randomness import generator
 
 SPLITS = ("train", "test")
@@ -129,7 +130,7 @@ def batch(
         mirrored = to_device(uniform < 0.5, device)
         images = torch.where(mirrored, images.flip(-1), images)
     labels = None if data.labels is None else data.labels[indices]
-    x0 = images.float().div_(127.5).sub_(1)
+    x0 = to_real(images)
     return x0, labels, indices
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..bins import Bins
 from ..data.dataset import ImageData
+from ..images import to_real
 from ..objective import sample_losses
 from ..pareto import MAX_OBJECTIVES
 from ..randomness import generator
@@ -149,7 +150,7 @@ def draw_batches(
     ).to(device)
     x0 = images[rows]
     if images.dtype == torch.uint8:
-        x0 = x0.float() / 127.5 - 1
+        x0 = to_real(x0)
     noise = torch.randn(
         x0.shape, generator=generator(seed, step, "noise", device), device=device, dtype=x0.dtype
     )

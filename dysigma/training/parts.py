@@ -127,7 +127,14 @@ def make_parts(config: TrainConfig) -> tuple[NoiseSchedule, Weighting, TimestepS
         config.normalize,
         **config.weighting_params,
     )
-    sampler = make_sampler(config.timestep_sampler, schedule, **config.sampler_params)
+    sampler = make_sampler(
+        config.timestep_sampler, schedule, weighting=weighting, **config.sampler_params
+    )
+    if sampler.observes == "gradient-norms" and config.compile:
+        raise ValueError(
+            f"timestep sampler {config.timestep_sampler!r} measures gradients inside the network, which a "
+            "compiled one does not show; use --no-compile"
+        )
     if weighting.needs_gramian:
         # A rule that cannot take so many bins says so now and not hours later.
         pareto.min_norm_weights(torch.eye(weighting.bins.num_bins))
@@ -183,6 +190,8 @@ def is_compiled(config: TrainConfig, device: torch.device) -> bool:
     """Whether a run compiles its network: as told, else on CUDA devices where nothing speaks against it."""
     if config.compile is not None:
         return config.compile
+    if config.timestep_sampler == "gradient-norm":
+        return False  # it looks inside the network
     return device.type == "cuda" and compile_problem(device) is None
 
 

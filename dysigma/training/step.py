@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from ..checks import NotFiniteError
 from ..data.dataset import ImageData, batch
 from ..devices import to_device
 from ..gradients import bin_gramian, bin_timesteps
-from ..objective import sample_losses
+from ..objective import OutputLayerGradients, sample_losses
 from ..parallel import over_ranks
 from ..randomness import generator
 from .config import TrainConfig
@@ -72,23 +72,32 @@ def train_step(state: TrainState, data: ImageData, config: TrainConfig) -> StepR
         group["lr"] = group["base_lr"] * factor
     state.optimizer.zero_grad(set_to_none=True)
     losses = []
+    norms = []
+    output = None
+    if state.sampler.observes == "gradient-norms":
+        output = OutputLayerGradients(state.model)
     total = torch.zeros((), device=device)
     share = share_of_batch(config, device)
     for part in share:
         part_kwargs = {name: value[part] for name, value in kwargs.items()}
-        with autocast(config, device):
-            part_losses = sample_losses(
-                state.forward,
-                state.schedule,
-                x0[part],
-                noise[part],
-                timesteps[part],
-                config.prediction,
-                **part_kwargs,
-            )
-        correction = importance[part] if state.sampler.corrected else None
-        loss = state.weighting(part_losses, timesteps[part], correction) / config.accumulate
-        state.scaler.scale(loss).backward()
+        with output or nullcontext():
+            with autocast(config, device):
+                part_losses = sample_losses(
+                    state.forward,
+                    state.schedule,
+                    x0[part],
+                    noise[part],
+                    timesteps[part],
+                    config.prediction,
+                    **part_kwargs,
+                )
+            if output is not None:
+                part_losses.retain_grad()
+            correction = importance[part] if state.sampler.corrected else None
+            loss = state.weighting(part_losses, timesteps[part], correction) / config.accumulate
+            state.scaler.scale(loss).backward()
+        if output is not None:
+            norms.append(over_ranks(output.squared_norms(part_losses))[0])
         losses.append(over_ranks(part_losses)[0])
         total += loss.detach()
     total = average_over_ranks(total, state.trained_parameters)
@@ -101,7 +110,11 @@ def train_step(state: TrainState, data: ImageData, config: TrainConfig) -> StepR
     state.step += 1
     state.ema.update(state.model, state.step * config.batch_size, config.batch_size)
     mine = share.flatten()
-    state.sampler.update((weights * batch_losses)[mine], timesteps[mine])
+    if state.sampler.observes == "losses":
+        state.sampler.update((weights * batch_losses)[mine], timesteps[mine])
+    if state.sampler.observes == "gradient-norms":
+        squared_norms = weights.square() * torch.cat(norms)
+        state.sampler.update(squared_norms[mine], timesteps[mine])
     return StepRecord(step, timesteps, batch_losses, total, grad_norm)
 
 
