@@ -12,11 +12,9 @@ from torch import Tensor
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
     """values of the CPU on a device; a CUDA device is not waited for."""
-    return (
-        values.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda"
-        else values.to(device)
-    )
+    if device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -57,10 +55,11 @@ def compile_problem(device: torch.device) -> str | None:
 @contextmanager
 def fast_kernels(device: torch.device) -> Iterator[None]:
     """On CUDA: TF32 for what stays in float32, and cuDNN tries its kernels; as before afterwards."""
-    before, cuda = torch.get_float32_matmul_precision(), device.type == "cuda"
-    with torch.backends.cudnn.flags(enabled=True, benchmark=cuda, allow_tf32=True):
+    before = torch.get_float32_matmul_precision()
+    is_cuda = device.type == "cuda"
+    with torch.backends.cudnn.flags(enabled=True, benchmark=is_cuda, allow_tf32=True):
         try:
-            torch.set_float32_matmul_precision("high" if cuda else before)
+            torch.set_float32_matmul_precision("high" if is_cuda else before)
             yield
         finally:
             torch.set_float32_matmul_precision(before)

@@ -1,16 +1,33 @@
-"""Many images as one picture."""
+"""Images as numbers in [-1, 1] and as bytes, and many of them as one picture."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
+
+
+def to_real(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Bytes 0 to 255 as numbers from -1 to 1.
+
+    >>> to_real(torch.tensor([0, 255], dtype=torch.uint8))
+    tensor([-1.,  1.])
+    """
+    return images.to(dtype).div(127.5).sub(1)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Numbers from -1 to 1 as the nearest bytes; what lies outside is clipped.
+
+    >>> to_uint8(torch.tensor([-1.0, 0.1, 2.0]))
+    tensor([  0, 140, 255], dtype=torch.uint8)
+    """
+    return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def tile(images: ArrayLike, columns: int) -> NDArray:
