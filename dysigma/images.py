@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-
 
 
 def to_real(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
