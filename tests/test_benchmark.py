@@ -1,13 +1,16 @@
 """The benchmark times contenders in turns, counts FLOP as it says, and lists what cannot run with its reason."""
 
+import functools
+import importlib
 import json
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import nn
 
-from dysigma.lab import benchmark
+from dysigma.lab import benchmark, contenders
 from dysigma.models import PRESETS, make_model
 from dysigma.training import TrainConfig, load_split
 
@@ -44,21 +47,42 @@ def test_flops_are_two_for_each_multiply_add_of_convolutions_and_products(monkey
     )
 
 
-@pytest.mark.parametrize("name", ["_recipe_step", "_lucidrains_step"])
-def test_others_train_the_same_network_on_the_same_images(name, monkeypatch, request):
+@pytest.mark.parametrize("name", ["by_hand_step", "recipe_step", "lucidrains_step"])
+def test_others_train_the_same_network_on_the_same_images(name, monkeypatch):
     pytest.importorskip("accelerate")
-    if name == "_lucidrains_step":
-        request.getfixturevalue("lucidrains")
+    if name == "lucidrains_step" and not find_spec("denoising_diffusion_pytorch"):
+        pytest.skip("denoising-diffusion-pytorch is not installed")
     made = []
-    monkeypatch.setattr(benchmark, "make_model", lambda *a: made.append(make_model(*a)) or made[-1])
+    monkeypatch.setattr(
+        contenders, "make_model", lambda *a: made.append(make_model(*a)) or made[-1]
+    )
     config = TrainConfig(model="micro", image_size=8, batch_size=16, train_images=40, images=10**6)
-    step, sizes = getattr(benchmark, name)(config, load_split(config, "train", CPU)), []
+    step, sizes = getattr(contenders, name)(config, load_split(config, "train", CPU)), []
     made[0].register_forward_hook(lambda module, given, output: sizes.append(len(given[0])))
     before = [p.clone() for p in made[0].parameters()]
-    losses = [step() for _ in range(6)]  # more than an epoch
+    losses = [float(step()) for _ in range(6)]  # more than an epoch
     assert sizes == [16] * 6, "what is timed is one size"
     assert all(0.5 < loss < 5 for loss in losses), losses  # of unit noise, hardly trained
     assert any((a != b).any() for a, b in zip(before, made[0].parameters(), strict=True))
+
+
+def test_stand_ins_are_there_for_an_import_and_gone_after_it():
+    names = ("surely_not_installed", "surely_not_installed.part", "json")
+    with contenders._stand_ins(names):
+        part = importlib.import_module("surely_not_installed.part")
+        assert part.Whatever(1, b=2)
+        assert importlib.import_module("json") is json, "what is installed stays"
+    assert not {"surely_not_installed", "surely_not_installed.part"} & {*sys.modules}
+
+
+def test_what_is_not_installed_is_no_contender(monkeypatch):
+    there = contenders.importlib.util.find_spec
+    monkeypatch.setattr(
+        contenders.importlib.util,
+        "find_spec",
+        lambda name: None if name == "denoising_diffusion_pytorch" else there(name),
+    )
+    assert "denoising-diffusion-pytorch" not in contenders.contenders(CPU)
 
 
 def test_a_batch_larger_than_the_number_of_timesteps_is_timed_too(monkeypatch):
@@ -78,29 +102,67 @@ def test_a_batch_larger_than_the_number_of_timesteps_is_timed_too(monkeypatch):
     assert found["ratio"] == pytest.approx(found["seconds"] / (steps * 0.25))
 
 
+def few_contenders(**others):
+    def pick(device):
+        return {"dysigma": contenders.own_step, **others}
+
+    return pick
+
+
+def fails(config, data):
+    raise RuntimeError("no such thing here\nand more")
+
+
 def test_the_record_holds_what_ran_and_why_the_rest_did_not(monkeypatch, tmp_path, capsys):
-    pytest.importorskip("accelerate")
     monkeypatch.setattr(benchmark, "MICRO_BATCHES", 6)
-    monkeypatch.setitem(
-        sys.modules, "denoising_diffusion_pytorch.denoising_diffusion_pytorch", None
+    monkeypatch.setattr(
+        benchmark,
+        "contenders",
+        few_contenders(other=fails, flow=contenders.own_flow_step),
     )
+    once = functools.partial(benchmark.import_seconds, 1)
+    monkeypatch.setattr(benchmark, "import_seconds", once)
     out = tmp_path / "b.json"
     result = benchmark.benchmark("micro", 8, [4, 11], rounds=1, device="cpu", out=out)
     assert json.loads(out.read_text()) == result and out.with_suffix(".png").exists()
     assert [cost["batch_size"] for cost in result["steps"]] == [4, 11]
     for cost in result["steps"]:
         rows = cost["steps"]
-        assert "denoising_diffusion_pytorch" in rows.pop("denoising-diffusion-pytorch")["fails"]
-        assert list(rows) == ["dysigma", "diffusers recipe", "diffusers recipe, bf16"]
+        assert rows.pop("other") == {"fails": "RuntimeError: no such thing here"}
         assert rows["dysigma"]["ratio"] == 1 and rows["dysigma"]["bytes"] is None
         for row in rows.values():
             assert row["images_per_second"] == pytest.approx(cost["batch_size"] / row["seconds"])
             assert row["share"] == pytest.approx(row["flops"] / result["matmul_flops"])
         assert set(cost["parts"]) >= {"forward", "forward and backward", "optimizer", "EMA"}
     assert "min-snr" in result["weighting_overhead"]
+    assert "stratified" in result["sampler_overhead"]
     assert (result["conflicts"]["batch_per_bin"], result["conflicts"]["ratio"] > 0) == (1, True)
+    assert result["import_seconds"] > 0
     said = capsys.readouterr().out
-    assert "fails: ModuleNotFoundError" in said and "2 FLOP per multiply-add" in said
+    assert "fails: RuntimeError" in said and "2 FLOP per multiply-add" in said
+
+
+def test_what_was_measured_is_written_though_our_step_and_a_part_fail(monkeypatch, tmp_path):
+    def full(config, data):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def only_small(config, data):
+        return full(config, data) if config.batch_size > 4 else contenders.own_step(config, data)
+
+    def broken(*_):
+        raise ValueError("no report")
+
+    monkeypatch.setattr(benchmark, "contenders", lambda device: {"dysigma": only_small})
+    monkeypatch.setattr(benchmark, "conflict_costs", broken)
+    monkeypatch.setattr(benchmark, "import_seconds", broken)
+    out = tmp_path / "b.json"
+    benchmark.benchmark("micro", 8, [11, 4], rounds=1, device="cpu", out=out)
+    record = json.loads(out.read_text())
+    large, small = record["steps"]
+    assert "out of memory" in large["steps"]["dysigma"]["fails"] and "parts" not in large
+    assert small["steps"]["dysigma"]["ratio"] == 1
+    assert "min-snr" in record["weighting_overhead"]
+    assert record["conflicts"] == {"fails": "ValueError: no report"}
 
 
 def test_presets_can_all_be_counted():
@@ -112,12 +174,3 @@ def test_presets_can_all_be_counted():
 def test_no_rounds_and_no_images_are_refused(given):
     with pytest.raises(ValueError, match="rounds and batch_sizes must be 1 or more; got"):
         benchmark.benchmark(device="cpu", **given)
-
-
-def test_a_batch_that_is_too_large_for_us_is_named(monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(benchmark, "build", full)
-    with pytest.raises(ValueError, match="our step fails with batch size 4: CUDA out of memory"):
-        benchmark.benchmark("micro", 8, [4], device="cpu")

@@ -1,10 +1,13 @@
-"""Speed within one run: training steps, ours and others', what a weighting adds to them, a report of conflicts."""
+"""Speed as ratios within one run: training steps, ours and others', and what everything else adds to ours."""
 
 from __future__ import annotations
 
 import functools
 import itertools
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,14 +25,21 @@ from ..objective import sample_losses
 from ..randomness import generator
 from ..runs.files import write_json
 from ..runs.provenance import provenance
-from ..schedule import make_schedule
+from ..samplers import TIMESTEP_SAMPLERS, make_sampler
+from ..schedule import NoiseSchedule, make_schedule
 from ..training.config import TrainConfig
 from ..training.parts import build, load_split
 from ..training.precision import autocast
 from ..training.step import train_step
 from ..weightings.registry import WEIGHTINGS, make_weighting
+from .contenders import Maker, Step, contenders, make_network
 
-BINS, MICRO_BATCHES = 10, 16  # as conflicts has them by default
+# As conflicts has them by default.
+BINS = 10
+MICRO_BATCHES = 16
+
+# The work of these lies in Gramians, which the step computes for them.
+ON_GRAMIANS = ("gramian", "ugd")
 
 
 def _synchronize(device: torch.device) -> None:
@@ -38,14 +48,17 @@ def _synchronize(device: torch.device) -> None:
 
 
 def time_in_turn(
-    contenders: dict[str, Callable[[], Any]], rounds: int, device: torch.device
+    calls: dict[str, Step], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of each contender in each round; every round runs all of them once, so drift of the machine is shared."""
-    for call in contenders.values():
+    """Seconds of each call in each round.
+
+    Every round runs all of them once, so that all share the drift of the machine.
+    """
+    for call in calls.values():
         call()
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, call in contenders.items():
+        for name, call in calls.items():
             _synchronize(device)
             start = time.perf_counter()
             call()
@@ -54,230 +67,42 @@ def time_in_turn(
     return seconds
 
 
-def _own_step(config: TrainConfig, data: ImageData, **options: Any) -> Callable[[], Any]:
-    """Our training step; options compile the network in another way."""
-    state = build(config, data)
-    if options:
-        state.forward = torch.compile(state.model, fullgraph=True, dynamic=False, **options)  # type: ignore[assignment]
-    return lambda: train_step(state, data, config)
+def _medians(calls: dict[str, Step], rounds: int, device: torch.device) -> dict[str, float]:
+    seconds = time_in_turn(calls, rounds, device)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def _recipe_step(config: TrainConfig, data: ImageData, low: bool = False) -> Callable[[], Any]:
-    """A step of diffusers' train_unconditional.py with EMA and its other defaults, on the same network and images.
-
-    Pictures are decoded already. low: with --mixed_precision bf16, which casts images, noise and schedule too.
-    """
-    import accelerate
-    import diffusers
-    import numpy
-    from diffusers.training_utils import EMAModel
-    from PIL import Image, ImageOps
-
-    device, dtype = data.images.device, torch.bfloat16 if low else torch.float32
-    pictures = [Image.fromarray(image) for image in data.images.permute(0, 2, 3, 1).cpu().numpy()]
-
-    def collate(chosen: list[Any]) -> Tensor:
-        turned = [
-            ImageOps.mirror(picture) if torch.rand(()) < 0.5 else picture for picture in chosen
-        ]
-        return torch.stack(
-            [torch.from_numpy(numpy.array(x)).permute(2, 0, 1).div(127.5).sub(1) for x in turned]
-        )
-
-    options: Any = {
-        "shuffle": True,
-        "collate_fn": collate,
-        "drop_last": True,
-    }  # all batches of the size that is timed
-    loader: Any = torch.utils.data.DataLoader(pictures, config.batch_size, **options)  # type: ignore[arg-type]
-    accelerator, model = accelerate.Accelerator(cpu=device.type == "cpu"), _network(config, data)
-    optimizer: Any = torch.optim.AdamW(
-        model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6
-    )
-    rate = diffusers.optimization.get_scheduler(
-        "cosine", optimizer, num_warmup_steps=500, num_training_steps=10**5
-    )
-    model, optimizer, loader, rate = accelerator.prepare(model, optimizer, loader, rate)
-    ema, scheduler = (
-        EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True),
-        diffusers.DDPMScheduler(),
-    )
-    batches = itertools.chain.from_iterable(itertools.repeat(loader))
-
-    def step() -> float:
-        clean = next(batches).to(dtype)
-        noise = torch.randn_like(clean)
-        timesteps = torch.randint(0, 1000, (len(clean),), device=clean.device)
-        noisy = scheduler.add_noise(clean, noise, timesteps)
-        with torch.autocast(device.type, dtype, enabled=low):
-            output = model(noisy, timesteps).sample
-        loss = torch.nn.functional.mse_loss(output.float(), noise.float())
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        rate.step()
-        optimizer.zero_grad()
-        ema.step(model.parameters())
-        return loss.detach().item()
-
-    return step
-
-
-def _lucidrains_step(config: TrainConfig, data: ImageData) -> Callable[[], Any]:
-    """A step of denoising-diffusion-pytorch's Trainer around the same network, spared its data loading and its EMA."""
-    from denoising_diffusion_pytorch.denoising_diffusion_pytorch import GaussianDiffusion
-
-    network = _network(config, data)
-    plain, wanted = (
-        network.forward,
-        {"channels": 3, "out_dim": 3, "forward": lambda x, t, _: plain(x, t).sample},
-    )
-    for name, value in (
-        wanted | {"self_condition": False, "random_or_learned_sinusoidal_cond": False}
-    ).items():
-        setattr(network, name, value)
-    diffusion = GaussianDiffusion(network, image_size=data.images.shape[-1], objective="pred_noise")
-    diffusion.to(data.images.device)
-    optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
-    steps = itertools.count()
-
-    def step() -> float:
-        images, _, _ = batch(data, 0, next(steps), config.batch_size)
-        loss = diffusion(images.add(1).div(2))
-        loss.backward()
-        total = loss.item()
-        torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return total
-
-    return step
-
-
-def _network(config: TrainConfig, data: ImageData) -> Any:
-    return make_model(config.model, data.images.shape[-1], data.images.shape[1]).to(
-        data.images.device
-    )
-
-
-def _parts(config: TrainConfig, data: ImageData) -> dict[str, Callable[[], Any]]:
-    """The parts of our step, each as a call of its own."""
-    state, steps = build(config, data), itertools.count()
-    train_step(state, data, config)
-    draws = batch(data, 0, 0, config.batch_size)[0]
-    noise, timesteps = (
-        torch.randn_like(draws),
-        torch.arange(config.batch_size, device=draws.device) % 1000,
-    )
-
-    def losses() -> Tensor:
-        with autocast(config, draws.device):
-            return sample_losses(
-                state.forward, state.schedule, draws, noise, timesteps, config.prediction
-            )
-
-    def update() -> None:
-        torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
-        state.optimizer.step()
-
-    return {
-        "images and noise": lambda: torch.randn_like(
-            batch(data, 0, next(steps), config.batch_size)[0]
-        ),
-        "forward": losses,
-        "forward and backward": lambda: losses().mean().backward(),
-        "optimizer": update,
-        "EMA": lambda: state.ema.update(state.model, 10**6, config.batch_size),
-    }
+def _reason(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def matmul_peak(device: torch.device) -> float:
     """FLOP/s of one large matrix product, the fastest of ten: bfloat16 on CUDA, else float32."""
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    size, dtype = 1024, torch.float32
+    if device.type == "cuda":
+        size, dtype = 8192, torch.bfloat16
     a = torch.randn(size, size, device=device, dtype=dtype)
-    return 2 * size**3 / min(time_in_turn({"": lambda: a @ a}, 10, device)[""])
+    seconds = time_in_turn({"product": lambda: a @ a}, 10, device)["product"]
+    return 2 * size**3 / min(seconds)
 
 
 def flops_per_image(preset: str, image_size: int) -> int:
-    """FLOP of one image in a training step, 2 for each multiply-add; a backward pass counts as two forward passes."""
+    """FLOP of one image in a training step, 2 for each multiply-add.
+
+    A backward pass counts as two forward passes.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     model = make_model(preset, image_size).to("meta")
+    image = torch.empty(1, 3, image_size, image_size, device="meta")
+    timestep = torch.zeros(1, device="meta", dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
-        model(
-            torch.empty(1, 3, image_size, image_size, device="meta"),
-            torch.zeros(1, device="meta").long(),
-        )
+        model(image, timestep)
     return 3 * counter.get_total_flops()
 
 
-def step_costs(
-    config: TrainConfig, rounds: int, device: torch.device, peak: float
-) -> dict[str, Any]:
-    """Print and return what training steps of one batch size cost, ours and others', by name.
-
-    "fails" with the reason, or "seconds" (median), "images_per_second", "flops" per second and its "share" of peak,
-    "ratio" of its seconds to ours (median over rounds), "bytes" at the peak (CUDA alone). "parts" has the seconds of
-    the parts of ours.
-    """
-    torch.compiler.reset()  # else the ninth network of another size or batch is refused
-    data = load_split(config, "train", device)
-    makers: dict[str, Any] = {"dysigma": _own_step, "diffusers recipe": _recipe_step}
-    makers |= {"diffusers recipe, bf16": functools.partial(_recipe_step, low=True)}
-    makers |= {"denoising-diffusion-pytorch": _lucidrains_step}
-    if device.type == "cuda":
-        makers["dysigma, CUDA graphs"] = functools.partial(_own_step, mode="reduce-overhead")
-    flops, calls = flops_per_image(config.model, data.images.shape[-1]), {}
-    results: dict[str, dict[str, Any]] = {}
-    for name, make in makers.items():
-        try:
-            before = torch.cuda.memory_allocated(device) if device.type == "cuda" else None
-            call = make(config, data)
-            call()  # allocates the optimizer's state
-            calls[name], results[name] = call, {"bytes": cuda_peak(call, device, before)}
-        except Exception as error:  # what cannot run here is part of the result
-            if name == "dysigma":
-                raise ValueError(
-                    f"our step fails with batch size {config.batch_size}: {error}"
-                ) from error
-            results[name] = {"fails": f"{type(error).__name__}: {error}".partition("\n")[0]}
-    seconds = time_in_turn(calls, rounds, device)
-    print(
-        f"training step, {config.model} at {data.images.shape[-1]} pixels, batch {config.batch_size}, {device}"
-    )
-    for name, row in results.items():
-        if name not in seconds:
-            print(f"  {name:28s} fails: {row['fails']}")
-            continue
-        time_, pairs = (
-            statistics.median(seconds[name]),
-            zip(seconds[name], seconds["dysigma"], strict=True),
-        )
-        speed = config.batch_size / time_
-        row |= {
-            "seconds": time_,
-            "images_per_second": speed,
-            "flops": speed * flops,
-            "share": speed * flops / peak,
-        }
-        row |= {"ratio": statistics.median(a / b for a, b in pairs)}
-        memory = "" if row["bytes"] is None else f"   {row['bytes'] / 2**20:8.0f} MiB"
-        print(
-            f"  {name:28s} {1e3 * time_:9.1f} ms   {speed:9,.0f} img/s   {speed * flops / 1e12:8.3f} TFLOP/s   "
-            f"{row['share']:5.1%} of a matrix product   {row['ratio']:5.2f} x ours{memory}"
-        )
-    parts = {
-        k: statistics.median(v)
-        for k, v in time_in_turn(_parts(config, data), rounds, device).items()
-    }
-    print(
-        "  parts of ours: "
-        + ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in parts.items())
-    )
-    return {"batch_size": config.batch_size, "steps": results, "parts": parts}
-
-
-def cuda_peak(call: Callable[[], Any], device: torch.device, before: int | None) -> int | None:
+def cuda_peak(call: Step, device: torch.device, before: int | None) -> int | None:
     """Bytes allocated on a CUDA device at the peak of a call, above those before; None elsewhere."""
     if before is None:
         return None
@@ -286,31 +111,193 @@ def cuda_peak(call: Callable[[], Any], device: torch.device, before: int | None)
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _weighting_call(
-    name: str, config: TrainConfig, schedule: Any, device: torch.device
-) -> Callable[[], Any]:
-    """Forward, backward and optimizer step of a weighting alone on given losses; "mean" is plain losses.mean()."""
-    weighting = (
-        make_weighting(name, schedule, config.prediction).to(device) if name != "mean" else None
-    )
-    groups = weighting.parameter_groups(None) if weighting is not None else []
-    optimizer = torch.optim.AdamW(groups, fused=True) if groups else None
-    draw = generator(0, 0, "benchmark")
-    timesteps = torch.randint(0, config.num_timesteps, (config.batch_size,), generator=draw).to(
-        device
-    )
-    values = torch.rand(config.batch_size, generator=draw).to(device)
+def _prepare(make: Maker, config: TrainConfig, data: ImageData) -> tuple[Step, int | None]:
+    """A contender that has taken its first steps, and its bytes at the peak."""
+    device = data.images.device
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+    call = make(config, data)
+    call()  # allocates the optimizer's state
+    return call, cuda_peak(call, device, before)
 
-    def call() -> Tensor:
+
+def step_costs(
+    config: TrainConfig, rounds: int, device: torch.device, peak: float
+) -> dict[str, Any]:
+    """Print and return what training steps of one batch size cost, ours and others', by name.
+
+    "fails" with the reason; or "seconds" (median), "images_per_second", "flops" per second and its
+    "share" of peak, "ratio" of its seconds to ours (median over rounds, where ours runs), and
+    "bytes" at the peak (CUDA alone). "parts" has the seconds of the parts of ours.
+    """
+    torch.compiler.reset()  # else the ninth network of another size or batch is refused
+    data = load_split(config, "train", device)
+    calls: dict[str, Step] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, make in contenders(device).items():
+        try:
+            calls[name], peak_bytes = _prepare(make, config, data)
+            rows[name] = {"bytes": peak_bytes}
+        except Exception as error:  # what cannot run here is part of the result
+            calls.pop(name, None)
+            rows[name] = {"fails": _reason(error)}
+    seconds = time_in_turn(calls, rounds, device)
+    flops = flops_per_image(config.model, data.images.shape[-1])
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        speed = config.batch_size / median
+        rows[name]["seconds"] = median
+        rows[name]["images_per_second"] = speed
+        rows[name]["flops"] = speed * flops
+        rows[name]["share"] = speed * flops / peak
+        if "dysigma" in seconds:
+            ratios = [a / b for a, b in zip(times, seconds["dysigma"], strict=True)]
+            rows[name]["ratio"] = statistics.median(ratios)
+    size = data.images.shape[-1]
+    print(f"training step, {config.model} at {size} pixels, batch {config.batch_size}, {device}")
+    for name, row in rows.items():
+        print(f"  {name:32s} {_step_text(row)}")
+    result: dict[str, Any] = {"batch_size": config.batch_size, "steps": rows}
+    if "dysigma" in seconds:
+        parts = _medians(_parts(config, data), rounds, device)
+        words = [f"{name} {1e3 * value:.1f} ms" for name, value in parts.items()]
+        print("  parts of ours: " + ", ".join(words))
+        result["parts"] = parts
+    return result
+
+
+def _step_text(row: dict[str, Any]) -> str:
+    if "fails" in row:
+        return f"fails: {row['fails']}"
+    words = [
+        f"{1e3 * row['seconds']:9.1f} ms",
+        f"{row['images_per_second']:9,.0f} img/s",
+        f"{row['flops'] / 1e12:8.3f} TFLOP/s",
+        f"{row['share']:5.1%} of a matrix product",
+    ]
+    if "ratio" in row:
+        words.append(f"{row['ratio']:5.2f} x ours")
+    if row["bytes"] is not None:
+        words.append(f"{row['bytes'] / 2**20:8.0f} MiB")
+    return "   ".join(words)
+
+
+def _parts(config: TrainConfig, data: ImageData) -> dict[str, Step]:
+    """The parts of our step, each as a call of its own."""
+    device = data.images.device
+    state = build(config, data)
+    train_step(state, data, config)
+    steps = itertools.count()
+    x0, _, _ = batch(data, 0, 0, config.batch_size)
+    noise = torch.randn_like(x0)
+    timesteps = torch.arange(config.batch_size, device=device) % config.num_timesteps
+
+    def images_and_noise() -> Tensor:
+        images, _, _ = batch(data, 0, next(steps), config.batch_size)
+        return torch.randn_like(images)
+
+    def forward() -> Tensor:
+        with autocast(config, device):
+            return sample_losses(
+                state.forward, state.schedule, x0, noise, timesteps, config.prediction
+            )
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
+        state.optimizer.step()
+
+    return {
+        "images and noise": images_and_noise,
+        "forward": forward,
+        "forward and backward": lambda: forward().mean().backward(),
+        "optimizer": update,
+        "EMA": lambda: state.ema.update(state.model, 10**6, config.batch_size),
+    }
+
+
+def _weighting_call(
+    name: str, config: TrainConfig, schedule: NoiseSchedule, device: torch.device
+) -> Step:
+    """Forward, backward and optimizer step of a weighting alone on given losses.
+
+    "mean" is plain losses.mean().
+    """
+    draw = generator(0, 0, "benchmark")
+    timesteps = torch.randint(0, config.num_timesteps, (config.batch_size,), generator=draw)
+    timesteps = timesteps.to(device)
+    values = torch.rand(config.batch_size, generator=draw).to(device)
+    if name == "mean":
+        return lambda: values.clone().requires_grad_().mean().backward()
+    weighting = make_weighting(name, schedule, config.prediction).to(device)
+    groups = weighting.parameter_groups(None)
+    optimizer = torch.optim.AdamW(groups, fused=True) if groups else None
+
+    def call() -> None:
         losses = values.clone().requires_grad_()
-        loss = losses.mean() if weighting is None else weighting(losses, timesteps)
-        loss.backward()
+        weighting(losses, timesteps).backward()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return loss
 
     return call
+
+
+def weighting_costs(
+    config: TrainConfig, rounds: int, device: torch.device, step: float
+) -> dict[str, float]:
+    """Print and return the seconds of each weighting above those of losses.mean(), as a share of `step` seconds."""
+    names = [name for name in WEIGHTINGS if name not in ON_GRAMIANS]
+    schedule = make_schedule(config.schedule, config.num_timesteps).to(device)
+    calls = {name: _weighting_call(name, config, schedule, device) for name in ["mean", *names]}
+    return _overheads("a weighting", calls, "mean", rounds, device, step)
+
+
+def _sampler_call(
+    name: str, config: TrainConfig, schedule: NoiseSchedule, device: torch.device
+) -> Step:
+    """Timesteps of a batch and what the sampler learns from their losses."""
+    sampler = make_sampler(name, schedule).to(device)
+    draw = generator(0, 0, "benchmark")
+    u = torch.rand(config.batch_size, generator=draw).to(device)
+    losses = torch.rand(config.batch_size, generator=draw).to(device)
+
+    def call() -> None:
+        timesteps, _ = sampler(u)
+        sampler.update(losses, timesteps)
+
+    return call
+
+
+def sampler_costs(
+    config: TrainConfig, rounds: int, device: torch.device, step: float
+) -> dict[str, float]:
+    """Print and return the seconds of each timestep sampler above those of the uniform one, as weighting_costs."""
+    schedule = make_schedule(config.schedule, config.num_timesteps).to(device)
+    calls = {}
+    for name in TIMESTEP_SAMPLERS:
+        try:
+            calls[name] = _sampler_call(name, config, schedule, device)
+        except (TypeError, ValueError):
+            continue  # it needs a parameter that has no default
+    return _overheads("a timestep sampler", calls, "uniform", rounds, device, step)
+
+
+def _overheads(
+    what: str,
+    calls: dict[str, Step],
+    plain: str,
+    rounds: int,
+    device: torch.device,
+    step: float,
+) -> dict[str, float]:
+    seconds = _medians(calls, rounds, device)
+    print(f"overhead of {what}, share of the training step")
+    shares = {}
+    for name in calls:
+        if name != plain:
+            over = seconds[name] - seconds[plain]
+            shares[name] = over / step
+            print(f"  {name:20s} {100 * over / step:6.2f} %   {1e6 * over:6.0f} us")
+    return shares
 
 
 def conflict_costs(
@@ -318,28 +305,30 @@ def conflict_costs(
 ) -> dict[str, Any]:
     """Print and return what a report of conflicts costs beside our training steps, of `step` seconds each.
 
-    "seconds" is the median for one micro-batch of BINS bins, and as many samples in each as make up batch_size; "ratio"
-    the training steps on as many samples that take as long.
+    "seconds" is the median for one micro-batch of BINS bins, and as many samples in each as make up
+    batch_size; "ratio" the training steps on as many samples that take as long.
     """
-    data, per_bin = load_split(config, "train", device), -(-config.batch_size // BINS)
-    model, schedule = _network(config, data), config.noise_schedule().to(device)
-    x0 = (
-        data.images[torch.arange(BINS * per_bin, device=device) % len(data)]
-        .float()
-        .div(127.5)
-        .sub(1)
+    data = load_split(config, "train", device)
+    model = make_network(config, data)
+    schedule = config.noise_schedule().to(device)
+    per_bin = -(-config.batch_size // BINS)
+    samples = BINS * per_bin
+    chosen = torch.arange(samples, device=device) % len(data)
+    x0 = data.images[chosen].float().div(127.5).sub(1)
+    report = functools.partial(
+        conflicts,
+        model,
+        x0,
+        schedule,
+        BINS,
+        micro_batches=MICRO_BATCHES,
+        batch_per_bin=per_bin,
+        progress=False,
     )
-    options: dict[str, Any] = {
-        "micro_batches": MICRO_BATCHES,
-        "batch_per_bin": per_bin,
-        "progress": False,
-    }
-    calls = {"": lambda: conflicts(model, x0, schedule, BINS, **options)}
-    seconds = statistics.median(time_in_turn(calls, rounds, device)[""]) / MICRO_BATCHES
-    ratio = seconds / step * config.batch_size / (BINS * per_bin)
-    print(
-        f"gradient conflicts of {BINS} bins, {per_bin} samples of each: {ratio:.2f} of our training steps on as many"
-    )
+    seconds = _medians({"report": report}, rounds, device)["report"] / MICRO_BATCHES
+    ratio = (seconds / samples) / (step / config.batch_size)
+    print(f"gradient conflicts of {BINS} bins, {per_bin} samples of each: ", end="")
+    print(f"{ratio:.2f} of our training steps on as many")
     return {
         "bins": BINS,
         "batch_per_bin": per_bin,
@@ -349,23 +338,29 @@ def conflict_costs(
     }
 
 
-def weighting_costs(
-    config: TrainConfig, rounds: int, device: torch.device, step: float
-) -> dict[str, float]:
-    """Print and return the seconds of each weighting above those of losses.mean(), as a share of `step` seconds."""
-    # "gramian" needs an optional package, and the work of both kinds that need Gramians lies in computing those.
-    names = [name for name in WEIGHTINGS if name not in ("gramian", "ugd")]
-    schedule = make_schedule(config.schedule, config.num_timesteps).to(device)
-    calls = {name: _weighting_call(name, config, schedule, device) for name in ["mean", *names]}
-    times = {
-        name: statistics.median(values)
-        for name, values in time_in_turn(calls, rounds, device).items()
-    }
-    print("overhead of a weighting, share of the training step")
-    for name in names:
-        over = times[name] - times["mean"]
-        print(f"  {name:16s} {100 * over / step:6.2f} %   {1e6 * over:6.0f} us")
-    return {name: (times[name] - times["mean"]) / step for name in names}
+IMPORT = """
+import time, torch
+start = time.perf_counter()
+import dysigma
+print(time.perf_counter() - start)
+"""
+
+
+def import_seconds(rounds: int = 3) -> float:
+    """Print and return the seconds that `import dysigma` takes beyond torch, in a fresh process (median)."""
+    found = []
+    for _ in range(rounds):
+        command = [sys.executable, "-c", IMPORT]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found.append(float(done.stdout))
+    seconds = statistics.median(found)
+    print(f"import dysigma: {seconds:.2f} s beyond torch")
+    return seconds
+
+
+def load_of_machine() -> list[float] | None:
+    """Processes that wanted a core over the last 1, 5 and 15 minutes; None where the system does not say."""
+    return [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None
 
 
 def _draw(result: dict[str, Any], path: Path) -> None:
@@ -375,17 +370,13 @@ def _draw(result: dict[str, Any], path: Path) -> None:
     from .. import plots
 
     plots.use_style()
-    fig, axes = plt.subplots(
-        1, len(result["steps"]), squeeze=False, figsize=(5.5 * len(result["steps"]), 3)
-    )
+    count = len(result["steps"])
+    fig, axes = plt.subplots(1, count, squeeze=False, figsize=(5.5 * count, 3))
     for ax, cost in zip(axes[0], result["steps"], strict=True):
         rows = {name: row for name, row in cost["steps"].items() if "fails" not in row}
-        bars = ax.barh(list(rows), [row["images_per_second"] for row in rows.values()])
-        ax.bar_label(
-            bars,
-            [f"{row['images_per_second']:,.0f}, {row['share']:.0%}" for row in rows.values()],
-            padding=3,
-        )
+        bars = ax.barh([*rows], [row["images_per_second"] for row in rows.values()])
+        labels = [f"{row['images_per_second']:,.0f}, {row['share']:.0%}" for row in rows.values()]
+        ax.bar_label(bars, labels, padding=3)
         ax.set(
             title=f"{result['model']}, batch {cost['batch_size']}",
             xlabel="images/s, % of a matrix product",
@@ -393,6 +384,7 @@ def _draw(result: dict[str, Any], path: Path) -> None:
         ax.invert_yaxis()
         ax.margins(x=0.3)
     fig.savefig(path, dpi=110)
+    plt.close(fig)
 
 
 def benchmark(
@@ -404,10 +396,12 @@ def benchmark(
     device: str = "auto",
     out: Path | None = None,
 ) -> dict[str, Any]:
-    """Print and return costs measured in one run; writes them as JSON to `out`, and a figure beside it, if given.
+    """Print and return costs measured in one run; written as JSON to `out`, with a figure beside it.
 
-    "steps" has step_costs for each batch size; "weighting_overhead" is what weighting_costs returns and "conflicts"
-    what conflict_costs returns for the first.
+    "steps" has step_costs for each batch size; "weighting_overhead", "sampler_overhead" and
+    "conflicts" are for the first batch size at which our step runs; "import_seconds" and "load", of
+    the machine before and after. A part that cannot run is "fails" with the reason. `out` is
+    written after every part, so that nothing that was measured is lost.
     """
     target = resolve_device(device)
     if rounds < 1 or not batch_sizes or min(batch_sizes) < 1:
@@ -418,30 +412,53 @@ def benchmark(
     config = TrainConfig(
         model=model, image_size=image_size, images=count, train_images=count, device=device
     )
-    with fast_kernels(target):
-        peak = matmul_peak(target)
-        print(
-            f"one matrix product: {peak / 1e12:.3f} TFLOP/s; 2 FLOP per multiply-add, forward and backward 3 forward"
-        )
-        costs = [
-            step_costs(replace(config, batch_size=size), rounds, target, peak)
-            for size in batch_sizes
-        ]
-    step, config = (
-        costs[0]["steps"]["dysigma"]["seconds"],
-        replace(config, batch_size=batch_sizes[0]),
-    )
     result: dict[str, Any] = {
         "model": model,
         "image_size": image_size,
         "rounds": rounds,
-        "matmul_flops": peak,
+        "provenance": provenance(),
+        "load": {"before": load_of_machine()},
+        "steps": [],
     }
-    result |= {"flops_per_image": flops_per_image(model, image_size), "steps": costs}
-    result["weighting_overhead"] = weighting_costs(config, 20 * rounds, target, step)
-    result["conflicts"] = conflict_costs(config, max(1, rounds // 4), target, step)
-    result["provenance"] = provenance()
+
+    def keep() -> None:
+        if out is not None:
+            write_json(out, result)
+
+    def measure(name: str, part: Callable[[], Any]) -> None:
+        torch.compiler.reset()
+        try:
+            result[name] = part()
+        except Exception as error:  # the other parts are measured all the same
+            result[name] = {"fails": _reason(error)}
+            print(f"{name} fails: {result[name]['fails']}")
+        keep()
+
+    with fast_kernels(target):
+        peak = matmul_peak(target)
+        result["matmul_flops"] = peak
+        result["flops_per_image"] = flops_per_image(model, image_size)
+        print(f"one matrix product: {peak / 1e12:.3f} TFLOP/s; ", end="")
+        print("2 FLOP per multiply-add, forward and backward 3 forward")
+        for size in batch_sizes:
+            sized = replace(config, batch_size=size)
+            result["steps"].append(step_costs(sized, rounds, target, peak))
+            keep()
+    running = [cost for cost in result["steps"] if "seconds" in cost["steps"]["dysigma"]]
+    if running:
+        step = running[0]["steps"]["dysigma"]["seconds"]
+        sized = replace(config, batch_size=running[0]["batch_size"])
+        many = 20 * rounds  # these calls are short
+        few = max(1, rounds // 4)
+        measure("weighting_overhead", lambda: weighting_costs(sized, many, target, step))
+        measure("sampler_overhead", lambda: sampler_costs(sized, many, target, step))
+        measure("conflicts", lambda: conflict_costs(sized, few, target, step))
+    measure("import_seconds", import_seconds)
+    result["load"]["after"] = load_of_machine()
+    print(
+        f"load of the machine: {result['load']['before']} before, {result['load']['after']} after"
+    )
+    keep()
     if out is not None:
-        write_json(out, result)
         _draw(result, out.with_suffix(".png"))
     return result
