@@ -26,6 +26,7 @@ from .recorder import Recorder, writing
 from .signals import StopRequest, stop_signals
 from .step import TrainingDiverged, iterate
 from .threads import number_of_threads, threads
+from .tracking import Tracker
 
 # Hidden files are what a process leaves that was killed while it claimed the folder.
 LEFTOVERS = (".lock", ".config.json.")
@@ -39,11 +40,13 @@ def train(
     progress: bool = True,
     finish: bool = True,
     images: tuple[ImageData, ImageData] | None = None,
+    log_with: str | None = None,
 ) -> Run:
     """Train to the end of the configuration and write a run folder; returns it as load_run does.
 
     finish=False leaves out what comes after the last step: pipeline and samples. images: train and
-    test images, if load_split has loaded those of this configuration before.
+    test images, if load_split has loaded those of this configuration before. log_with:
+    "tensorboard", "wandb" or "trackio" gets the metrics too.
 
     With resume=True an interrupted run goes on from its last checkpoint and ends with the same
     weights as one that was never interrupted (bit for bit on one CPU device). Its images may lie
@@ -71,8 +74,13 @@ def train(
         _check_classes(config, data, test)
         earlier = from_first(_read_summary(out) if first and resume else None, device)
         threads_before = (earlier or {}).get("provenance", {}).get("cpu_threads")
-        with threads(number_of_threads(config, data, threads_before)):
-            _train_on(data, test, config, out, earlier, progress, finish)
+        tracker = Tracker(log_with, config, out) if log_with is not None and first else None
+        try:
+            with threads(number_of_threads(config, data, threads_before)):
+                _train_on(data, test, config, out, earlier, tracker, progress, finish)
+        finally:
+            if tracker is not None:
+                tracker.finish()
         run = runs.load_run(out) if first else Run(out, {}, {})
         return from_first(run, device)
 
@@ -119,6 +127,7 @@ def _train_on(
     config: TrainConfig,
     out: Path,
     earlier: dict[str, Any] | None,
+    tracker: Tracker | None,
     progress: bool,
     finish: bool,
 ) -> None:
@@ -129,7 +138,15 @@ def _train_on(
         before = GROUPS_BEFORE_THEY_WERE_RECORDED.get(config.model)
         groups = earlier.get("norm_num_groups", before)
     try:
-        recorder = Recorder(config, data, test, out, norm_num_groups=groups, earlier=earlier)
+        recorder = Recorder(
+            config,
+            data,
+            test,
+            out,
+            norm_num_groups=groups,
+            earlier=earlier,
+            tracker=tracker,
+        )
         if recorder.first and earlier is not None and "data" in earlier:
             for split, found in recorder.about["data"].items():
                 check_images(earlier["data"][split], found, f"{split} images of {config.data}", out)

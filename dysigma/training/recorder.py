@@ -24,6 +24,7 @@ from .parallel import from_first, rank_and_count
 from .parts import build
 from .precision import low_precision
 from .step import StepRecord, TrainingDiverged
+from .tracking import Tracker
 
 FINAL_SAMPLES = 64
 FINAL_SAMPLING_STEPS = 50
@@ -59,8 +60,9 @@ class Recorder:
         *,
         norm_num_groups: int | None = None,
         earlier: dict[str, Any] | None = None,
+        tracker: Tracker | None = None,
     ) -> None:
-        self.config, self.out = config, out
+        self.config, self.out, self.tracker = config, out, tracker
         self.state = build(config, data, norm_num_groups=norm_num_groups)
         self.measures = Measures(config, self.state, data, test)
         self.device = data.images.device
@@ -127,6 +129,8 @@ class Recorder:
         row.update(measured)
         with writing(self.out):
             runs.append_metrics(self.out / "metrics.jsonl", row)
+        if self.tracker is not None:
+            self.tracker.log(row)
         self.pending.clear()
 
     def _means_of_steps(self) -> dict[str, Any]:
