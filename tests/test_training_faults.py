@@ -372,7 +372,7 @@ def test_a_budget_of_time_becomes_a_number_of_images(monkeypatch):
 
 
 def test_a_budget_too_small_says_what_is_enough(monkeypatch):
-    with pytest.raises(ValueError, match="too little: .*give at least"):
+    with pytest.raises(ValueError, match=r"too little: .*give at least"):
         fit_to_minutes(SHORT, 1e-4)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="one rank"):

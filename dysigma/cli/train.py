@@ -95,6 +95,14 @@ def add(commands: Commands) -> None:
         "--config", type=Path, help="JSON or TOML file with options as below; flags win over it"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="instead of --images: as many as fit into so many minutes on this machine, measured first",
+    )
+    parser.add_argument(
+        "--log-with", metavar="TRACKER", help="send metrics also to tensorboard, wandb or trackio"
+    )
 
     fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
     for title, names in GROUPS.items():
@@ -159,6 +167,21 @@ def _is_finished(folder: Path) -> bool:
     return (folder / "pipeline").exists() and load_run(folder).summary.get("status") == "done"
 
 
+def _within_minutes(args: argparse.Namespace, config: TrainConfig) -> TrainConfig:
+    """The configuration with the number of images that --minutes allow, which it also prints."""
+    from ..training.budget import fit_to_minutes
+    from ..training.loop import check_folder
+
+    if args.resume:
+        raise ValueError("--minutes fix a new run; one that is resumed has its number of images")
+    if args.images is not None:
+        raise ValueError("give --minutes or --images, not both")
+    check_folder(config, args.out, resume=False)
+    config = fit_to_minutes(config, args.minutes)
+    print(f"{args.minutes:g} minutes take {config.images:,} images here")
+    return config
+
+
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     config = _configuration(args)
@@ -169,7 +192,15 @@ def run(args: argparse.Namespace) -> None:
     from ..runs.folder import describe_loss
     from ..training.loop import train
 
-    trained = train(config, args.out, resume=args.resume, progress=not args.quiet)
+    if args.minutes is not None:
+        config = _within_minutes(args, config)
+    trained = train(
+        config,
+        args.out,
+        resume=args.resume,
+        progress=not args.quiet,
+        log_with=args.log_with,
+    )
     if os.environ.get("RANK", FIRST_RANK) != FIRST_RANK:
         return
     summary = trained.summary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 
@@ -33,6 +34,8 @@ def fit_to_minutes(config: TrainConfig, minutes: float) -> TrainConfig:
     the run can be repeated and resumed; how long it really takes depends on the machine. Raises
     ValueError if the time is too short, or with several ranks.
     """
+    if not 0 < minutes < math.inf:
+        raise ValueError(f"minutes must be a positive number; got {minutes!r}")
     begun = time.perf_counter()
     budget = 60 * minutes
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

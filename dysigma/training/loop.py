@@ -63,7 +63,7 @@ def train(
         share_of_batch(config, device)  # so that a batch that ranks cannot share is told, too
         first = rank_and_count()[0] == 0
         if first:
-            _check_folder(config, out, resume)
+            check_folder(config, out, resume)
         else:
             wait_for_all()  # the first rank may have to download the data
         if images is None:
@@ -85,7 +85,7 @@ def train(
         return from_first(run, device)
 
 
-def _check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
+def check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
     """Refuse a run folder that is in use, is no run to resume, or is a run of another configuration."""
     if not resume:
         names = [path.name for path in out.iterdir()] if out.is_dir() else []
@@ -159,7 +159,7 @@ def _train_on(
             if resume:
                 recorder.restore()
             if recorder.first:
-                _check_folder(config, out, resume)  # again, now that nobody else can write to it
+                check_folder(config, out, resume)  # again, now that nobody else can write to it
                 recorder.begin()
             recorder.summarise("running")
             with stop_signals() as stopped:
