@@ -181,13 +181,14 @@ class OptimalDenoiser(nn.Module):
     def forward(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
         x = x_t.flatten(1).double()
         square = self.schedule.alphas_cumprod[timesteps, None]
-        x0 = self.data.posterior_mean(x, square.sqrt(), (1 - square).sqrt())
-        noise = (x - square.sqrt() * x0) / (1 - square).sqrt()
-        return (
-            self.schedule.target(x0, noise, timesteps, self.prediction_type)
-            .to(x_t.dtype)
-            .view_as(x_t)
-        )
+        alpha = square.sqrt()
+        sigma = (1 - square).sqrt()
+        if self.schedule.is_flow:
+            x = x * (alpha + sigma)  # to the variance-preserving x_t of the same SNR
+        x0 = self.data.posterior_mean(x, alpha, sigma)
+        noise = (x - alpha * x0) / sigma
+        output = self.schedule.target(x0, noise, timesteps, self.prediction_type)
+        return output.to(x_t.dtype).view_as(x_t)
 
 
 def field_variances(size: int = 8, std: float = 0.25) -> Tensor:
@@ -235,9 +236,31 @@ def gaussian_fields(
     return ImageData(to_uint8(x0), name="gaussian-fields")
 
 
+def x0_loss_factor(log_snr: Tensor, prediction_type: str) -> Tensor:
+    """What turns the squared error of x0 into that of another prediction at the same x_t, for log_snr (T,).
+
+    1 for sample, SNR for epsilon, 1 + SNR for v_prediction, (1 + sqrt(SNR))^2 for flow_prediction: the errors are
+    sigma / alpha, 1 / sigma and, on the flow, 1 / s apart (Salimans, Ho 2022, appendix D).
+
+    >>> x0_loss_factor(torch.tensor([0.0]), "v_prediction")
+    tensor([2.])
+    """
+    kind = canonical_prediction_type(prediction_type)
+    snr = log_snr.exp()
+    if kind == "sample":
+        return torch.ones_like(snr)
+    if kind == "epsilon":
+        return snr
+    if kind == "v_prediction":
+        return 1 + snr
+    return (1 + snr.sqrt()) ** 2
+
+
 def field_floor(schedule: NoiseSchedule, prediction_type: str = "epsilon", size: int = 8) -> Tensor:
     """The loss of the best denoiser of ``gaussian_fields`` at each timestep, (T,) float64: nothing trained beats it."""
     snr = schedule.log_snr.exp()
-    x0 = (1 / (snr[:, None] + 1 / field_variances(size).flatten())).mean(1)
+    x0_loss = (1 / (snr[:, None] + 1 / field_variances(size).flatten())).mean(1)
     kind = canonical_prediction_type(prediction_type)
-    return x0 if kind == "sample" else x0 * snr if kind == "epsilon" else x0 * (1 + snr)
+    if kind == "sample":
+        return x0_loss
+    return x0_loss * x0_loss_factor(schedule.log_snr, kind)
