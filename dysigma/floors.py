@@ -32,6 +32,7 @@ from torch import Tensor
 from .checks import check_timesteps
 from .data.dataset import ImageData
 from .exact import x0_loss_factor
+from .images import to_real
 from .randomness import generator
 from .schedule import NoiseSchedule
 
@@ -59,8 +60,8 @@ def _as_points(images: Tensor | ImageData) -> Tensor:
     table = images.images if isinstance(images, ImageData) else images
     if table.ndim < 2 or len(table) == 0:
         raise ValueError(f"need images (N, ...), one or more; got shape {tuple(table.shape)}")
-    points = table.flatten(1).double()
-    return points / 127.5 - 1 if table.dtype == torch.uint8 else points
+    points = table.flatten(1)
+    return to_real(points, torch.float64) if table.dtype == torch.uint8 else points.double()
 
 
 def _posterior_losses(

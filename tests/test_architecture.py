@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dysigma"
 FLOORS = (
     ("checks", "randomness", "devices", "parallel", "intervals", "images", "downloads", "pareto"),
     ("schedule", "bins", "models", "runs", "data"),
-    ("objective", "weightings", "samplers", "exact", "distances", "foreign"),
+    ("objective", "weightings", "samplers", "exact", "floors", "distances", "foreign"),
     ("testing", "gradients", "sampling", "evaluation", "auditing"),
     ("training",),
     ("plots",),

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 import dysigma
 import dysigma.evaluation
 from dysigma.cli.main import main
+from dysigma.floors import floor_bounds
 from dysigma.runs.folder import describe_loss
 
 QUICK = [
@@ -96,6 +97,27 @@ def test_train_sample_evaluate_on_ones_own_images(tmp_path, capsys):
     assert "bits/dim" in said
     assert "20 samples (ddim, 3 evaluations) to 24 unaugmented training" in said
     assert "compare it at equal numbers alone" in said
+
+
+def test_evaluate_brackets_the_floor_from_training_images(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", "--out", str(run), *QUICK]) == 0
+    evaluate = ["evaluate", str(run), "--device=cpu", "--num-images=4", "--timesteps=5"]
+    capsys.readouterr()
+    assert main([*evaluate, "--elbo-timesteps=2", "--floor-images=30"]) == 0
+    report = json.loads((run / "evaluation.json").read_text())
+    bounds = floor_bounds(
+        dysigma.leaves(30, 8),
+        dysigma.NoiseSchedule.linear(),
+        "epsilon",
+        torch.tensor(report["timesteps"]),
+        num_samples=128,
+    )
+    assert report["floor"]["images"] == 30
+    assert report["floor"]["lower"] == pytest.approx(bounds.lower.tolist(), rel=1e-6)
+    assert report["floor"]["upper"] == pytest.approx(bounds.upper().tolist(), rel=1e-6)
+    assert f"{float(bounds.upper().mean()):.4f}" in capsys.readouterr().out
+    assert main([*evaluate, "--floor-images=2"]) == 2
 
 
 def test_the_reference_leaves_out_images_that_are_not_exact_and_holds_out_what_it_measures(

@@ -53,6 +53,12 @@ def add(commands: Commands) -> None:
         default=50,
         help="timesteps per image of the ELBO (default: 50)",
     )
+    parser.add_argument(
+        "--floor-images",
+        type=int,
+        default=0,
+        help="also bracket the least reachable loss, from so many training images (default: 0, not)",
+    )
     add_draw_options(parser)
     parser.add_argument(
         "--data",
@@ -108,6 +114,8 @@ def _check_options(args: argparse.Namespace) -> None:
             "need --num-images >= 2 and --elbo-timesteps >= 1; "
             f"got {args.num_images} and {args.elbo_timesteps}"
         )
+    if args.floor_images != 0 and args.floor_images < 4:
+        raise ValueError(f"--floor-images is 4 or more, or 0; got {args.floor_images}")
 
 
 def _images(
@@ -182,6 +190,29 @@ def _losses_and_elbo(
     }
 
 
+def _gap_to_floor(
+    images: ImageData, opened: OpenRun, timesteps: Tensor, losses: list[float], seed: int
+) -> dict[str, Any]:
+    """The record of bounds of the irreducible loss, from training images; the gap to them is printed."""
+    import torch
+
+    from ..floors import floor_bounds
+
+    prediction = opened.config.prediction
+    bounds = floor_bounds(
+        images, opened.schedule, prediction, timesteps, seed=seed, num_samples=128, progress=True
+    )
+    lower = bounds.lower
+    upper = bounds.upper()
+    loss = float(torch.tensor(losses).mean())
+    print(
+        f"Floor of the mean loss, from {len(images)} training images: between {lower.mean():.4f} and "
+        f"{upper.mean():.4f}; so the gap of {loss:.4f} to it is at most {loss - float(lower.mean()):.4f} and at least "
+        f"{max(0.0, loss - float(upper.mean())):.4f}"
+    )
+    return {"images": len(images), "lower": lower.tolist(), "upper": upper.tolist()}
+
+
 def _distance(
     args: argparse.Namespace,
     opened: OpenRun,
@@ -234,8 +265,19 @@ def run(args: argparse.Namespace) -> None:
         train = _images(args, opened, replace(config, train_images=None), "train")
         reference = prepare_reference(metric, train, args.reference_images)
 
+    floor_images = None
+    if args.floor_images:
+        if config.conditional:
+            raise ValueError("--floor-images brackets the loss of networks without classes alone")
+        train_config = replace(config, train_images=args.floor_images)
+        floor_images = _images(args, opened, train_config, "train")
+
     network = opened.load_network()
     record = _losses_and_elbo(args, opened, network, test, timesteps)
+    if floor_images is not None:
+        record["floor"] = _gap_to_floor(
+            floor_images, opened, timesteps, record["losses"], args.seed
+        )
     if distances:
         record["distances"] = distances
     write_json(out, record)
