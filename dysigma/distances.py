@@ -70,7 +70,7 @@ class Features:
         shape = tuple(found.shape)
         if found.ndim == 4 and shape[2:] == (1, 1):
             found = found.flatten(1)
-        if found.ndim != 2 or len(found) != len(images) or not found.is_floating_point():
+        if found.ndim != 2 or len(found) != len(images) or found.is_complex():
             raise ValueError(
                 f"{self.name} returns {found.dtype} {shape} for {len(images)} images: give a network "
                 f"from {_WANTED}"

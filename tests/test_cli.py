@@ -6,6 +6,7 @@ import json
 import re
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from diffusers import (
@@ -593,7 +594,7 @@ class Timeless(torch.nn.Module):
     [
         (
             [],
-            "takes 4 channels, and leaves has 3: choose another --data; networks on latents are not measured",
+            "takes 4 channels, and images have 1 or 3: networks on latents are not measured",
         ),
         (["--data=NPZ"], "is conditioned on 4 classes; plain.npz has none"),
         (["--data=leaves"], "is conditioned on 4 classes; leaves has 10"),
@@ -623,6 +624,52 @@ def test_conflicts_refuses_bad_options(tmp_path, monkeypatch, capsys, options, m
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("dysigma: ") and message in error
     assert contents(tmp_path / "p") == before and not (tmp_path / "conflicts-p").exists()
+
+
+FOREIGN = {
+    # channels and size of the network; what the images are; words of the refusal, if any
+    "gray folder": (1, 8, "gray", None),
+    "gray array": (1, 8, "gray.npz", None),
+    "colours for a gray network": (1, 8, "colour", "1 channels"),
+    "gray for a network of colours": (3, 8, "gray.npz", None),
+    "oblong": (3, (8, 16), "colour", None),
+    "oblong and gray": (1, (16, 8), "gray", None),
+    "oblong leaves": (3, [8, 16], "leaves", None),
+    "any size": (3, None, "colour", None),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN.values(), ids=FOREIGN.keys())
+def test_conflicts_shows_networks_images_of_the_shape_they_take(
+    tmp_path, monkeypatch, capsys, case
+):
+    channels, size, data, refusal = case
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 16, 32, 3), dtype=np.uint8)
+    for name, images in (("colour", pixels), ("gray", pixels[..., 0])):
+        (tmp_path / name).mkdir()
+        for number, image in enumerate(images):
+            PIL.Image.fromarray(image).save(tmp_path / name / f"{number:02}.png")
+    np.savez("gray.npz", images=pixels[..., 0])
+    network = UNet2DModel(
+        **{**BLOCKS, "sample_size": size}, **PLAIN, in_channels=channels, out_channels=channels
+    )
+    seen = set()
+    path, _ = a_pipeline(tmp_path / "p", network=network)
+    forward = UNet2DModel.forward
+
+    def watched(self, x, *args, **kwargs):
+        seen.add(tuple(x.shape[1:]))
+        return forward(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(UNet2DModel, "forward", watched)
+    options = ["--data", data, "--num-images=10", "--out=out"]
+    assert main(["conflicts", path, *SMALL, *options]) == (2 if refusal else 0)
+    if refusal:
+        assert refusal in capsys.readouterr().err and not seen
+    else:
+        sides = (16, 16) if size is None else (size, size) if size == 8 else tuple(size)
+        assert seen == {(channels, *sides)}
 
 
 def test_conflicts_refuses_other_pipelines_with_the_reason(tmp_path, capsys):

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-# Samples beyond this number repay the minute that compiling the network costs on a GPU.
-COMPILE_FROM = 1024
-
 
 def add_command(
     commands: Commands, name: str, run: Callable[[argparse.Namespace], int | None], **texts: Any
@@ -97,6 +94,7 @@ def draw_samples(
 ) -> Tensor:
     """uint8 images (count, C, H, W) of a run's network, of its classes in turn."""
     from ..evaluation import sample_images
+    from ..training.precision import low_precision
 
     size = network.config["sample_size"]
     channels = network.config["in_channels"]
@@ -108,7 +106,8 @@ def draw_samples(
         sampler=sampler,
         num_steps=steps,
         seed=seed,
-        compile=count >= COMPILE_FROM and opened.device.type == "cuda",
+        compile=None,
+        precision=low_precision(opened.config, opened.device),
         progress=True,
     )
 

@@ -172,58 +172,40 @@ def _open_run(path: Path, device: str) -> _Measured:
     )
 
 
-def _image_size(path: Path, size: Any) -> int | None:
-    """The side of the square images that a network takes; None where it takes any."""
-    if not isinstance(size, list | tuple):
-        return None if size is None else int(size)
-    if len(set(size)) > 1:
-        sides = " x ".join(map(str, size))
-        raise ValueError(
-            f"{path} takes images of {sides}; only those on square images are measured"
-        )
-    return int(size[0])
-
-
 def _images(measured: _Measured, args: argparse.Namespace) -> tuple[ImageData, bool]:
     """The images that a network takes, and whether it is conditioned on their classes."""
     from ..training.parts import load_split
 
     options = measured.options
+    channels = options["in_channels"]
+    if channels not in (1, 3):
+        raise ValueError(
+            f"{args.path} takes {channels} channels, and images have 1 or 3: networks on latents are "
+            "not measured"
+        )
+    size = options.get("sample_size")  # a side, (height, width), or None where it takes any
     config = replace(
         measured.config,
         data_root=args.data_root or measured.config.data_root,
-        image_size=_image_size(args.path, options.get("sample_size")),
         conditional=False,
     )
     if args.data:
         config = replace(config, data=args.data, train_images=None)
     if args.num_images is not None:
         config = replace(config, train_images=args.num_images)
-    data = load_split(config, "train", measured.schedule.log_snr.device)
-
-    channels = options["in_channels"]
-    if channels == 1 and _is_gray(data):
-        data = replace(data, images=data.images[:, :1])
-    found = data.images.shape[1]
-    if channels == 3 and found == 1:  # a gray picture in colours
-        data = replace(data, images=data.images.repeat(1, 3, 1, 1))
-        found = 3
-    if found != channels:
-        raise ValueError(
-            f"{args.path} takes {channels} channels, and {data.name} has {found}: choose another --data; "
-            "networks on latents are not measured"
-        )
+    data = load_split(
+        config,
+        "train",
+        measured.schedule.log_snr.device,
+        size=tuple(size) if isinstance(size, list) else size,
+        channels=channels,
+    )
     classes = options.get("num_class_embeds") or options.get("num_embeds_ada_norm")
     if classes and not 1 <= (data.num_classes or 0) <= classes:
         raise ValueError(
             f"{args.path} is conditioned on {classes} classes; {data.name} has {data.num_classes or 'none'}"
         )
     return data, bool(classes)
-
-
-def _is_gray(data: ImageData) -> bool:
-    """Whether all channels are equal, as those of a gray picture that was read in colours."""
-    return bool((data.images == data.images[:, :1]).all())
 
 
 def _weighting(name: str, schedule: NoiseSchedule, prediction: str) -> Weighting:

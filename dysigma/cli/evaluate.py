@@ -109,9 +109,9 @@ def _check_options(args: argparse.Namespace) -> None:
         raise ValueError("name the run to evaluate, or measure images with --reference-only")
     if len(args.samples) > 1:
         raise ValueError("several numbers of --samples are for --reference-only")
-    if args.num_images < 2 or args.elbo_timesteps < 1:
+    if args.num_images < 1 or args.elbo_timesteps < 1:
         raise ValueError(
-            "need --num-images >= 2 and --elbo-timesteps >= 1; "
+            "need --num-images >= 1 and --elbo-timesteps >= 1; "
             f"got {args.num_images} and {args.elbo_timesteps}"
         )
     if args.floor_images != 0 and args.floor_images < 4:
@@ -147,7 +147,7 @@ def _losses_and_elbo(
     timesteps: Tensor,
 ) -> dict[str, Any]:
     """The record of losses and ELBO on the first test images, also printed."""
-    from ..evaluation import elbo, validation_losses
+    from ..evaluation import validation_losses
     from ..runs.folder import describe_loss
     from ..runs.provenance import provenance
 
@@ -168,6 +168,33 @@ def _losses_and_elbo(
         progress=True,
     )
     print(describe_loss(float(losses.mean()), prediction, len(images)))
+    return {
+        "images": len(images),
+        "seed": args.seed,
+        "prediction": prediction,
+        "provenance": provenance(),
+        "timesteps": timesteps.tolist(),
+        "losses": losses.tolist(),
+        "elbo": _elbo(args, opened, network, images, labels),
+    }
+
+
+def _elbo(
+    args: argparse.Namespace,
+    opened: OpenRun,
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor | None,
+) -> dict[str, float | None] | None:
+    """The record of the ELBO, also printed; None, and the reason printed, where there is none."""
+    from ..evaluation import check_elbo, elbo
+
+    prediction = opened.config.prediction
+    try:
+        check_elbo(opened.schedule, prediction, len(images), args.elbo_timesteps)
+    except ValueError as error:
+        print(f"ELBO: none, {error}")
+        return None
     bound = elbo(
         network,
         images,
@@ -178,16 +205,13 @@ def _losses_and_elbo(
         seed=args.seed,
         progress=True,
     )
-    print(f"ELBO: at most {bound.bits_per_dim:.4f} ± {bound.standard_error:.4f} bits/dim")
-    return {
-        "images": len(images),
-        "seed": args.seed,
-        "prediction": prediction,
-        "provenance": provenance(),
-        "timesteps": timesteps.tolist(),
-        "losses": losses.tolist(),
-        "elbo": bound._asdict(),
-    }
+    terms: dict[str, float | None] = {**bound._asdict()}
+    spread = f" ± {bound.standard_error:.4f}"
+    if len(images) == 1:  # the standard error is over images
+        terms["standard_error"] = None
+        spread = ""
+    print(f"ELBO: at most {bound.bits_per_dim:.4f}{spread} bits/dim")
+    return terms
 
 
 def _gap_to_floor(

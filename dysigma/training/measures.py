@@ -21,7 +21,7 @@ from ..evaluation import evaluation_timesteps, sample_images, validation_losses
 from ..gradients.measure import conflicts
 from .config import TrainConfig
 from .parts import TrainState, model_kwargs
-from .precision import autocast
+from .precision import autocast, low_precision
 from .step import TrainingDiverged, not_finite_is_divergence
 
 # What a report of conflicts holds beside these would only swell metrics.jsonl.
@@ -108,6 +108,7 @@ class Measures:
             (count, *self.images.shape[1:]),
             prediction_type=self.config.prediction,
             num_steps=steps,
+            precision=low_precision(self.config, self.images.device),
         )
 
     def conflicts(self) -> dict[str, Any]:

@@ -94,20 +94,35 @@ def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(start): v for key, v in tensors.items() if key.startswith(start)}
 
 
-def load_split(config: TrainConfig, split: str, device: torch.device) -> ImageData:
+def load_split(
+    config: TrainConfig,
+    split: str,
+    device: torch.device,
+    *,
+    size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
+) -> ImageData:
     """The "train" or "test" images a configuration asks for, on the device.
 
-    Raises ValueError for conditional training on images without labels.
+    size, a side or (height, width), and channels are those of a network that has them already; by
+    default they are as the configuration and the images say.
+    Raises ValueError for conditional training on images without labels, and for colour where one
+    channel is wanted.
     """
     count = config.train_images if split == "train" else None
     if config.data == "gaussian-fields":
         data = gaussian_fields(count or 10_000, config.image_size or 8, split=split)
     else:
-        size = config.image_size
+        size = size or config.image_size
         if size is None and config.data == "leaves":
             size = 16
         data = load_data(
-            config.data, root=config.data_root, split=split, size=size, num_images=count
+            config.data,
+            root=config.data_root,
+            split=split,
+            size=size,
+            num_images=count,
+            channels=channels,
         )
     if config.conditional and data.labels is None:
         raise ValueError(f"conditional training needs labels, and {data.name} has none")
