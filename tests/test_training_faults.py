@@ -408,3 +408,48 @@ def test_a_tracker_gets_every_line_and_its_absence_is_told(tmp_path, monkeypatch
     with pytest.raises(ImportError, match="pip install accelerate wandb"):
         quick(SHORT, tmp_path / "other", log_with="wandb")
     assert not (tmp_path / "other").exists()
+
+
+# Flows
+
+
+@pytest.mark.parametrize(
+    ("prediction", "shift"),
+    [("flow_prediction", 1.0), ("flow_prediction", 3.0), ("sample", 3.0), ("v_prediction", 1.0)],
+)
+def test_a_flow_trains_to_samples_and_its_pipeline_gives_the_same(tmp_path, prediction, shift):
+    config = with_(schedule="flow", shift=shift, prediction=prediction, weighting="const-v")
+    run = quick(config, tmp_path / "run", finish=True)
+    assert run.summary["status"] == "done" and (run.path / "samples.png").exists()
+    pipeline = run.pipeline()
+    scheduler, schedule = pipeline.scheduler, config.noise_schedule()
+    scheduler.set_timesteps(5)
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for t, sigma, following in zip(
+        scheduler.timesteps, scheduler.sigmas[:-1], scheduler.sigmas[1:], strict=True
+    ):
+        index = int(schedule.timestep_of(sigma[None]))
+        assert int(t) == index and float((schedule.sigma[index] - sigma).abs()) < 0.04
+        with torch.no_grad():
+            output = pipeline.unet(x, t).sample
+        numbers = torch.full((2,), index)
+        velocity = schedule.to_velocity(output, x, numbers, prediction)
+        expected = x + (following - sigma) * velocity
+        x = scheduler.step(output, t, x).prev_sample
+        torch.testing.assert_close(x, expected.to(x), rtol=1e-4, atol=1e-5)
+    images = pipeline(batch_size=2, num_inference_steps=3, output_type="np").images
+    assert images.shape == (2, 8, 8, 3) and np.isfinite(images).all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shift": 3.0},
+        {"prediction": "flow_prediction"},
+        {"schedule": "flow", "shift": -1.0},
+    ],
+)
+def test_what_a_path_does_not_have_is_refused_before_training(tmp_path, changes):
+    with pytest.raises(ValueError, match=r"flow|shift"):
+        quick(with_(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -31,6 +31,7 @@ GROUPS = {
     "objective": ("normalize", "weighting_lr"),
     "schedule and timesteps": (
         "schedule",
+        "shift",
         "num_timesteps",
         "zero_terminal_snr",
         "timestep_sampler",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .files import RunError, read_config, read_metrics
+from .flow import read_flow_scheduler
 from .locks import is_in_use
 
 if TYPE_CHECKING:
@@ -35,18 +36,23 @@ class Run:
         return pandas.DataFrame(read_metrics(self.path / "metrics.jsonl"))
 
     def pipeline(self) -> DiffusionPipeline:
-        """A diffusers DDPMPipeline with the EMA weights; RunError if the run has not written one or it is damaged."""
+        """A diffusers DDPMPipeline with the EMA weights.
+
+        That of a flow has a FlowMatchEulerDiscreteScheduler that knows how the run calls its
+        network; opened with DDPMPipeline.from_pretrained, it is right for flow_prediction at
+        shift 1, to one timestep. Raises RunError if the run has not written one or it is damaged.
+        """
         folder = self.path / "pipeline"
         if not (folder / "model_index.json").exists():
             status = self.summary.get("status")
             raise RunError(f"{self.path} has no pipeline yet (status: {status}): let it finish")
         try:
-            return _read_pipeline(folder)
+            return _read_pipeline(folder, self.config)
         except Exception as error:  # damaged files raise almost anything
             raise RunError(f"{folder} is damaged ({str(error).splitlines()[0]})") from None
 
 
-def _read_pipeline(folder: Path) -> DiffusionPipeline:
+def _read_pipeline(folder: Path, config: dict[str, Any]) -> DiffusionPipeline:
     """Read part by part and never from a pickle: nothing is imported because a file names it."""
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
@@ -56,7 +62,10 @@ def _read_pipeline(folder: Path) -> DiffusionPipeline:
         use_safetensors=True,
         low_cpu_mem_usage=False,  # to use little wants accelerate
     )
-    scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+    if config.get("schedule") == "flow":
+        scheduler = read_flow_scheduler(folder / "scheduler", config)
+    else:
+        scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
     return DDPMPipeline(network, scheduler)
 
 

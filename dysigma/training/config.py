@@ -68,12 +68,15 @@ class TrainConfig:
         "network: micro, tiny (for CPUs), small, compact, medium (for CIFAR-10 on a GPU), ddpm",
     )
     schedule: str = _option("linear", f"noise schedule: {', '.join(SCHEDULES)}")
+    shift: float = _option(1.0, "of the flow's levels: above 1, more of them are noisy")
     num_timesteps: int = _option(1000, "number of timesteps T")
     zero_terminal_snr: bool = _option(
         False, "rescale the schedule to end in pure noise (not with epsilon)"
     )
     prediction: str = _option(
-        "epsilon", "what the network predicts: epsilon, sample (x0) or v_prediction (v)"
+        "epsilon",
+        "what the network predicts: epsilon, sample (x0), v_prediction (v) or, on the flow, "
+        "flow_prediction",
     )
     weighting: str = _option(
         "const-eps", f"{', '.join(WEIGHTINGS)}, or module:function of your own"
@@ -149,6 +152,10 @@ class TrainConfig:
             _check_field(f.name, str(f.type), value)
         object.__setattr__(self, "prediction", canonical_prediction_type(self.prediction))
         check_name("schedule", self.schedule, SCHEDULES)
+        if self.shift != 1 and self.schedule != "flow":
+            raise ValueError(
+                f"shift is of the flow; got shift {self.shift}, schedule {self.schedule}"
+            )
         check_name("model", self.model, PRESETS)
         check_name("precision", self.precision, PRECISIONS)
         check_name("cooldown", self.cooldown, COOLDOWNS)
@@ -204,8 +211,9 @@ class TrainConfig:
         Used when opening a run made by someone else, because it imports none of the modules that
         the configuration names.
         """
+        params = {"shift": self.shift} if self.schedule == "flow" else {}
         return make_schedule(
-            self.schedule, self.num_timesteps, zero_terminal_snr=self.zero_terminal_snr
+            self.schedule, self.num_timesteps, zero_terminal_snr=self.zero_terminal_snr, **params
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -229,10 +229,14 @@ class Recorder:
         from diffusers import DDPMPipeline
 
         losses = self.measures.validate()["validation_losses"]
-        # Sampling must start at the last timestep, where a zero-terminal-SNR model learned what pure noise is.
-        scheduler = self.state.schedule.to_diffusers(
-            prediction_type=self.config.prediction, timestep_spacing="trailing"
-        )
+        if self.state.schedule.is_flow:
+            scheduler = self.state.schedule.to_diffusers()
+        else:
+            # Sampling must start at the last timestep, where a zero-terminal-SNR model learned what
+            # pure noise is.
+            scheduler = self.state.schedule.to_diffusers(
+                prediction_type=self.config.prediction, timestep_spacing="trailing"
+            )
         with writing(self.out):
             pipeline = DDPMPipeline(self.measures.ema_model, scheduler)
             pipeline.save_pretrained(self.out / "pipeline")
