@@ -1,29 +1,39 @@
-"""Laws that every weighting keeps, to run on one of your own: ``check_weighting("my_module:my_weighting")``."""
+"""Laws that every weighting keeps, to run on one of your own: ``print(check_weighting("my_module:my_weighting"))``."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from .schedule import PREDICTION_TYPES, NoiseSchedule
+from .schedule import NoiseSchedule
+from .weightings import base
 from .weightings.base import Weighting
 from .weightings.registry import make_weighting
 
-NUM_TIMESTEPS, BATCH = 40, 24
+NUM_TIMESTEPS = 40
+BATCH = 24
+
+Batch = tuple[Tensor, Tensor, Tensor]  # losses, timesteps, importance: (B,) each
+Call = Callable[[Weighting, Tensor, Tensor, Tensor], Tensor]
+Law = Callable[[Weighting, Weighting], None]
+Make = Callable[[NoiseSchedule, str], Weighting]
 
 _close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-6)
-
 _equal = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
-def _batches(seed: int, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Losses, timesteps and importance, (B,) each; the numbers are bfloat16, so that rounding to it changes nothing."""
+# ---------------------------------------------------------------- what the laws are tried on
+
+
+def _batches(seed: int, count: int) -> Iterator[Batch]:
+    """Batches whose numbers are bfloat16, so that rounding to it changes nothing."""
     draw = torch.Generator().manual_seed(seed)
     for _ in range(count):
         timesteps = torch.randint(NUM_TIMESTEPS, (BATCH,), generator=draw)
@@ -31,14 +41,18 @@ def _batches(seed: int, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         yield (losses * 2.0 ** (timesteps // 10 - 4)).requires_grad_(), timesteps, importance
 
 
+def _batch(seed: int) -> Batch:
+    return next(_batches(seed, 1))
+
+
 def _trained(weighting: Weighting, seed: int, steps: int) -> Weighting:
     """The weighting after some steps, so that its state is nothing special."""
-    optimizer = torch.optim.SGD(
-        [*weighting.parameters(), torch.zeros(1)], lr=0.1
-    )  # refuses to have nothing to do
+    # The zero is there because an optimizer refuses to have nothing to do.
+    optimizer = torch.optim.SGD([*weighting.parameters(), torch.zeros(1)], lr=0.1)
     for batch in _batches(seed, steps):
         if weighting.needs_gramian:
-            weighting.observe_gramian(torch.arange(1.0, 1 + weighting.bins.num_bins).diag())
+            diagonal = torch.arange(1.0, 1 + weighting.bins.num_bins)
+            weighting.observe_gramian(diagonal.diag())
         weighting(*batch).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -46,20 +60,34 @@ def _trained(weighting: Weighting, seed: int, steps: int) -> Weighting:
 
 
 def _state(weighting: Weighting) -> dict[str, Tensor]:
-    gradients = {
-        f"gradient of {k}": p.grad for k, p in weighting.named_parameters() if p.grad is not None
-    }
-    return {"weights()": weighting.weights(), **gradients} | {
-        k: v.clone() for k, v in weighting.state_dict().items()
-    }
+    """Weights, gradients of the parameters, parameters and buffers."""
+    state = {"weights()": weighting.weights()}
+    for name, parameter in weighting.named_parameters():
+        if parameter.grad is not None:
+            state[f"gradient of {name}"] = parameter.grad
+    for name, value in weighting.state_dict().items():
+        state[name] = value.clone()
+    return state
+
+
+def _descend(weighting: Weighting, losses: Tensor, timesteps: Tensor, importance: Tensor) -> None:
+    weighting(losses.requires_grad_(), timesteps, importance).backward()
+
+
+def _finite(weighting: Weighting, when: str) -> None:
+    for name, value in _state(weighting).items():
+        assert bool(value.isfinite().all()), f"{name} must be finite {when}; got {value}"
+
+
+# ---------------------------------------------------------------- the laws
 
 
 def _table(weighting: Weighting, fresh: Weighting) -> None:
     w = weighting.weights()
-    assert w.shape == (NUM_TIMESTEPS,) and w.dtype == torch.float32, (
-        f"must be {NUM_TIMESTEPS} float32; got {w}"
-    )
-    assert not w.requires_grad and bool(w.isfinite().all()), f"must be finite and detached; got {w}"
+    wanted = f"must be {NUM_TIMESTEPS} float32; got {w}"
+    assert w.shape == (NUM_TIMESTEPS,) and w.dtype == torch.float32, wanted
+    is_plain = not w.requires_grad and bool(w.isfinite().all())
+    assert is_plain, f"must be finite and detached; got {w}"
     assert abs(float(w.mean()) - 1) < 1e-4, f"must have mean 1 when normalize; got {w.mean()}"
 
 
@@ -68,12 +96,14 @@ def _gradient(weighting: Weighting, fresh: Weighting) -> None:
         each = weighting.weights()[timesteps] * importance
         value = weighting(losses, timesteps, importance)
         value.backward()
-        _close((losses.grad, value.detach()), (each / BATCH, (each * losses.detach()).mean()))
+        _close(losses.grad, each / BATCH)
+        _close(value.detach(), (each * losses.detach()).mean())
 
 
 def _eval_mode(weighting: Weighting, fresh: Weighting) -> None:
-    losses, timesteps, _ = next(_batches(2, 1))
-    before, random = _state(weighting), torch.random.get_rng_state()
+    losses, timesteps, _ = _batch(2)
+    before = _state(weighting)
+    random = torch.random.get_rng_state()
     value = weighting.eval()(losses, timesteps)
     _equal(_state(weighting), before)
     _close(weighting.train()(losses, timesteps), value)
@@ -86,69 +116,240 @@ def _state_dict(weighting: Weighting, fresh: Weighting) -> None:
     _equal(_state(_trained(fresh, 3, 4)), _state(_trained(weighting, 3, 4)))
 
 
-def _same(weighting: Weighting, fresh: Weighting, call: Callable[..., Tensor]) -> None:
-    (losses, timesteps, importance), other = next(_batches(4, 1)), copy.deepcopy(weighting)
+def _same(weighting: Weighting, fresh: Weighting, call: Call) -> None:
+    """A call must give the same value and leave the same state as the plain one."""
+    losses, timesteps, importance = _batch(4)
     importance[-1] = 0  # the first can take its place
-    changed, value = (
-        call(other, losses, timesteps, importance),
-        weighting(losses, timesteps, importance),
-    )
+    other = copy.deepcopy(weighting)
+    changed = call(other, losses, timesteps, importance)
+    value = weighting(losses, timesteps, importance)
     (changed + value).backward()
     _close(changed, value)
     _close(_state(other), _state(weighting))
 
 
+def _reversed(weighting: Weighting, *batch: Tensor) -> Tensor:
+    value: Tensor = weighting(*(column.flip(0) for column in batch))
+    return value
+
+
 def _twice(weighting: Weighting, losses: Tensor, timesteps: Tensor, importance: Tensor) -> Tensor:
+    """The first sample also in the place of the last, which counts nothing, with half the importance each."""
     half = importance[:1] / 2
-    twice = (torch.cat([column[:-1], column[:1]]) for column in (losses, timesteps))
-    return weighting(*twice, torch.cat([half, importance[1:-1], half]))
+    value: Tensor = weighting(
+        torch.cat([losses[:-1], losses[:1]]),
+        torch.cat([timesteps[:-1], timesteps[:1]]),
+        torch.cat([half, importance[1:-1], half]),
+    )
+    return value
 
 
 def _in_low_precision(
     weighting: Weighting, losses: Tensor, timesteps: Tensor, importance: Tensor
 ) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
-        return weighting.half()(losses.bfloat16(), timesteps, importance)
+        value: Tensor = weighting.half()(losses.bfloat16(), timesteps, importance)
+    return value
+
+
+def _at_levels(
+    weighting: Weighting, losses: Tensor, timesteps: Tensor, importance: Tensor
+) -> Tensor:
+    return weighting.at(losses, weighting.log_snr[timesteps], importance)
+
+
+def _ranks(weighting: Weighting, fresh: Weighting) -> None:
+    """Two ranks, played one after the other: samples of the other half come through over_ranks alone."""
+    whole = _batch(5)
+    gathered = tuple(column.detach().float() for column in whole)
+    ranks = [copy.deepcopy(weighting) for _ in range(2)]
+    value = weighting(*whole)
+    value.backward()
+    values = []
+    with mock.patch.object(base, "over_ranks", lambda *columns: gathered[: len(columns)]):
+        for rank, part in zip(ranks, (slice(0, BATCH // 2), slice(BATCH // 2, BATCH)), strict=True):
+            values.append(rank(*(column[part] for column in whole)))
+            values[-1].backward()
+    _close((values[0] + values[1]) / 2, value)
+    for rank in ranks:
+        _close(_state(rank), _state(weighting))
+
+
+def _not_finite(weighting: Weighting, fresh: Weighting) -> None:
+    """A step that a guard skips: the state is as if the bad samples had had the importance 0."""
+    for bad in (torch.nan, torch.inf, -torch.inf, 1e30):
+        losses, timesteps, importance = _batch(6)
+        without, other = copy.deepcopy(weighting), copy.deepcopy(weighting)
+        masked = importance.clone()
+        masked[2] = 0
+        without(losses, timesteps, masked)
+        other(losses.detach().index_fill(0, torch.tensor([2]), bad), timesteps, importance)
+        _close(_state(other), _state(without))
+    nothing = torch.full((BATCH,), torch.nan)
+    weighting(nothing, timesteps)
+    _finite(weighting, "after a batch of NaN")
+    _trained(weighting, 7, 2)
+    _finite(weighting, "two steps after a batch of NaN")
+
+
+def _zero(weighting: Weighting, fresh: Weighting) -> None:
+    """Samples with a loss of exactly 0, as a mask leaves them: some, a whole bin, a whole batch."""
+    losses, timesteps, importance = _batch(8)
+    for mask in (timesteps % 3 > 0, timesteps < NUM_TIMESTEPS // 2, torch.zeros_like(timesteps)):
+        weighting.zero_grad()
+        _descend(weighting, (losses * mask).detach(), timesteps, importance)
+        _finite(weighting, "after losses of 0")
+    _descend(fresh, torch.zeros(BATCH), timesteps, torch.zeros(BATCH))
+    _finite(fresh, "when the first batch has no importance")
+    _trained(weighting, 9, 2)
+    _finite(weighting, "two steps after losses of 0")
+
+
+def _between(weighting: Weighting, fresh: Weighting) -> None:
+    """At levels between timesteps a weight is finite, whatever else is in the batch, and the nearest timestep learns."""
+    losses, timesteps, importance = _batch(10)
+    timesteps = timesteps.clamp(max=NUM_TIMESTEPS - 3)
+    gaps = weighting.log_snr[timesteps + 1] - weighting.log_snr[timesteps]
+    levels = weighting.log_snr[timesteps] + 0.3 * gaps
+    alone = copy.deepcopy(weighting).eval()
+    nearest = copy.deepcopy(weighting)
+    torch.autograd.backward(weighting.at(losses, levels, importance))
+    _descend(nearest, losses.detach(), timesteps, importance)
+    _close(_state(weighting), _state(nearest))
+    gradient = losses.grad
+    assert gradient is not None and bool(gradient.isfinite().all()), f"must be finite: {gradient}"
+    for i in range(0, BATCH, 6):
+        one = losses.detach()[i : i + 1].requires_grad_()
+        torch.autograd.backward(alone.at(one, levels[i : i + 1], importance[i : i + 1]))
+        _close(one.grad, BATCH * gradient[i : i + 1], msg="a weight must not depend on its batch")
 
 
 def _device(weighting: Weighting, fresh: Weighting) -> None:
     # A meta tensor has no numbers: reading one, for which a GPU would be waited for, raises.
-    weighting.to("meta")(*(column.detach().to("meta") for column in next(_batches(7, 1))))
+    weighting.to("meta")(*(column.detach().to("meta") for column in _batch(7)))
 
 
-# Of a weighting and a fresh one of its kind. Under DDP the samples of all ranks come in one batch, rank after rank.
-LAWS: dict[str, Callable[[Weighting, Weighting], None]] = {
+# Of a weighting and a fresh one of its kind.
+LAWS: dict[str, Law] = {
     "weights() is a table of mean 1": _table,
     "the gradient of a loss is its weight over the batch size": _gradient,
     "state moves in train() mode alone": _eval_mode,
     "state_dict() is the whole state": _state_dict,
-    "the order of samples does not matter": partial(
-        _same, call=lambda w, *batch: w(*(x.flip(0) for x in batch))
-    ),
+    "the order of samples does not matter": partial(_same, call=_reversed),
     "a sample that comes twice with half the importance counts once": partial(_same, call=_twice),
+    "two ranks learn what one learns from the whole batch": _ranks,
     "low precision changes nothing": partial(_same, call=_in_low_precision),
-    "levels of timesteps are those timesteps": partial(
-        _same, call=lambda w, x, t, i: w.at(x, w.log_snr[t], i)
-    ),
+    "a loss that is not finite teaches nothing": _not_finite,
+    "losses of 0 do no harm": _zero,
+    "levels of timesteps are those timesteps": partial(_same, call=_at_levels),
+    "levels between timesteps have weights of their own": _between,
     "nothing waits for the device": _device,
 }
 
 
-def check_weighting(weighting: str | Callable[..., Any], **params: Any) -> None:
-    """Run LAWS on a weighting, untrained and trained, with every target: a second or so.
+# ---------------------------------------------------------------- the report
 
-    weighting, params: as in make_weighting. Raises AssertionError that names the broken law, or what make_weighting
-    raises.
+
+@dataclass(frozen=True)
+class Verdict:
+    """How one law fared: the first case in which it broke and why, or reason None."""
+
+    law: str
+    reason: str | None = None
+    case: str = ""  # the target, and whether the weighting was trained
+
+    @property
+    def passed(self) -> bool:
+        """Whether the law held in every case."""
+        return self.reason is None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What check_weighting found, one verdict for each of LAWS; str() is for reading."""
+
+    weighting: str
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every law held."""
+        return all(verdict.passed for verdict in self.verdicts)
+
+    @property
+    def broken(self) -> tuple[Verdict, ...]:
+        """The laws that did not hold."""
+        return tuple(verdict for verdict in self.verdicts if not verdict.passed)
+
+    def __str__(self) -> str:
+        held = len(self.verdicts) - len(self.broken)
+        lines = [f"{self.weighting} keeps {held} of {len(self.verdicts)} laws"]
+        for verdict in self.verdicts:
+            if verdict.passed:
+                lines.append(f"  kept    {verdict.law}")
+            else:
+                lines.append(
+                    f"  BROKEN  {self.weighting} with {verdict.case} breaks the law '{verdict.law}': {verdict.reason}"
+                )
+        return "\n".join(lines)
+
+
+def _cases(make: Make) -> list[tuple[NoiseSchedule, str]]:
+    """Schedules and targets: all targets, and a flow that ends at SNR = 0, unless the weighting refuses that."""
+    alphas_cumprod = torch.linspace(6, -6, NUM_TIMESTEPS, dtype=torch.float64).sigmoid()
+    usual = NoiseSchedule(alphas_cumprod)
+    cases = [(usual, kind) for kind in ("epsilon", "sample", "v_prediction")]
+    cases.append((NoiseSchedule(alphas_cumprod, is_flow=True), "flow_prediction"))
+    for schedule, kind in cases:
+        make(schedule, kind)
+    to_no_signal = NoiseSchedule.flow(NUM_TIMESTEPS)
+    try:
+        make(to_no_signal, "flow_prediction")
+    except ValueError:  # the weighting has no value at SNR = 0
+        return cases
+    return [*cases, (to_no_signal, "flow_prediction")]
+
+
+def _try(law: str, make: Make, cases: list[tuple[NoiseSchedule, str]]) -> Verdict:
+    """The law on the weighting, untrained and trained, up to the first case that breaks it."""
+    for schedule, kind in cases:
+        for steps in (0, 4):
+            one = make(schedule, kind)
+            fresh = make(schedule, kind)
+            try:
+                LAWS[law](_trained(one, 0, steps), fresh)
+            except Exception as error:  # of any kind: the code under test is someone else's
+                words = " ".join(str(error).split()) or type(error).__name__
+                if not isinstance(error, AssertionError):
+                    words = f"{type(error).__name__}: {words}"
+                return Verdict(law, words[:500], f"{kind}, {'trained' if steps else 'untrained'},")
+    return Verdict(law)
+
+
+def examine_weighting(weighting: str | Callable[..., Any], **params: Any) -> Report:
+    """Run LAWS on a weighting, untrained and trained, with every target: two seconds or so.
+
+    weighting, params: as in make_weighting, which may raise. Broken laws are in the report and raise nothing.
+
+    >>> report = examine_weighting("min-snr", gamma=3.0)
+    >>> report.passed, len(report.broken)
+    (True, 0)
     """
-    usual = NoiseSchedule(torch.linspace(6, -6, NUM_TIMESTEPS, dtype=torch.float64).sigmoid())
-    cases = [(usual, kind) for kind in PREDICTION_TYPES[:3]] + [
-        (NoiseSchedule.flow(NUM_TIMESTEPS), "flow_prediction")
-    ]
-    for (schedule, kind), law, steps in product(cases, LAWS, (0, 4)):
-        one, fresh = (make_weighting(weighting, schedule, kind, **params) for _ in range(2))
-        try:
-            LAWS[law](_trained(one, 0, steps), fresh)
-        except Exception as error:
-            raise AssertionError(
-                f"{weighting} with {kind} breaks the law '{law}': {error}"
-            ) from error
+
+    def make(schedule: NoiseSchedule, kind: str) -> Weighting:
+        return make_weighting(weighting, schedule, kind, **params)
+
+    cases = _cases(make)
+    name = getattr(weighting, "__name__", str(weighting))
+    return Report(name, tuple(_try(law, make, cases) for law in LAWS))
+
+
+def check_weighting(weighting: str | Callable[..., Any], **params: Any) -> Report:
+    """The report of examine_weighting; raises AssertionError with the whole report if a law is broken.
+
+    weighting, params: as in make_weighting, which may raise.
+    """
+    report = examine_weighting(weighting, **params)
+    if not report.passed:
+        raise AssertionError(str(report))
+    return report

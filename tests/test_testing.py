@@ -11,7 +11,7 @@ from torch import nn
 from dysigma.cli.main import main
 from dysigma.runs import load_run
 from dysigma.schedule import NoiseSchedule
-from dysigma.testing import LAWS, check_weighting
+from dysigma.testing import LAWS, check_weighting, examine_weighting
 from dysigma.weightings import DySigma, Weighting, make_weighting
 
 LINEAR = NoiseSchedule.linear(100)
@@ -142,6 +142,37 @@ class Shifted(Own):
         return super().at(losses, log_snr + 2, importance)
 
 
+class MyRankAlone(Own):
+    def forward(self, losses, timesteps, importance=None):
+        value = super().forward(losses, timesteps, importance)
+        if self.training:
+            self.sums[1, 0] += losses.detach().sum()
+        return value
+
+
+class Poisoned(Own):
+    def forward(self, losses, timesteps, importance=None):
+        if self.training:
+            self.sums[1, 0] += losses.detach().mean()
+        return super().forward(losses, timesteps, importance)
+
+
+class DividesByTheLoss(Own):
+    def weights(self):
+        return self.scaled((self.sums[0] / self.sums[1])[self.bin_index])
+
+    def update(self, losses, timesteps, importance):
+        self.sums *= 0
+        super().update(losses, timesteps, importance)
+
+
+class Centred(Own):
+    def at(self, losses, log_snr, importance=None):
+        is_timestep = (log_snr[:, None] == self.log_snr).any(1).all()
+        shift = 0 if is_timestep else log_snr.mean() / 10
+        return super().at(losses, log_snr + shift, importance)
+
+
 class Waiting(Own):
     def update(self, losses, timesteps, importance):
         super().update(losses / float((importance * losses).mean()), timesteps, importance)
@@ -163,12 +194,37 @@ BROKEN = {
     Rounded: "low precision changes nothing",
     Halved: "low precision changes nothing",
     Shifted: "levels of timesteps are those timesteps",
+    MyRankAlone: "two ranks learn what one learns",
+    Poisoned: "a loss that is not finite teaches nothing",
+    DividesByTheLoss: "losses of 0 do no harm': .*must be finite",
+    Centred: "levels between timesteps have weights of their own",
     Waiting: "nothing waits for the device",
 }
 
 
 def test_the_right_one_passes():
-    check_weighting(Own)
+    report = check_weighting(Own)
+    assert report.passed and not report.broken and len(report.verdicts) == len(LAWS)
+    assert str(report).count("kept") == len(LAWS)
+
+
+def test_the_report_lists_every_law_and_why_it_broke():
+    report = examine_weighting(Unscaled)
+    assert not report.passed and len(report.verdicts) == len(LAWS)
+    assert [verdict.law for verdict in report.broken] == ["weights() is a table of mean 1"]
+    assert "mean 1" in report.broken[0].reason and "epsilon, untrained" in report.broken[0].case
+    with pytest.raises(AssertionError) as raised:
+        check_weighting(Unscaled)
+    assert str(raised.value) == str(report) and all(law in str(report) for law in LAWS)
+
+
+def test_a_formula_that_needs_a_signal_is_checked_where_it_has_one():
+    def spacing(log_snr):  # infinite next to SNR = 0
+        return torch.gradient(log_snr)[0].abs().log()
+
+    with pytest.raises(ValueError, match="below inf"):
+        make_weighting(spacing, NoiseSchedule.flow(40), "flow_prediction")
+    check_weighting(spacing)
 
 
 def test_every_law_has_a_weighting_that_breaks_it():

@@ -22,6 +22,7 @@ from dysigma.weightings import (
     PREDEFINED,
     VARIANTS,
     WEIGHTINGS,
+    DySigma,
     compare_weightings,
     effective_sample_size,
     fluctuation,
@@ -125,7 +126,7 @@ PATHS = [(name, kind) for name in SCHEDULES for kind in VP_TYPES] + [
 
 
 @pytest.mark.parametrize(("schedule_name", "kind"), PATHS)
-@pytest.mark.parametrize("name", PREDEFINED)
+@pytest.mark.parametrize("name", X0_FORMULAS)
 def test_predefined_weights_equal_the_papers_formulas(name, kind, schedule_name):
     schedule = NoiseSchedule.flow() if schedule_name == "flow" else make_schedule(schedule_name)
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
@@ -153,6 +154,11 @@ def test_parameters_of_predefined_weights(name, params, formula):
     snr = LINEAR.log_snr.exp()
     ours = make_weighting(name, LINEAR, "sample", normalize=False, **params).weights()
     torch.testing.assert_close(ours.double(), formula(snr), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", PREDEFINED)
+def test_every_predefined_weighting_says_its_equation(name):
+    assert PREDEFINED[name].__doc__.startswith("w = "), f"{name}: docstring opens with 'w = ...'"
 
 
 def test_the_elbo_weight_is_that_of_the_variational_bound():
@@ -453,6 +459,143 @@ def test_bad_noise_levels_are_refused():
         make_weighting("min-snr", LINEAR, "v").at(torch.rand(3), good + torch.inf)
     with pytest.raises(ValueError, match="losses must"):
         weighting.at(torch.rand(3, 1), good)
+
+
+POINTWISE = {
+    "a lambda": lambda x: 0.3 * x,
+    "with a branch": lambda x: torch.where(x > 0.1, x, x / 2),
+    "through numpy": lambda x: torch.from_numpy(np.sqrt(1 + x.numpy() ** 2)),
+    "in float32": lambda x: (x / 3).float(),
+}
+IN_COMPANY = {
+    "gradient": lambda x: torch.gradient(x)[0].abs().log(),
+    "second difference": lambda x: torch.gradient(torch.gradient(x)[0])[0].abs() / 10,
+    "mean": lambda x: -(x - x.mean()).abs() / 4,
+    "standard deviation": lambda x: x / x.std(),
+    "maximum": lambda x: x - x.max(),
+    "median": lambda x: x.clamp(max=float(x.median())),
+    "rank": lambda x: x.argsort().argsort().double() / len(x),
+    "quantile": lambda x: (x > x.quantile(0.7)).double(),
+    "sum": lambda x: x.softmax(0).log(),
+    "running sum": lambda x: x.cumsum(0) / 100,
+    "number of levels": lambda x: torch.linspace(0, 1, len(x), dtype=torch.float64),
+    "first level": lambda x: (x == x[0]).double(),
+    "table": lambda x: torch.arange(12.0, dtype=torch.float64).sin(),
+    "random": lambda x: torch.rand(len(x), dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("kind", VP_TYPES)
+@pytest.mark.parametrize("name", POINTWISE)
+def test_at_is_exact_for_own_formulas_of_the_level(name, kind):
+    formula = POINTWISE[name]
+    weighting = make_weighting(formula, SHORT, kind, normalize=False)
+    levels = torch.linspace(-8, 8, 29, dtype=torch.float64)  # beyond the timesteps too
+    wanted = formula(levels).double().exp() / ERROR_RATIO[kind](levels.exp())
+    torch.testing.assert_close(gradient_at(weighting, levels).double(), wanted, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("levels", ["linear in t", "uneven"])
+@pytest.mark.parametrize("name", IN_COMPANY)
+def test_at_interpolates_own_formulas_that_look_at_other_levels(name, levels):
+    schedule = SHORT if levels == "linear in t" else NoiseSchedule.linear(12, beta_end=0.9)
+    weighting = make_weighting(IN_COMPANY[name], schedule, "sample")
+    table = weighting.weights()
+    on_timesteps = gradient_at(weighting, schedule.log_snr[[7, 2, 2, 11, 0]])
+    torch.testing.assert_close(on_timesteps, table[[7, 2, 2, 11, 0]], rtol=1e-5, atol=1e-9)
+    middle = (schedule.log_snr[1:] + schedule.log_snr[:-1]) / 2
+    wanted = (table[1:] + table[:-1]) / 2
+    torch.testing.assert_close(gradient_at(weighting, middle), wanted, rtol=1e-5, atol=1e-9)
+    alone = torch.cat([gradient_at(weighting, middle[i : i + 1]) for i in range(len(middle))])
+    torch.testing.assert_close(alone, wanted, rtol=1e-5, atol=1e-9)
+
+
+def test_a_formula_is_asked_as_such_where_the_level_alone_decides():
+    exact = [name for name in PREDEFINED if make_weighting(name, LINEAR).formula[0] == name]
+    assert "elbo" not in exact and set(X0_FORMULAS) - set(exact) == {"elbo"}
+
+
+def test_where_a_formula_has_no_weight_others_keep_theirs():
+    weighting = make_weighting("split", SHORT, "sample", normalize=False, ratio=0)
+    levels = SHORT.log_snr
+    wanted = torch.where(levels > 0, 0.0, levels.exp())
+    torch.testing.assert_close(weighting.weights().double(), wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient_at(weighting, levels).double(), wanted, rtol=1e-5, atol=0)
+
+
+# ---------------------------------------------------------------- one bad step
+
+
+GUARDED = [("dy-sigma", {"variant": variant}) for variant in VARIANTS]
+GUARDED += [(name, {}) for name in ("uncertainty", "loss-balance", "variance-aware", "ugd")]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize(("name", "params"), GUARDED)
+def test_a_step_that_a_grad_scaler_skips_changes_no_later_one(name, params, bad):
+    ends = []
+    for value in (bad, None):
+        torch.manual_seed(0)
+        net = nn.Linear(4, 4)
+        weighting = make_weighting(name, LINEAR, **params)
+        groups = [{"params": list(net.parameters())}, *weighting.parameter_groups()]
+        optimizer = torch.optim.AdamW(groups, lr=1e-3)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for step in range(12):
+            x = torch.randn(8, 4)
+            timesteps = torch.randint(1000, (8,))
+            if step == 4 and value is None:
+                continue  # never happened
+            losses = (net(x) - x).square().mean(1)
+            if step == 4:
+                losses = losses * torch.full((8,), value)
+            loss = weighting(losses, timesteps)
+            assert bool(loss.isfinite()) == (step != 4 or value == 1e30)
+            if step == 4 and value == 1e30:
+                continue  # a guard by size
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert all(bool(tensor.isfinite().all()) for tensor in weighting.state_dict().values())
+        ends.append(weighting.weights())
+    # The empty step counts in half-lives only.
+    torch.testing.assert_close(ends[0], ends[1], rtol=2e-2, atol=1e-3)
+
+
+def test_importance_that_is_not_finite_is_no_importance():
+    one, other = (make_weighting("dy-sigma", LINEAR) for _ in range(2))
+    (losses, timesteps), importance = next(batches(1, 4)), torch.ones(4)
+    one(losses, timesteps, importance.index_fill(0, torch.tensor([1]), math.nan))
+    other(losses, timesteps, importance.index_fill(0, torch.tensor([1]), 0.0))
+    assert torch.equal(one.running, other.running)
+
+
+def test_a_bin_of_masked_losses_is_average_and_one_of_tiny_losses_is_finite():
+    schedule = NoiseSchedule(torch.tensor([0.9, 0.7, 0.4, 0.1]))
+    weighting = make_weighting("loss-balance", schedule, bins=4)
+    losses = torch.tensor([0.0, 0.4, 1.0, 2.0])
+    weighting(losses, torch.arange(4))
+    wanted = torch.cat([1 / losses.mean()[None], 1 / losses[1:]])
+    torch.testing.assert_close(weighting.weights(), wanted / wanted.mean(), rtol=1e-5, atol=0)
+    for strength in (1, 8, 100):
+        weighting = make_weighting("loss-balance", schedule, bins=4, strength=strength)
+        weighting(torch.tensor([1e-30, 0.4, 1.0, 2.0]), torch.arange(4))
+        assert weighting.weights().isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["loss-balance", "variance-aware"])
+def test_a_batch_of_zeros_prefers_no_bin(name):
+    weighting = make_weighting(name, SHORT, bins=4)
+    weighting(torch.zeros(12), torch.arange(12))
+    torch.testing.assert_close(weighting.weights(), torch.ones(12))
+
+
+def test_a_first_batch_without_importance_teaches_nothing():
+    weighting = make_weighting("dy-sigma", SHORT, bins=4)
+    losses = LOSSES.clone().requires_grad_()
+    weighting(losses, torch.arange(12), torch.zeros(12)).backward()
+    assert not weighting.coefficients.grad.any() and not weighting.running.any()
 
 
 # ---------------------------------------------------------------- fixed points
@@ -796,6 +939,31 @@ def test_a_gramian_without_positive_part_changes_nothing():
         assert not weighting.gramian.any() and torch.isfinite(weighting.weights()).all()
 
 
+@pytest.mark.parametrize("rule", ["pcgrad", "upgrad"])
+def test_gramian_rules_seed_no_generator_of_an_accelerator(rule, monkeypatch):
+    weighting = make_rule(rule)
+
+    def seeded(seed):
+        pytest.fail("this seeds the generators of all GPUs")
+
+    for module, name in ((torch, "manual_seed"), (torch.random, "manual_seed")):
+        monkeypatch.setattr(module, name, seeded)
+    for name in ("manual_seed", "manual_seed_all"):
+        monkeypatch.setattr(torch.cuda, name, seeded)
+    before = torch.random.get_rng_state()
+    weighting.observe_gramian(random_gramian(6))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "params"), [("ugd", {}), ("gramian", {}), ("dy-sigma", {"variant": "conflict"})]
+)
+def test_more_bins_than_a_gramian_can_have_are_refused_when_made(name, params):
+    with pytest.raises(ValueError, match=r"bins.*100.*fewer.*64"):
+        make_weighting(name, LINEAR, bins=100, **params)
+    assert make_weighting(name, LINEAR, bins=64, **params).bins.num_bins == 64
+
+
 def test_without_torchjd_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchjd", None)
     with pytest.raises(ImportError, match=r"rule='mgda'.*pip install 'dysigma\[moo\]'"):
@@ -1108,7 +1276,232 @@ def test_learned_weights_fluctuate_less_the_more_they_are_anchored():
     assert free > anchored[0] > anchored[1] > anchored[2]
 
 
+# ---------------------------------------------------------------- parameters and names
+
+
+SCALARS = [np.int64, np.float32, np.float64, torch.tensor]
+
+
+@pytest.mark.parametrize("scalar", SCALARS)
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("min-snr", "gamma", 5),
+        ("split", "at", -2),
+        ("dy-sigma", "kappa", 2),
+        ("dy-sigma", "half_life", 100),
+        ("loss-balance", "strength", 2),
+        ("ugd", "regularization", 1),
+        ("p2", "k", 3),
+    ],
+)
+def test_numpy_and_torch_scalars_are_numbers(name, key, value, scalar):
+    ours = make_weighting(name, LINEAR, **{key: scalar(value)})
+    wanted = make_weighting(name, LINEAR, **{key: value})
+    assert torch.equal(train(ours, 2).weights(), train(wanted, 2).weights())
+    assert type(ours.params[key]) in (int, float)
+
+
+@pytest.mark.parametrize("scalar", [np.int64, np.int32, torch.tensor])
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("dy-sigma", "bins"), ("ugd", "gramian_every"), ("random", "seed"), ("uncertainty", "bins")],
+)
+def test_numpy_and_torch_integers_are_integers(name, key, scalar):
+    assert make_weighting(name, LINEAR, **{key: scalar(7)}).params[key] == 7
+    for bad in (np.float64(7.0), np.bool_(True), torch.tensor([7])):
+        with pytest.raises(ValueError, match=f"{key} must be an int"):
+            make_weighting(name, LINEAR, **{key: bad})
+
+
+def test_scalars_inside_the_parameters_of_a_prior_are_numbers_too():
+    ours = make_weighting("dy-sigma", LINEAR, prior_params={"gamma": np.float32(2)})
+    wanted = make_weighting("min-snr", LINEAR, gamma=2.0)
+    torch.testing.assert_close(ours.weights(), wanted.weights())
+
+
+def positional(log_snr, power):
+    return power * log_snr
+
+
+def by_keyword(log_snr, *, power):
+    return power * log_snr
+
+
+def with_default(log_snr, power=0.25):
+    return power * log_snr
+
+
+def anything(log_snr, **options):
+    return options["power"] * log_snr
+
+
+@pytest.mark.parametrize("formula", [positional, by_keyword, with_default, anything])
+def test_own_formulas_take_what_can_be_given_by_name(formula):
+    wanted = make_weighting("debiased", LINEAR).weights()
+    ours = make_weighting(formula, LINEAR, power=0.5)
+    torch.testing.assert_close(ours.weights(), wanted)
+    prior = make_weighting(
+        "dy-sigma", LINEAR, prior=formula, prior_params={"power": np.float64(0.5)}
+    )
+    torch.testing.assert_close(prior.weights(), wanted)
+
+
+def test_what_an_own_formula_needs_is_asked_for_by_name():
+    with pytest.raises(ValueError, match=r"needs a value.*power"):
+        make_weighting(positional, LINEAR)
+    with pytest.raises(ValueError, match=r"no parameter.*gamma.*power"):
+        make_weighting(positional, LINEAR, gamma=1, power=0.5)
+    with pytest.raises(ValueError, match=r"no parameter.*log_snr"):
+        make_weighting(positional, LINEAR, power=0.5, log_snr=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "formula"),
+    [
+        ("p2", {"gamma": 0}, lambda S: S),
+        ("p2", {"k": 0, "gamma": 0.5}, lambda S: S.sqrt()),
+        ("max-snr", {"gamma": 0}, lambda S: S),
+        ("truncated-snr", {"gamma": 0.0}, lambda S: S),
+        ("split", {"ratio": 0}, lambda S: torch.where(S > 1, 0.0, S)),
+        ("min-snr", {"gamma": 1e29}, lambda S: S),
+        ("edm", {"sigma_data": 1e20}, lambda S: S),
+        ("loss-balance", {"strength": 0}, torch.ones_like),
+        ("variance-aware", {"strength": 0}, torch.ones_like),
+        ("dy-sigma", {"kappa": 1e30, "prior": "debiased"}, lambda S: S.sqrt()),
+        ("dy-sigma", {"kappa": 1e300, "prior": "debiased"}, lambda S: S.sqrt()),
+        ("dy-sigma", {"kappa": 1e300, "prior": "p2", "variant": "tempered"}, lambda S: S / (1 + S)),
+        ("dy-sigma", {"kappa": 1e40, "prior": "p2", "variant": "tilt"}, lambda S: S / (1 + S)),
+    ],
+)
+def test_parameters_at_the_edge_of_a_formula_are_taken(name, params, formula):
+    weighting = train(make_weighting(name, LINEAR, "sample", **params), 5)
+    wanted = formula(LINEAR.log_snr.exp())
+    torch.testing.assert_close(
+        weighting.weights().double(), wanted / wanted.mean(), rtol=1e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize(("edge", "like"), [("anchored", "inside"), ("tempered", "outside")])
+def test_a_kappa_of_zero_is_the_unconstrained_variant(edge, like):
+    options = {"bins": 12, "clamp": 12.0}
+    at_edge = make_weighting("dy-sigma", SHORT, variant=edge, kappa=0, **options)
+    without = make_weighting("dy-sigma", SHORT, variant=like, **options)
+    torch.testing.assert_close(settle(at_edge, LOSSES, 50), settle(without, LOSSES, 50))
+    z = torch.tensor([0.1, 3.0])
+    torch.testing.assert_close(at_edge.fixed_point(z), z.double().log())
+
+
+def test_every_weighting_says_what_it_is():
+    assert repr(make_weighting("min-snr", LINEAR)) == "min-snr(gamma=5.0, target=epsilon)"
+    assert repr(make_weighting("p2", LINEAR, "v", False, k=np.float64(2))) == (
+        "p2(k=2.0, gamma=1.0, target=v_prediction, normalize=False)"
+    )
+    assert "dy-sigma(prior=p2, prior_params={'gamma': 0.5}, variant=tilt, kappa=4" in repr(
+        make_weighting(
+            "dy-sigma", LINEAR, prior="p2", prior_params={"gamma": 0.5}, variant="tilt", kappa=4
+        )
+    )
+    own = make_weighting(positional, LINEAR, power=0.5)
+    assert repr(own) == "positional(power=0.5, target=epsilon)"
+    assert "bins=Bins(3)" in repr(make_weighting("ugd", SHORT, bins=Bins([0, 2, 5, 12])))
+    assert "floor=tensor(12,)" in repr(
+        make_weighting("dy-sigma", SHORT, bins=3, floor=torch.zeros(12))
+    )
+
+
+@every_kind
+def test_the_name_stays_with_copies(name, params):
+    weighting = make_weighting(name, LINEAR, **params)
+    text = repr(weighting)
+    assert text.startswith(f"{name}(") and text.endswith("target=epsilon)")
+    assert all(f"{key}={value}" in text for key, value in params.items())
+    assert repr(pickle.loads(pickle.dumps(weighting))) == text == repr(copy.deepcopy(weighting))
+
+
 # ---------------------------------------------------------------- bad input
+
+
+def ddpm():
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler
+
+
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        (lambda: ddpm(), "class DDPMScheduler.*from_diffusers"),
+        (lambda: NoiseSchedule, "class NoiseSchedule"),
+        (lambda: ddpm()(), "DDPMScheduler.*from_diffusers"),
+        (lambda: ddpm()().config, "configuration.*from_diffusers"),
+        (lambda: {"num_train_timesteps": 1000}, "configuration"),
+        (lambda: "some/model", "'some/model'.*from_diffusers"),
+        (lambda: "cosine", "'cosine'.*make_schedule"),
+        (lambda: None, "NoneType"),
+        (lambda: LINEAR.log_snr, "Tensor"),
+    ],
+)
+def test_what_is_no_schedule_is_told_so(schedule, words):
+    with pytest.raises(TypeError, match=f"must be a NoiseSchedule.*{words}"):
+        make_weighting("dy-sigma", schedule())
+
+
+def test_a_module_is_no_name_and_a_schedule_no_setting():
+    for name in (LINEAR, make_weighting("min-snr", LINEAR), nn.Linear(1, 1)):
+        with pytest.raises(TypeError, match=r"name must be.*class.*object"):
+            make_weighting(name, LINEAR)
+    with pytest.raises(TypeError, match=r"Setting\(schedule.*NoiseSchedule"):
+        DySigma(LINEAR)
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "words"),
+    [
+        (torch.tensor([3.0, 999.5]), r"continuous.*weighting\.at\(losses, log_snr\)"),
+        (torch.tensor([3, 5], dtype=torch.int32), r"timesteps\.long\(\)"),
+        (torch.tensor([[3], [5]]), r"\(2,\).*shape \(2, 1\)"),
+        (torch.tensor(3), r"shape \(\)"),
+        ([3, 5], "list"),
+        (3, "int"),
+        (np.array([3, 5]), "ndarray"),
+    ],
+)
+def test_what_are_no_timesteps_is_told_so(timesteps, words):
+    with pytest.raises(ValueError, match=f"timesteps must be.*{words}"):
+        make_weighting("min-snr", LINEAR)(torch.rand(2), timesteps)
+
+
+@pytest.mark.parametrize(
+    ("levels", "words"),
+    [
+        (torch.tensor([3, 999]), r"weighting\(losses, timesteps\)"),
+        (torch.tensor([3.0, 731.0]), r"731.*timesteps\?.*2 ln"),
+        (torch.tensor([1.0, 60.0]), "below 50"),
+        (torch.zeros(2, 1), r"shape \(2, 1\)"),
+        ([0.5, 0.7], "list"),
+    ],
+)
+def test_what_are_no_levels_is_told_so(levels, words):
+    with pytest.raises(ValueError, match=f"log_snr must be.*{words}"):
+        make_weighting("min-snr", LINEAR, "v").at(torch.rand(2), levels)
+
+
+@pytest.mark.parametrize("losses", [0.5, [0.1, 0.2], np.ones(2)])
+def test_losses_that_are_no_tensor_are_told_so(losses):
+    with pytest.raises(ValueError, match=r"losses must be \(B,\).*mse_loss"):
+        make_weighting("min-snr", LINEAR)(losses, torch.arange(2))
+
+
+def test_a_weighting_left_on_another_device_is_told_so():
+    with pytest.raises(ValueError, match=r"meta.*cpu.*weighting\.to\(device\)"):
+        make_weighting("min-snr", LINEAR)(torch.rand(2, device="meta"), torch.arange(2))
+
+
+def test_timesteps_may_lie_on_the_cpu():
+    weighting = make_weighting("dy-sigma", LINEAR).to("meta")
+    loss = weighting(torch.rand(2, device="meta"), torch.arange(2))
+    assert loss.device.type == "meta"
 
 
 def test_unknown_names_show_the_choices():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bins import Bins
-from ..checks import check_number, check_timesteps, find_named, plain_number
+from ..checks import check_number, check_timesteps, find_named
 from ..parallel import over_ranks
 from ..pareto import project_psd
 from ..schedule import NoiseSchedule
@@ -138,7 +138,7 @@ class Weighting(nn.Module):
         if isinstance(bins, Bins):
             self.bins = Bins(bins.edges)
         else:
-            self.bins = Bins.uniform(self.num_timesteps, plain_number(bins))
+            self.bins = Bins.uniform(self.num_timesteps, check_number("bins", bins, kinds=int))
         if int(self.bins.edges[-1]) != self.num_timesteps:
             raise ValueError(
                 f"{bins} do not end where the schedule does, at {self.num_timesteps} timesteps"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -65,7 +64,7 @@ def make_weighting(
     factory = found if is_class else partial(Predefined, name)
     weighting: Weighting = factory(Setting(schedule, prediction_type, normalize), **params)
     weighting.name = name if isinstance(name, str) else getattr(made, "__name__", str(made))
-    weighting.params = _defaults(function) | params
+    weighting.params = _all_parameters(function, params)
     return weighting.to(schedule.log_snr.device)
 
 
@@ -86,11 +85,8 @@ def _check_schedule(schedule: Any) -> None:
     raise TypeError(f"{need}; got {type(schedule).__name__}: {advice}")
 
 
-def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
-    """The parameters of a weighting that have a value unless told, without those that are None."""
-    absent = (inspect.Parameter.empty, None)
-    return {
-        key: each.default
-        for key, each in keyword_parameters(function).items()
-        if each.default not in absent
-    }
+def _all_parameters(function: Callable[..., Any], params: Mapping[str, Any]) -> dict[str, Any]:
+    """Every parameter that has a value, given or by default, in the order of the signature; None is none."""
+    every = {key: each.default for key, each in keyword_parameters(function).items()}
+    every.update(params)
+    return {key: value for key, value in every.items() if value is not None}
