@@ -138,7 +138,7 @@ class Weighting(nn.Module):
         if isinstance(bins, Bins):
             self.bins = Bins(bins.edges)
         else:
-            self.bins = Bins.uniform(self.num_timesteps, check_number("bins", bins, kinds=int))
+            self.bins = Bins.uniform(self.num_timesteps, bins)
         if int(self.bins.edges[-1]) != self.num_timesteps:
             raise ValueError(
                 f"{bins} do not end where the schedule does, at {self.num_timesteps} timesteps"
