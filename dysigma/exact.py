@@ -12,6 +12,8 @@ from .images import to_uint8
 from .randomness import generator
 from .schedule import NoiseSchedule, canonical_prediction_type
 
+ROUNDING_VARIANCE = (2 / 255) ** 2 / 12  # of a uniform error as wide as a grey level in [-1, 1]
+
 
 class LinearDenoiser(nn.Module):
     """Noise predicted as w(t) x_t, coordinate by coordinate, on independent Gaussian data: one objective per timestep.
@@ -20,6 +22,14 @@ class LinearDenoiser(nn.Module):
     timesteps, degree = T gives each its own and the conflict is gone. variances: (d,) of the data; theta: (degree, d).
     Losses are means over coordinates, as in ``objective.sample_losses``: the module itself can be trained and measured.
     They are convex in theta, so the minimisers of weighted sums are the whole Pareto set.
+
+    Raises ValueError for a degree outside 1..T, a variance that is not positive, and a zero terminal SNR.
+
+    >>> schedule = NoiseSchedule(torch.tensor([0.9, 0.5, 0.1]))
+    >>> denoiser = LinearDenoiser(schedule, torch.ones(2), degree=3)
+    >>> theta = denoiser.minimiser(torch.ones(3, dtype=torch.float64))
+    >>> denoiser.losses(theta)  # of one w for each timestep: 1 - sigma^2 / Var(x_t)
+    tensor([0.9000, 0.5000, 0.1000], dtype=torch.float64)
     """
 
     features: Tensor
@@ -29,31 +39,38 @@ class LinearDenoiser(nn.Module):
     def __init__(self, schedule: NoiseSchedule, variances: Tensor, degree: int = 1) -> None:
         super().__init__()
         log_snr = schedule.log_snr.cpu()
-        if not (
-            1 <= degree <= len(log_snr) and torch.isfinite(log_snr).all() and (variances > 0).all()
-        ):
+        num_timesteps = len(log_snr)
+        is_finite = bool(torch.isfinite(log_snr).all())
+        if not (1 <= degree <= num_timesteps and is_finite and (variances > 0).all()):
             raise ValueError(
                 f"need degree in 1..T, finite log-SNR, variances > 0; got {degree}, {log_snr}, {variances}"
             )
-        powers = ((log_snr - log_snr.mean()) / log_snr.std())[:, None] ** torch.arange(degree)
+        # Polynomials of the standardised log-SNR, made orthogonal, of mean square 1, positive leading coefficients.
+        standardised = (log_snr - log_snr.mean()) / log_snr.std()
+        powers = standardised[:, None] ** torch.arange(degree)
         basis, triangle = torch.linalg.qr(powers)
-        self.register_buffer("features", basis * triangle.diagonal().sign() * len(log_snr) ** 0.5)
-        square = 1 - schedule.alphas_cumprod.cpu()[:, None]
-        self.register_buffer("sigma", square.sqrt())
-        self.register_buffer("variance", (1 - square) * variances.double() + square)
+        features = basis * triangle.diagonal().sign() * num_timesteps**0.5
+        noise_variance = 1 - schedule.alphas_cumprod.cpu()[:, None]
+        variance = (1 - noise_variance) * variances.double() + noise_variance
+        self.register_buffer("features", features)  # (T, degree)
+        self.register_buffer("sigma", noise_variance.sqrt())  # (T, 1)
+        self.register_buffer("variance", variance)  # (T, d), of x_t
         self.theta = nn.Parameter(torch.zeros(degree, len(variances), dtype=torch.float64))
 
     def forward(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
-        return (self.features[timesteps] @ self.theta * x_t.flatten(1)).view_as(x_t)
+        """The predicted noise, in the shape of x_t (B, ...)."""
+        w = self.features[timesteps] @ self.theta
+        return (w * x_t.flatten(1)).view_as(x_t)
 
     def losses(self, theta: Tensor) -> Tensor:
-        """The T losses at theta, (T,)."""
+        """The T losses at theta, (T,): E (noise - w x_t)^2 = 1 - 2 w sigma + w^2 Var(x_t)."""
         w = self.features @ theta
         return (1 - 2 * w * self.sigma + w**2 * self.variance).mean(1)
 
     def gradients(self, theta: Tensor) -> Tensor:
-        """The Jacobian at theta, (T, theta.numel())."""
-        slope = 2 * (self.features @ theta * self.variance - self.sigma) / theta.shape[1]
+        """The Jacobian of the losses at theta, (T, theta.numel())."""
+        w = self.features @ theta
+        slope = 2 * (w * self.variance - self.sigma) / theta.shape[1]
         return torch.einsum("tr,td->trd", self.features, slope).flatten(1)
 
     def minimiser(self, weights: Tensor) -> Tensor:
@@ -61,8 +78,8 @@ class LinearDenoiser(nn.Module):
         normal = torch.einsum(
             "t,td,tr,ts->drs", weights, self.variance, self.features, self.features
         )
-        # pinv: with fewer weighted timesteps than features any of many theta will do; take the smallest.
         right = torch.einsum("t,tr->r", weights * self.sigma[:, 0], self.features)
+        # With fewer weighted timesteps than features many theta will do; pinv takes the smallest.
         return (torch.linalg.pinv(normal, hermitian=True) @ right).T
 
     def gramian(self, theta: Tensor) -> Tensor:
@@ -75,9 +92,11 @@ class LinearDenoiser(nn.Module):
 
         objectives: (m, T), each row the weights of one average; mixes: (n, m), each row a weighting of the averages.
         """
-        return torch.stack(
-            [objectives @ self.losses(self.minimiser(mix @ objectives)) for mix in mixes]
-        )
+        points = []
+        for mix in mixes:
+            theta = self.minimiser(mix @ objectives)
+            points.append(objectives @ self.losses(theta))
+        return torch.stack(points)
 
     def utopia(self, objectives: Tensor) -> Tensor:
         """(m,): the least value of each average, each with a theta of its own; no shared theta reaches all of them."""
@@ -89,8 +108,9 @@ class LinearDenoiser(nn.Module):
 
     def noise_trace(self, theta: Tensor) -> Tensor:
         """(T,): trace of the covariance of one sample's gradient, from the fourth moments of Gaussians (Isserlis)."""
-        w, v = self.features @ theta, self.variance
-        spread = 2 * (w * v) ** 2 - 4 * w * v * self.sigma + v + self.sigma**2
+        w = self.features @ theta
+        variance = self.variance
+        spread = 2 * (w * variance) ** 2 - 4 * w * variance * self.sigma + variance + self.sigma**2
         return 4 * spread.sum(1) * self.features.square().sum(1) / theta.shape[1] ** 2
 
 
@@ -98,18 +118,21 @@ class GaussianMixture:
     """Data from isotropic Gaussians: probabilities (C,), means (C, D), stds (C,), all float64.
 
     With std 0 it is a set of points; the posterior mean of the training set is the denoiser that has memorised it.
+
+    >>> two = GaussianMixture(torch.tensor([0.5, 0.5]), torch.tensor([[-1.0], [1.0]]), torch.zeros(2))
+    >>> half = torch.full((1, 1), 0.5**0.5, dtype=torch.float64)
+    >>> two.posterior_mean(half, half, half)  # tanh(alpha x_t / sigma^2)
+    tensor([[0.7616]], dtype=torch.float64)
     """
 
     def __init__(self, probabilities: Tensor, means: Tensor, stds: Tensor) -> None:
-        self.probabilities, self.means, self.variances = (
-            probabilities.double(),
-            means.double(),
-            stds.double() ** 2,
-        )
         if not probabilities.shape == means.shape[:1] == stds.shape:
             raise ValueError(
                 f"need shapes (C,), (C, D), (C,); got {probabilities.shape}, {means.shape}, {stds.shape}"
             )
+        self.probabilities = probabilities.double()
+        self.means = means.double()
+        self.variances = stds.double() ** 2
 
     def sample(self, count: int, draw: torch.Generator) -> Tensor:
         """(count, D) samples."""
@@ -118,16 +141,13 @@ class GaussianMixture:
         return self.means[index] + self.variances[index, None].sqrt() * noise
 
     def _log_joint(self, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Log of probability times Gaussian density of each component, (B, C)."""
         variance = alpha**2 * self.variances + sigma**2
-        distance = (
-            x_t.square().sum(1, True)
-            - 2 * alpha * x_t @ self.means.T
-            + alpha**2 * self.means.square().sum(1)
-        )
-        return (
-            self.probabilities.log()
-            - (distance / variance + x_t.shape[1] * (2 * math.pi * variance).log()) / 2
-        )
+        products = alpha * x_t @ self.means.T
+        squares = alpha**2 * self.means.square().sum(1)
+        distance = x_t.square().sum(1, True) - 2 * products + squares
+        volume = x_t.shape[1] * (2 * math.pi * variance).log()
+        return self.probabilities.log() - (distance / variance + volume) / 2
 
     def log_density(self, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Log density (B,) of alpha x0 + sigma noise at x_t (B, D) float64; alpha, sigma (B, 1) or (1, 1)."""
@@ -149,20 +169,17 @@ class GaussianMixture:
     ) -> tuple[Tensor, Tensor]:
         """Mean loss of the optimal denoiser and its standard error, both (T,); the same draws serve every timestep."""
         draw = generator(seed, 0, "irreducible")
-        x0, denoiser, errors = (
-            self.sample(num_samples, draw),
-            OptimalDenoiser(self, schedule, prediction_type),
-            [],
-        )
+        x0 = self.sample(num_samples, draw)
         noise = torch.randn(x0.shape, generator=draw, dtype=torch.float64)
+        denoiser = OptimalDenoiser(self, schedule, prediction_type)
+        losses = []
         for t in range(schedule.num_timesteps):
             timesteps = torch.full((num_samples,), t)
             output = denoiser(schedule.add_noise(x0, noise, timesteps), timesteps)
-            errors.append(
-                (output - schedule.target(x0, noise, timesteps, prediction_type)).square().mean(1)
-            )
-        losses = torch.stack(errors)
-        return losses.mean(1), losses.std(1) / num_samples**0.5
+            target = schedule.target(x0, noise, timesteps, prediction_type)
+            losses.append((output - target).square().mean(1))
+        every = torch.stack(losses)
+        return every.mean(1), every.std(1) / num_samples**0.5
 
 
 class OptimalDenoiser(nn.Module):
@@ -196,9 +213,10 @@ def field_variances(size: int = 8, std: float = 0.25) -> Tensor:
 
     (size, size) float64; 1/f^2 like natural images, with that of rounding to grey levels added.
     """
-    f = torch.fft.fftfreq(size, dtype=torch.float64)
-    power = 1 / (f[:, None] ** 2 + f**2 + (0.5 / size) ** 2)
-    return power * (std**2 / power.mean()) + (2 / 255) ** 2 / 12
+    frequency = torch.fft.fftfreq(size, dtype=torch.float64)
+    lowest = 0.5 / size  # keeps the power of the mean finite
+    power = 1 / (frequency[:, None] ** 2 + frequency**2 + lowest**2)
+    return power * (std**2 / power.mean()) + ROUNDING_VARIANCE
 
 
 class GaussianField(nn.Module):
@@ -210,11 +228,11 @@ class GaussianField(nn.Module):
 
     def posterior_mean(self, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """E[x0 | x_t] (B, D): each mode times its gain; alpha and sigma (B, 1)."""
-        alpha, sigma = alpha[..., None], sigma[..., None]
+        alpha = alpha[..., None]
+        sigma = sigma[..., None]
         gain = alpha * self.variances / (alpha**2 * self.variances + sigma**2)
-        return torch.fft.ifft2(
-            torch.fft.fft2(x_t.view(-1, *self.variances.shape)) * gain
-        ).real.flatten(1)
+        modes = torch.fft.fft2(x_t.view(-1, *self.variances.shape))
+        return torch.fft.ifft2(modes * gain).real.flatten(1)
 
 
 def gaussian_fields(
@@ -224,14 +242,13 @@ def gaussian_fields(
 
     Image i is a function of (seed, split, i // 1000, i): more images extend the set.
     """
-    scale = field_variances(size).sub((2 / 255) ** 2 / 12).sqrt()
+    scale = field_variances(size).sub(ROUNDING_VARIANCE).sqrt()
     blocks = []
     for start in range(0, num_images, 1000):
         draw = generator(seed, start // 1000, f"fields {split}")
         white = torch.randn(1000, size, size, generator=draw, dtype=torch.float64)
-        blocks.append(
-            torch.fft.ifft2(torch.fft.fft2(white, norm="ortho") * scale, norm="ortho").real
-        )
+        modes = torch.fft.fft2(white, norm="ortho") * scale
+        blocks.append(torch.fft.ifft2(modes, norm="ortho").real)
     x0 = torch.cat(blocks)[:num_images, None]
     return ImageData(to_uint8(x0), name="gaussian-fields")
 

@@ -27,7 +27,7 @@ from dysigma.gradients import bin_gramian, bin_timesteps, conflicts
 from dysigma.lab.benchmark import BINS, MICRO_BATCHES, cuda_peak, time_in_turn
 from dysigma.models import make_model
 from dysigma.objective import sample_losses
-from dysigma.randomness import generator
+from dysigma.randomness import forked_rng, generator
 from dysigma.runs import provenance, write_json
 from dysigma.schedule import make_schedule
 
@@ -40,8 +40,7 @@ def _routes(
     The first two return none: MICRO_BATCHES forward and backward passes of the mean loss of per_bin samples of each
     bin, and the report of as many such batches. In float32, not compiled.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with forked_rng("cpu", seed=0):
         model = make_model(preset, image_size).to(device)
     schedule, bins = make_schedule("cosine").to(device), Bins.uniform(1000, BINS).to(device)
     draw, parameters = generator(0, 0, "benchmark"), list(model.parameters())
