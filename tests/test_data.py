@@ -967,6 +967,25 @@ def test_all_kinds_of_pixels_become_colours(
     assert load_data(tmp_path).images[0, :, 4, 4].tolist() == [*wanted]
 
 
+@pytest.mark.parametrize(("mode", "clear"), [("RGB", (1, 2, 3)), ("L", 7)])
+def test_a_colour_that_stands_for_transparency_is_white(
+    tmp_path: Path, mode: str, clear: Any
+) -> None:
+    for number in range(2):
+        Image.new(mode, (8, 8), clear).save(tmp_path / f"{number}.png", transparency=clear)
+    assert (load_data(tmp_path).images == 255).all()
+
+
+def test_previews_inside_a_photograph_are_no_frames(tmp_path: Path) -> None:
+    photograph = Image.new("RGB", (8, 8), (200, 200, 200))
+    for number in range(2):
+        with (tmp_path / f"{number}.jpg").open("wb") as file:
+            photograph.save(file, "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (load_data(tmp_path).images.int() - 200).abs().max() <= 2
+
+
 @pytest.mark.parametrize("ending", ["png", "tiff", "pgm"])
 def test_gray_of_sixteen_bits_keeps_its_upper_eight(tmp_path: Path, ending: str) -> None:
     gray = random_images(8, 8)

@@ -229,10 +229,17 @@ class Optimal(nn.Module):
         variance = alpha**2 * self.std**2 + sigma**2
         x0 = alpha * self.std**2 / variance * x_t
         noise = sigma / variance * x_t
-        return {"sample": x0, "epsilon": noise, "flow_prediction": noise - x0}[self.kind]
+        velocity = alpha * noise - sigma * x0
+        outputs = {
+            "sample": x0,
+            "epsilon": noise,
+            "flow_prediction": noise - x0,
+            "v_prediction": velocity,
+        }
+        return outputs[self.kind]
 
 
-FLOW_KINDS = ("flow_prediction", "sample", "epsilon")
+FLOW_KINDS = ("flow_prediction", "sample", "epsilon", "v_prediction")
 
 
 def no_zero(schedule):
@@ -251,7 +258,8 @@ def test_validation_losses_on_a_flow_equal_the_known_optimum(kind):
     variance = (1 - s) ** 2 * std**2 + s**2
     # x0 given x_t has this variance; the errors of noise and velocity are multiples of that of x0.
     of_x0 = std**2 * s**2 / variance
-    factor = {"sample": 1, "epsilon": (1 - s) / s, "flow_prediction": 1 / s}[kind]
+    velocity = (s + (1 - s) ** 2 / s) if kind == "v_prediction" else 1 / s
+    factor = {"sample": 1, "epsilon": (1 - s) / s}.get(kind, velocity)
     torch.testing.assert_close(losses, of_x0 * factor**2, rtol=0.03, atol=0)
 
 

@@ -51,7 +51,8 @@ def read_picture(file: Path, notes: Counter[str]) -> Tensor:
 
     try:
         with Image.open(file) as image:
-            if getattr(image, "n_frames", 1) > 1:
+            # In an MPO, the JPEG of many phones, the other frames are previews or depths.
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 notes["several frames, of which the first is read"] += 1
             pixels = _upright(image)
             if pixels.mode[0] in "IF":
