@@ -9,9 +9,8 @@
 PY ?= python3
 CONSTRAINTS ?= constraints.txt
 PYTEST_FLAGS ?= -n 2
-# What `make quick` tests: what a new weighting, sampler or schedule can break. Another file: make quick QUICK=tests/test_runs.py
-QUICK ?= $(addprefix tests/test_,architecture.py bins.py schedule.py samplers.py objective.py weightings.py testing.py \
-	pareto.py teaching.py) dysigma/weightings dysigma/schedule.py dysigma/samplers.py
+# What `make quick` tests: what a new weighting or sampler can break. Another room: make quick QUICK=tests/test_schedule.py
+QUICK ?= $(addprefix tests/test_,architecture.py bins.py objective.py samplers.py weightings.py) dysigma/weightings dysigma/samplers.py
 # Replaces lines of `make lowest`: torch==2.13.0 where the lowest torch has no small build.
 LOWEST ?=
 

@@ -29,7 +29,7 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def tile(images: ArrayLike, columns: int) -> NDArray:
+def tile(images: ArrayLike, columns: int) -> NDArray[Any]:
     """One picture (H', W', 3) uint8 of images (N, 1 or 3, H, W), row by row on white, a pixel apart.
 
     Floating images lie in [-1, 1] and are clipped to it, for the eye only.

@@ -64,7 +64,7 @@ def _load_scheduler(path: Path) -> Any:
     return scheduler.from_config(config)
 
 
-def _add_sampler(parser: Any) -> None:
+def _add_sampler(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timestep-sampler", metavar="NAME", help="density of timesteps (default: uniform)"
     )

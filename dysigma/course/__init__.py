@@ -1,1 +1,1 @@
-"""What the notebooks need: predictions and exercises, and the builder that executes the pages."""
+"""The course: what its notebooks call, and the builder that executes them."""

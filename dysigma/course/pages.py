@@ -233,10 +233,9 @@ def build(
     sources = [Path(path).resolve() for path in paths]
     with tempfile.TemporaryDirectory(prefix="dysigma-") as name:
         scratch = Path(name).resolve()
+        folder = scratch / "pages" if fast else None
         if out is not None:
             folder = Path(out).resolve()
-        else:
-            folder = scratch / "pages" if fast else None
         builder = _Builder(fast, timeout, solutions, folder, scratch / "figures")
         # Not in the main thread: there nbclient takes Ctrl-C for itself, and stumbles.
         with ThreadPoolExecutor(jobs) as workers:
