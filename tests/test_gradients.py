@@ -697,7 +697,7 @@ def test_two_ranks_report_as_one(tmp_path: Path):
         subprocess.Popen([sys.executable, "-c", code, str(rank)], env=environment)
         for rank in range(2)
     ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    assert [rank.wait(timeout=600) for rank in ranks] == [0, 0]
     report, gramian, grad = torch.load(out, weights_only=False)
     alone = conflicts(Net(), IMAGES, SCHEDULE, BINS, micro_batches=7, progress=False)
     torch.testing.assert_close(report.gramian, alone.gramian, rtol=1e-4, atol=1e-6)
