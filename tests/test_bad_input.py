@@ -85,6 +85,7 @@ COMMANDS: dict[str, str] = {
     "train --out r --config type.json": "batch_size int '32'",
     "train --out r --config nan.json": "lr nan",
     "train --out r --train-images 8 --distance-images 8 --features junk.npz": "features junk.npz TorchScript",
+    "train --out r --train-images 8 --distance-images 1": "distance 2 training images 2 samples 8 1",
     "runs none": "none",
     "sample none": "none run folder",
     "evaluate none": "none run folder",

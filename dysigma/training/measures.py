@@ -59,7 +59,15 @@ class Measures:
         self.reference_rows: Any = None
 
     def prepare_distance(self) -> None:
-        """Load the feature network and measure the training images with it; before the first step."""
+        """Load the feature network and measure the training images with it; before the first step.
+
+        Raises ValueError where there are too few images for a distance.
+        """
+        if min(self.config.distance_images, len(self.data.originals)) < 2:
+            raise ValueError(
+                "a distance needs 2 training images and 2 samples; got "
+                f"{len(self.data.originals)} and distance_images {self.config.distance_images}"
+            )
         self.features = load_features(self.config.features, self.images.device)
         features = reference_features(self.features, self.data.originals)
         self.reference = moments(features)
