@@ -5,9 +5,14 @@
 A study has five seeds. ln images of baseline and arm are normal with one standard deviation and
 correlate over seeds; their mean difference is the true ln R. The budget is such that each baseline
 is censored with the given chance, and an arm where it exceeds that budget too. Printed, by how many
-of the five seeds are censored: studies, how many have no interval, the share of the others whose
-95 % interval contains the truth, the share that would call R = 1 wrong by the exact sign test, and
-the median width of the interval in ln R. The last line of each setting is over all studies.
+of the five baselines or of the five arms are censored, whichever are more: the number of studies,
+how many of them have no interval, in what share of the others the 95 % interval contains the truth,
+and the median width of the interval in ln R. "all" is over all studies of a setting.
+
+With 400 studies of each of twelve settings (R 1 and 3.7; correlation 0, 0.5, 0.9; chance 0.1, 0.3)
+the coverage was 94.7 to 97.5 % over all studies. By the number of censored seeds, pooled over the
+settings it was 95.5 % (none of 1490), 96.9 % (one), 96.0 % (two) and 92.6 % (three of five
+seeds; in one setting 82 %). A study without interval has fewer than two exact pairs.
 """
 
 from __future__ import annotations
@@ -94,8 +99,8 @@ def main() -> None:
             )
             covered = f"{row['coverage']:.3f}" if "coverage" in row else "-"
             print(
-                f"  censored {lost:>3s}: {row['studies']:5d} studies, {row['no_interval']:4d} without "
-                f"interval, coverage {covered}, width {row.get('median_width', math.nan):.2f}",
+                f"  censored {lost:>3s}: {row['studies']:5d} studies, {row['no_interval']:4d} "
+                f"without interval, coverage {covered}, width {row.get('median_width', math.nan):.2f}",
                 flush=True,
             )
     if args.out:

@@ -1,1 +1,1 @@
-"""The lab: races of many trainings, what they say about speed, runs side by side, and benchmarks."""
+"""The lab: races of many trainings, what they say about speed, runs side by side, benchmarks."""

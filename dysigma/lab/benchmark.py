@@ -1,4 +1,4 @@
-"""Speed as ratios within one run: training steps, ours and others', and what everything else adds to ours."""
+"""Speed as ratios within one run: training steps, ours and others', and what else adds to ours."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def flops_per_image(preset: str, image_size: int) -> int:
 
 
 def cuda_peak(call: Step, device: torch.device, before: int | None) -> int | None:
-    """Bytes allocated on a CUDA device at the peak of a call, above those before; None elsewhere."""
+    """Bytes allocated on a CUDA device at the peak of a call, above those before; else None."""
     if before is None:
         return None
     torch.cuda.reset_peak_memory_stats(device)
@@ -244,7 +244,7 @@ def _weighting_call(
 def weighting_costs(
     config: TrainConfig, rounds: int, device: torch.device, step: float
 ) -> dict[str, float]:
-    """Print and return the seconds of each weighting above those of losses.mean(), as a share of `step` seconds."""
+    """Print and return what each weighting costs above losses.mean(), as a share of `step` seconds."""
     names = [name for name in WEIGHTINGS if name not in ON_GRAMIANS]
     schedule = make_schedule(config.schedule, config.num_timesteps).to(device)
     calls = {name: _weighting_call(name, config, schedule, device) for name in ["mean", *names]}
@@ -270,7 +270,7 @@ def _sampler_call(
 def sampler_costs(
     config: TrainConfig, rounds: int, device: torch.device, step: float
 ) -> dict[str, float]:
-    """Print and return the seconds of each timestep sampler above those of the uniform one, as weighting_costs."""
+    """Print and return what each timestep sampler costs above the uniform one, as weighting_costs."""
     schedule = make_schedule(config.schedule, config.num_timesteps).to(device)
     calls = {}
     for name in TIMESTEP_SAMPLERS:
@@ -303,7 +303,7 @@ def _overheads(
 def conflict_costs(
     config: TrainConfig, rounds: int, device: torch.device, step: float
 ) -> dict[str, Any]:
-    """Print and return what a report of conflicts costs beside our training steps, of `step` seconds each.
+    """Print and return what a report of conflicts costs beside training steps of `step` seconds.
 
     "seconds" is the median for one micro-batch of BINS bins, and as many samples in each as make up
     batch_size; "ratio" the training steps on as many samples that take as long.
@@ -347,7 +347,7 @@ print(time.perf_counter() - start)
 
 
 def import_seconds(rounds: int = 3) -> float:
-    """Print and return the seconds that `import dysigma` takes beyond torch, in a fresh process (median)."""
+    """Print and return the seconds that `import dysigma` takes beyond torch, in fresh processes."""
     found = []
     for _ in range(rounds):
         command = [sys.executable, "-c", IMPORT]
@@ -359,7 +359,7 @@ def import_seconds(rounds: int = 3) -> float:
 
 
 def load_of_machine() -> list[float] | None:
-    """Processes that wanted a core over the last 1, 5 and 15 minutes; None where the system does not say."""
+    """Processes that wanted a core over the last 1, 5 and 15 minutes; None where unknown."""
     return [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None
 
 
@@ -396,7 +396,7 @@ def benchmark(
     device: str = "auto",
     out: Path | None = None,
 ) -> dict[str, Any]:
-    """Print and return costs measured in one run; written as JSON to `out`, with a figure beside it.
+    """Print and return costs measured in one run; written to `out` as JSON, a figure beside it.
 
     "steps" has step_costs for each batch size; "weighting_overhead", "sampler_overhead" and
     "conflicts" are for the first batch size at which our step runs; "import_seconds" and "load", of

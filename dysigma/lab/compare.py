@@ -1,4 +1,4 @@
-"""Finished runs side by side: which weighting ends lower, where, by how much, how soon, and how surely."""
+"""Finished runs side by side: which weighting ends lower, where, how much, how soon, how surely."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ WITHIN_ARM = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """What ``compare`` found, over S seeds that all arms have; an arm has M validations of V timesteps.
+    """What ``compare`` found, over S seeds that all arms have; M validations of V timesteps.
 
     table: one row per arm, the baseline first, with these columns.
 
@@ -289,7 +289,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
 
 
 def draw(comparison: Comparison) -> Figure:
-    """Geometric-mean loss against images, and the last loss over the baseline's by timestep, for each arm."""
+    """For each arm the geometric-mean loss against images, and by timestep the last loss as a ratio."""
     import matplotlib.pyplot as plt
 
     plots.use_style()
@@ -302,7 +302,7 @@ def draw(comparison: Comparison) -> Figure:
     for label, losses in comparison.losses.items():
         own = []
         for ln_loss in np.log(losses).mean(2):
-            # Between an arm's own validations the line that would be drawn anyway, beyond them nothing.
+            # Between an arm's own validations the line that is drawn anyway, beyond them nothing.
             own.append(np.interp(every, comparison.images[label], ln_loss, np.nan, np.nan))
         curves[label] = np.exp(own)
     plots.trajectories(left, every, curves, log=True)

@@ -1,4 +1,4 @@
-"""Training steps to be timed against each other: ours and those of other packages, on one network and its images.
+"""Training steps to be timed: ours and those of other packages, on one network and its images.
 
 Every function takes a configuration and its images, and returns a call that takes one step.
 """
@@ -53,7 +53,7 @@ def own_flow_step(config: TrainConfig, data: ImageData) -> Step:
 
 
 def by_hand_step(config: TrainConfig, data: ImageData) -> Step:
-    """The same step written by hand with diffusers and accelerate: what our code must not be slower than.
+    """The same step written by hand with diffusers and accelerate: the measure of our overhead.
 
     The same images, flips, optimizer, clipping and averaging; draws are torch's own. Uncompiled, in
     float32.

@@ -1,4 +1,4 @@
-"""How many times fewer images one arm of a race needs than another: thresholds, and tables of speed-ups.
+"""How many times fewer images one arm of a race needs than another: levels and tables.
 
 Curves and images to a threshold are in `curves`, speed-ups with their intervals in `speedups`, the
 records of races in `records`; the names of all of them that a page needs are importable from here.
@@ -207,7 +207,7 @@ def _must_agree(row: dict[str, Any], metric: str) -> dict[str, Any]:
 
 
 def _check_across(table: pandas.DataFrame, metric: str) -> None:
-    """Refuse to compare networks of different targets by something that is not the same for both."""
+    """Refuse to compare networks of different targets by what is not the same quantity for both."""
     if metric == "validation":
         raise ValueError(
             "metric 'validation' is a loss in the space of the target, so it cannot be compared "
@@ -233,17 +233,18 @@ def compare_across(
     slack: float = 0.0,
     claim: float = CLAIMED,
 ) -> pandas.DataFrame:
-    """Every target and weighting against one baseline, for example plain training of a noise network.
+    """Every target and weighting against one baseline, such as plain training of a noise network.
 
     The paper's Const has the target of the arm; a practitioner's baseline is ordinary training,
-    whatever the target of the arm. `baseline` is that (grid label, arm), such as ("cifar10 epsilon",
-    "const-eps"). Seeds are paired: all networks of one seed share images and noise, and those of
+    whatever the target of the arm. `baseline` is that (grid label, arm), for example
+    ("cifar10 epsilon", "const-eps"). Seeds are paired: all networks of one seed share images and noise, and those of
     one shape their initial weights. Thresholds are what the baseline keeps from these fractions of
     its images on (1: what it reaches at the end), and the named levels of `absolute`.
 
     Returns the columns of race_table, one family of tests for Holm's adjustment. Raises ValueError
     for a metric that depends on the target, RunError for records that differ in more than target
-    and strategy (the message names the first difference), KeyError for a baseline that is not there.
+    and strategy (the message names the first difference), KeyError for a baseline that is not
+    there.
     """
     import pandas
 

@@ -27,8 +27,8 @@ def check_curve(images: ArrayLike, values: ArrayLike) -> Curve:
     fitting = n.shape == v.shape and np.isfinite(v).all() and (v > 0).all()
     if not (in_order and fitting):
         raise ValueError(
-            "a curve needs images (M,), rising from 0 or more, and values (M,), finite and positive; "
-            f"got {n} and {v}"
+            "a curve needs images (M,), rising from 0 or more, and values (M,), finite and "
+            f"positive; got {n} and {v}"
         )
     return n, v
 

@@ -1,4 +1,4 @@
-"""Races: targets x weightings x samplers x seeds on common random numbers, resumable at any point."""
+"""Races: targets x weightings x samplers x seeds on common random numbers, resumable."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Race:
         }
 
     def entries(self) -> Iterator[tuple[Key, TrainConfig]]:
-        """((grid label, arm, seed), configuration), seeds outermost: a race cut short has whole seeds."""
+        """(key, configuration), seeds outermost: a race that is cut short has whole seeds."""
         spec = self.to_dict()
         for seed in self.seeds:
             for label, arm in entries_of_a_seed(spec):
@@ -153,7 +153,7 @@ def _rounded(values: list[float], digits: int) -> list[float]:
 
 
 def _features_digest(config: TrainConfig) -> str | None:
-    """SHA-256 of the file that turns samples into features; None where the race samples none, or pixels."""
+    """SHA-256 of the file that turns samples into features; None without samples, or for pixels."""
     file = Path(config.features)
     if not config.distance_images or not file.is_file():
         return None

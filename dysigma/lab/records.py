@@ -1,4 +1,4 @@
-"""The records of races as tables and curves; refuses to put together what is not of one protocol."""
+"""The records of races as tables and curves; refuses to mix records of different protocols."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _geometric_mean(losses: torch.Tensor) -> Array:
 
 
 def _diffusion_bits(losses: torch.Tensor, timesteps: list[int], config: dict[str, Any]) -> Array:
-    """Diffusion term of the ELBO in bits per dimension, (M, V) -> (M,) (Kingma et al. 2021, eq. 17).
+    """Diffusion term of the ELBO in bits per dimension, (M, V) -> (M,) (Kingma et al. 2021).
 
     Half the integral of the epsilon loss over log-SNR, by trapezoids between the first and the last
     validation timestep: what lies beyond them is left out.
@@ -156,7 +156,7 @@ def _values(row: dict[str, Any], metric: str) -> Any:
 
 
 def race_curves(table: pandas.DataFrame, metric: str) -> Curves:
-    """Curves by (grid label, arm) and seed, of a table of load_races; empty where training diverged.
+    """Curves by (grid label, arm) and seed, of a table of load_races; empty where one diverged.
 
     metric: "validation", the geometric mean over timesteps of validation losses; "bits", the
     diffusion term of the ELBO between the first and the last validation timestep, in bits per

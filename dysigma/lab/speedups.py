@@ -94,8 +94,9 @@ def _censored_normal(known: _Differences) -> _Fit:
     The interval holds the means whose likelihood-ratio statistic W is at most
     m ln(1 + t^2 / (m - 1)), t the 97.5 % point of Student's t with m - 1 degrees of freedom. For m
     exact values that is the t-interval, because there W = m ln(1 + t^2 / (m - 1)) exactly. A value
-    of which only a bound is known counts half in m: a rule of thumb, of which data/races/coverage_of_intervals.py
-    measures the coverage.
+    of which only a bound is known counts half in m, a rule of thumb. By simulation the interval
+    covers the truth in 97, 96 and 93 % of studies in which 1, 2 and 3 of 5 seeds are censored
+    (data/races/coverage_of_intervals.py).
     """
     from scipy import optimize, stats
 
@@ -212,9 +213,9 @@ def speedup(
     interval is that of the profile likelihood, calibrated to be the t-interval without censoring.
     They need two exact pairs that differ, else they are NaN. The exact sign test beside assumes
     nothing of the distribution; pairs of unknown sign are left out, and five pairs alone cannot
-    bring it below 0.0625. The likelihood takes censoring as independent of d given the bound. Where
-    baseline and arm correlate over seeds that holds only nearly: data/races/coverage_of_intervals.py shows how
-    nearly.
+    bring it below 0.0625. The likelihood takes censoring as independent of d given the bound, which
+    holds only nearly where baseline and arm correlate over seeds; the simulation of
+    data/races/coverage_of_intervals.py has such correlations.
 
     Raises ValueError for no common seed, or images outside [0, budget].
 
@@ -223,7 +224,7 @@ def speedup(
     (2.289, '=', 3)
     >>> found = speedup({1: 800, 2: math.inf, 3: 600}, {1: 400, 2: 500, 3: 200}, budget=1000)
     >>> round(found.ratio, 3), found.bound, round(found.estimate, 3)
-    (2.289, '>=', 2.478)
+    (2.289, '>=', 2.504)
     """
     seeds = sorted(set(baseline) & set(arm))
     b = np.array([baseline[seed] for seed in seeds], dtype=np.float64)
