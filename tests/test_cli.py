@@ -711,3 +711,23 @@ def test_conflicts_refuses_other_pipelines_with_the_reason(tmp_path, capsys):
         assert main(["conflicts", str(tmp_path / name), *SMALL]) == 2, name
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith(f"dysigma: {tmp_path / name}") and reason in error, name
+
+
+def test_a_run_is_evaluated_where_its_images_lie_now(tmp_path, capsys):
+    draw = np.random.default_rng(0)
+    images = draw.integers(0, 256, (2, 24, 8, 8, 3), dtype=np.uint8)
+    old, new, other = (tmp_path / f"{name}.npz" for name in ("old", "new", "other"))
+    np.savez(old, train_images=images[0], test_images=images[0][:6])
+    np.savez(other, train_images=images[1], test_images=images[1][:6])
+    run = tmp_path / "run"
+    train = ["train", *QUICK, "--train-images=24", "--data", str(old), "--out", str(run)]
+    assert main(train) == 0
+    old.rename(new)
+    evaluate = ["evaluate", str(run), "--num-images", "4", "--timesteps", "5", "--device", "cpu"]
+    evaluate += ["--elbo-timesteps", "2", "--data"]
+    assert main([*evaluate, str(new)]) == 0
+    assert main(["train", "--resume", "--quiet", "--data", str(new), "--out", str(run)]) == 0
+    capsys.readouterr()
+    assert main([*evaluate, str(other)]) == 2
+    error = capsys.readouterr().err
+    assert "other.npz" in error and "--data" in error and "delete" not in error
