@@ -10,285 +10,309 @@
 # ---
 
 # %% [markdown]
-# # 00 · Start here: map, check, and a first minute
+# # 00 · Start here
 #
-# > **Claim.** A diffusion model is one network with a thousand jobs, one per noise level, and they compete for it. How the losses
-# > of the jobs are weighted decides which of them are learned first. A minute of training on two CPU cores is enough to see it.
+# > **Claim.** A diffusion model is one network with a thousand tasks, one for each noise level. What the network
+# > predicts, and how the losses of the tasks are weighted, decides what two minutes of training give you.
 #
 # **You will be able to**
 #
-# - choose your route through the collection, and check that your environment can run it;
+# - train a small diffusion model in about a minute, and look at its samples while it learns;
 # - put a loss weighting into a training loop with three lines;
-# - read a picture of losses by timestep, and say which jobs a weighting favours and which pay for it.
+# - say which part of a difference comes from the network's target and which from the weights;
+# - choose your route through the course.
 #
-# **You need** Python, and PyTorch at the level of writing a training loop. For the mathematics, [01](01_forward_process_and_snr.ipynb).
+# **You need** Python, and PyTorch at the level of writing a training loop. A short test at the end of this page tells
+# you whether the course is for you.
 #
-# **Time** reading 15 min · running about 60 s (short run 15 s) on two CPU cores · memory under 1 GB.
+# **Time** reading 15 min · running about 90 s (short run 20 s) on one CPU core · memory under 1 GB.
 #
-# **Functions introduced** `dysigma.weightings.make_weighting`, `dysigma.objective.sample_losses`, `dysigma.evaluation.validation_losses`,
-# `dysigma.data.batch`, `dysigma.models.make_model`, `dysigma.teaching`.
+# **Functions introduced** `dysigma.make_weighting`, `dysigma.sample_losses`, `dysigma.evaluation.sample_images`,
+# `dysigma.data.shapes`, `dysigma.data.batch`, `dysigma.make_model`.
 
 # %%
 import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
 import torch
 
-from dysigma import plots
-from dysigma.course.lessons import (
-    banner,
-    check,
-    check_environment,
-    exercise,
-    fast,
-    predict,
-    reveal,
-    watermark,
-)
-from dysigma.data import batch, leaves
-from dysigma.evaluation import evaluation_timesteps, validation_losses
-from dysigma.models import make_model
-from dysigma.objective import sample_losses
-from dysigma.randomness import generator
-from dysigma.schedule import NoiseSchedule
-from dysigma.weightings import make_weighting
+from dysigma import EMA, NoiseSchedule, make_model, make_weighting, sample_losses
+from dysigma.course.lesson import Lesson
+from dysigma.data import batch, shapes
+from dysigma.evaluation import sample_images
+from dysigma.runs import read_metrics
 
-NOTEBOOK = "00_start_here"
-plots.use_style()
-banner(NOTEBOOK)
+lesson = Lesson("00_start_here", trains_on="cpu")
 
 # %% [markdown]
-# ## What this is
+# ## The same network, the same images, the same two minutes
 #
-# Training a diffusion model means minimising a *sum* of losses, one for each of $T$ noise levels. That is a multi-objective problem, usually solved by
-# picking weights once and never looking again. This collection looks: at fixed weights made from the signal-to-noise ratio, at
-# weights that are learned, at the conflicts between gradients, and at **Dy-Sigma**, which combines fixed and learned weights.
+# We trained one small network four times on the same 48,000 images. Each image shows one bright shape: a circle, a
+# square, a triangle, a star, a cross, a ring, a heart, a moon, a diamond or a smile. The network, the images and the
+# number of steps were the same in all four runs. Two things differed: what the network predicts, and how the losses of
+# the noise levels are weighted.
 #
-# About that name: Dy-Sigma was published by Liu, Ye, Liu and Qin at IJCNN 2024. Only the abstract is public. What you find here is an
-# **independent reconstruction from that abstract**: a family of formulas that fit its words, each derived and tested. It is not the authors' code, and
-# where our results differ from theirs, the difference may lie in our reading.
+# Each row below shows twenty samples of one run. The network was told which shape to draw, in the order of the list
+# above. Each run used the best of three learning rates.
+
+# %%
+RECORD = "../data/runs/first-minute"
+records = pd.DataFrame(read_metrics(RECORD + "/records.jsonl"))
+best_rows = records.groupby("objective")["distance"].idxmin()
+best = records.loc[best_rows].set_index("objective")
+
+LABELS = {
+    "noise, plain loss": "predicts the noise, plain loss (DDPM's training)",
+    "image, plain loss": "predicts the image, plain loss",
+    "image, min-snr": "predicts the image, Min-SNR weights",
+    "image, dy-sigma": "predicts the image, Dy-Sigma weights",
+}
+
+pictures = {}
+for objective, label in LABELS.items():
+    stored = np.load(f"{RECORD}/{best.samples[objective]}")["images"]
+    pictures[label] = stored[:20].transpose(0, 3, 1, 2)
+
+lesson.gallery(
+    pictures,
+    "00_first_minute",
+    columns=10,
+    title="Same network, same images, same time: the objective decides what you get",
+    caption="Twenty samples of each run, asked for in the same order, from the same latents.",
+    alt="Four blocks of twenty small pictures. The blocks differ in how clearly one can name the shapes in them.",
+)
+
+# %% [markdown]
+# How much of that is the *target* (what the network predicts), and how much is the *weights*? The table measures how
+# far 500 samples of each run are from the data: the Fréchet distance between the pixels of samples and of training
+# images, lower is better. Compare the first two rows for the target, and the rows below them for the weights.
+
+# %%
+table = best.loc[list(LABELS), ["distance", "lr", "images"]]
+table.columns = ["distance of samples", "learning rate", "images trained on"]
+lesson.table(table, mark=table["distance of samples"].idxmin(), caption="One seed, 48,000 images")
+
+# %% [markdown]
+# The target changes more than the weights do. That is worth remembering whenever two weightings are compared: they can
+# only be compared for the same target. [Page 12](12_the_convergence_race.ipynb) does so with five seeds, on CIFAR-10
+# and on other data, and says which differences are larger than seed noise.
+#
+# To train these runs again: `data/races/first_minute.py`.
+#
+# ## Your own first minute
+#
+# Now train one yourself. First the data. `shapes` draws them in memory from a seed; your own folder of pictures or
+# CIFAR-10 would come from `dysigma.load_data` in the same form.
+
+# %%
+data = shapes(lesson.fast(10_000, 1_000))
+print(len(data), "images of", tuple(data.images.shape[1:]), "in", data.num_classes, "classes")
+
+# %% [markdown]
+# **The noise levels.** A schedule says how strong the noise is at each of 1000 timesteps. Timestep 0 is nearly clean,
+# timestep 999 nearly pure noise.
+#
+# **The weights.** The loss at every timestep gets a factor. Min-SNR (Hang et al. 2023) uses
+# $\min(\mathrm{SNR}, 5)$ for a network that predicts the image: the signal-to-noise ratio, but never more than 5. All
+# weights are divided by their mean, so that a weighting changes which timesteps count, and not the size of the loss.
+
+# %%
+schedule = NoiseSchedule.cosine(1000)
+weighting = make_weighting("min-snr", schedule, prediction_type="sample")
+
+snr = schedule.log_snr.exp()
+by_hand = snr.clamp(max=5)
+by_hand = (by_hand / by_hand.mean()).float()
+torch.testing.assert_close(weighting.weights(), by_hand)
+
+# %% [markdown]
+# **The loop.** This is all there is to using a weighting. `sample_losses` returns one loss for each image, *not* their
+# mean. `weighting` turns losses and timesteps into the number on which to call `backward`.
+
+# %%
+IMAGES = lesson.fast(24_000, 1_280)
+BATCH = 32
+
+torch.manual_seed(0)
+model = make_model("tiny", image_size=16, num_classes=data.num_classes)
+average = EMA(model, half_life=500_000)
+optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
+
+
+def train_step(step):
+    x0, labels, _ = batch(data, seed=0, step=step, batch_size=BATCH)
+    timesteps = torch.randint(0, 1000, (BATCH,))
+    noise = torch.randn_like(x0)
+    losses = sample_losses(  # one loss for each image: (B,)
+        model, schedule, x0, noise, timesteps, "sample", class_labels=labels
+    )
+    loss = weighting(losses, timesteps)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    average.update(model, images_seen=(step + 1) * BATCH, batch_size=BATCH)
+    return loss.item()
+
+
+# %% [markdown]
+# Samples are drawn with the average of the weights along training, which is less noisy than the last ones.
+
+# %%
+averaged_model = make_model("tiny", image_size=16, num_classes=data.num_classes)
+
+
+def draw_samples(count):
+    average.copy_to(averaged_model)
+    return sample_images(
+        averaged_model, schedule, (count, 3, 16, 16), prediction_type="sample", num_steps=25
+    )
+
+
+# %% [markdown]
+# Before it runs, guess. The first loss is that of a network that knows nothing. How many times smaller is the loss at
+# the end? Write a number in place of `None`, or leave it.
+
+# %%
+QUESTION = "First loss divided by the mean of the last 50 losses?"
+lesson.predict(QUESTION, None)
+
+# %%
+STEPS = IMAGES // BATCH
+loss_curve = []
+samples_along = {}
+for step in range(STEPS):
+    loss_curve.append(train_step(step))
+    is_milestone = step + 1 in (STEPS // 8, STEPS // 3, STEPS)
+    if is_milestone:
+        samples_along[f"after {(step + 1) * BATCH:,} images"] = draw_samples(20)
+
+last_loss = float(np.mean(loss_curve[-50:]))
+lesson.reveal(QUESTION, loss_curve[0] / last_loss)
+
+# %%
+images_seen = BATCH * np.arange(1, STEPS + 1)
+smooth = pd.Series(loss_curve).rolling(25, min_periods=1).mean()
+
+fig, ax = plt.subplots(figsize=(7, 3.4))
+ax.plot(images_seen, loss_curve, color="0.8", linewidth=0.7)
+ax.plot(images_seen, smooth, color="C0", linewidth=2)
+ax.set(xlabel="images trained on", ylabel="weighted loss", yscale="log")
+lesson.show(
+    fig,
+    "00_loss_curve",
+    title="The loss falls fast, then slowly",
+    caption="Grey: each step. Blue: a running mean of 25 steps. The steps differ mostly because each draws other timesteps.",
+    alt="The weighted loss against images on a logarithmic axis: a steep fall at first, then a slow one, with noise all along.",
+)
+
+# %%
+lesson.gallery(
+    samples_along,
+    "00_samples_along",
+    columns=10,
+    title="Colour comes first, then shape",
+    caption="Samples of the same twenty latents at three moments of your training.",
+    alt="Three blocks of twenty small pictures: blurred at first, then coloured blobs, and in the last block some shapes.",
+)
+
+# %% [markdown]
+# You should see colours early and shapes later. Colours are decided at high noise, where an image is little more than
+# its mean; edges are decided at low noise. Each noise level is a task of its own, all tasks share one network, and the
+# weights say how much each task counts. That is the subject of this course.
+#
+# In a full run the shapes are still rough: this was half of the training of the picture at the top.
+
+# %%
+assert last_loss < loss_curve[0] / 3, "the loss must fall at least to a third"
+assert samples_along[f"after {IMAGES:,} images"].shape == (20, 3, 16, 16), "twenty samples"
+
+# %% [markdown]
+# **Try it yourself.** In the cell that makes `weighting`: `"const-x0"` (the plain loss), `"p2"`, or `"dy-sigma"`, which
+# learns while you train. For a weighting that learns, give its parameters to the optimizer as well:
+# `torch.optim.AdamW([{"params": model.parameters()}, *weighting.parameter_groups()], lr=8e-3)`.
 #
 # ## The map
 #
-# | notebook | question it answers |
+# | page | question it answers |
 # |---|---|
 # | 00 Start here | you are here |
 # | [01 Forward process and SNR](01_forward_process_and_snr.ipynb) | what is a noise schedule, in one number per timestep? |
 # | [02 One network, many objectives](02_one_network_many_objectives.ipynb) | does training one noise level hurt another? |
-# | [03 SNR weightings](03_snr_weightings.ipynb) | where do Min-SNR and its relatives come from, and are they right in the wild? |
+# | [03 SNR weightings](03_snr_weightings.ipynb) | where do Min-SNR and its relatives come from? |
 # | [05 Learnable weightings](05_learnable_weightings.ipynb) | what do learned weights converge to, and why do they fluctuate? |
-# | [06 Dy-Sigma derived](06_dy_sigma_derived.ipynb) | which formulas fit the abstract, what does each minimise, and does it help? |
-# | [07 Train a compact DDPM](07_train_a_compact_ddpm.ipynb) | a real model, live on dead leaves and recorded on CIFAR-10 |
-# | [08 Gradient conflicts](08_gradient_conflicts.ipynb) | do the timesteps really pull apart, once noise is accounted for? |
+# | [06 Dy-Sigma derived](06_dy_sigma_derived.ipynb) | which formulas fit the abstract, and what does each minimise? |
+# | [07 Train a compact DDPM](07_train_a_compact_ddpm.ipynb) | a real model, on CIFAR-10, on your GPU if you have one |
+# | [08 Gradient conflicts](08_gradient_conflicts.ipynb) | do the timesteps pull apart, once noise is accounted for? |
 # | [10 Pareto trade-offs](10_pareto_trade_offs.ipynb) | what is the best any weighting could do? |
 # | [12 The convergence race](12_the_convergence_race.ipynb) | is it 3.7 times faster, and than what? |
-# | [13 Reuse](13_your_own_loop.ipynb) | your own loop, your own data, your own weighting |
+# | [13 Your own loop](13_your_own_loop.ipynb) | your own training loop, data and weighting |
 #
-# **Three routes.** *The 45-minute tour:* this notebook, sections 1 to 4 of 01, sections 1, 2 and 7 of 03; later 05 and 09. *The full course:* in order; each
-# notebook needs the ones before it, says how long it takes, and has exercises with checks. *Only the API:* read the
-# cell called "the whole loop" below, and the README.
+# **Three routes.** *The 45-minute tour:* this page, sections 1 to 4 of 01, sections 1 and 2 of 03, then 12. *The full
+# course:* in order; each page says what it needs and how long it takes. *Only the package:* the loop above, then 13.
 #
-# Every notebook runs on a CPU without a network. Guess before each result (the cells with `predict` keep your guess and compare), and
-# change things: nothing you do in a notebook can break the next one.
-
-# %% [markdown]
-# ## Is everything installed?
-
-# %%
-ready = check_environment()
-
-# %% [markdown]
-# ## A first minute
-#
-# **The data.** *Dead leaves*: overlapping shapes whose sizes follow a power law, so that the images have the statistics of natural
-# ones. They are drawn in memory from a seed; ten classes, five palettes times two shapes. CIFAR-10 or your own folder of pictures
-# go through the same function, `dysigma.data.load_data`.
-
-# %%
-data, test = leaves(fast(2000, 500), size=16), leaves(32, size=16, split="test")
-order = (
-    torch.cat([torch.where(data.labels == label)[0][:4] for label in range(10)])
-    .view(10, 4)
-    .T.flatten()
-)
-
-fig, ax = plt.subplots(figsize=(8, 3.9))
-plots.image_grid(ax, data.images[order], columns=10)
-ax.set_xticks(
-    [(i + 0.5) * 17 for i in range(10)],
-    labels=[name.replace(" ", "\n") for name in data.class_names],
-)
-plots.show(
-    fig,
-    "00_leaves",
-    title="The embedded data set at 16 × 16 pixels",
-    caption="Four images of each of the ten classes, a palette and a shape. Small, but with edges, shading and occlusion: what makes images hard.",
-    alt="Four rows of ten small pictures of overlapping shapes. Columns differ in palette (ember, lagoon, moss, orchid, frost) and in shape (discs or shards).",
-    notebook=NOTEBOOK,
-)
-
-# %% [markdown]
-# **The noise levels.** A schedule says how strong the noise is at each of 1000 timesteps. **The weights.** A weighting gives each timestep a
-# factor for its loss. Three of them, for a network that predicts the noise ("epsilon"):
-#
-# - `const-eps`: factor 1 everywhere, the plain loss of DDPM;
-# - `min-snr`: $\min(1, 5/\mathrm{SNR})$, which turns down the nearly clean timesteps (Hang et al. 2023);
-# - `const-x0`: $1/\mathrm{SNR}$, the same as factor 1 for a network that predicts the image. The literature calls it "Const", which makes it easy to
-#   confuse with the first.
-#
-# All are scaled to mean 1, so that they differ in shape and not in the size of the steps.
-
-# %%
-schedule = NoiseSchedule.cosine(1000)
-names = ("const-eps", "min-snr", "const-x0")
-weights = {name: make_weighting(name, schedule).weights() for name in names}
-
-by_hand = (5 / schedule.log_snr.exp()).clamp(max=1).float()
-torch.testing.assert_close(weights["min-snr"], by_hand / by_hand.mean())
-for name in names:
-    assert abs(weights[name].mean() - 1) < 1e-4, f"{name} must have mean 1"
-
-fig, ax = plt.subplots(figsize=(6.4, 3.4))
-plots.weight_curves(ax, schedule.log_snr, weights)
-ax.set(ylim=(1e-4, 1e4), ylabel="weight of the noise-prediction loss")
-plots.show(
-    fig,
-    "00_weights",
-    title="Three weightings of the same losses",
-    caption="Min-SNR turns down the clean end and leaves the rest alone. Const-x0 hands nearly everything to the few noisiest timesteps.",
-    alt="Weights against log-SNR on logarithmic axes. A flat line for const-eps; min-snr is flat on the left and falls on the right; "
-    "const-x0 falls steeply everywhere, from about a thousand at the noisy end to less than a ten-thousandth.",
-    notebook=NOTEBOOK,
-)
-
-# %% [markdown]
-# ## The whole loop
-#
-# This is all there is to using a weighting. `sample_losses` returns one loss per image, *not* their mean; `weighting` turns losses and
-# timesteps into the number to call `backward` on. Every draw is a function of the seed and the step, so two weightings with the same seed see the
-# same images, timesteps and noise, and start from the same network: their difference is due to the weights alone.
-
-# %%
-STEPS, BATCH = fast(80, 40), fast(24, 16)
-
-
-def train(name, seed):
-    torch.manual_seed(seed)
-    model, weighting = make_model("tiny", image_size=16), make_weighting(name, schedule)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for step in range(STEPS):
-        x0, _, _ = batch(data, seed, step, BATCH)
-        timesteps = torch.randint(0, 1000, (BATCH,), generator=generator(seed, step, "timesteps"))
-        noise = torch.randn(x0.shape, generator=generator(seed, step, "noise"))
-        losses = sample_losses(model, schedule, x0, noise, timesteps, "epsilon")  # (B,)
-        loss = weighting(losses, timesteps)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    return model
-
-
-# %% [markdown]
-# Before it runs: after training, we measure the noise-prediction loss at ten timesteps on images not trained on. Take the noisiest. What is the loss under `min-snr`,
-# divided by the loss under `const-eps`? Below 1 means that `min-snr` is better there.
-
-# %%
-QUESTION = "Loss at the noisiest of ten timesteps, min-snr / const-eps?"
-predict(QUESTION, 1.0)
-
-# %% [markdown]
-# Now train. Besides the three weightings there is a **negative control**, `random`: weights as uneven, but drawn anew in every step, without a direction. If
-# the pattern below were an accident of uneven weights, `random` would show it too. Three seeds each.
-
-# %%
-arms, seeds, probes = (*names, "random"), range(fast(3, 2)), evaluation_timesteps(1000, 10)
-losses = {}
-for name in arms:
-    models = [train(name, seed) for seed in seeds]
-    losses[name] = torch.stack(
-        [validation_losses(m, test.images, schedule, timesteps=probes) for m in models]
-    )
-    print(
-        f"{name:10s} loss at t = {', '.join(map(str, probes[::3].tolist()))}:",
-        *(f"{v:.3f}" for v in losses[name].mean(0)[::3]),
-    )
-
-ratios = {
-    name: losses[name] / losses["const-eps"] for name in arms
-}  # paired: same seed, same draws
-reveal(QUESTION, round(float(ratios["min-snr"].mean(0)[-1]), 2))
-
-# %%
-fig, ax = plt.subplots(figsize=(6.4, 3.8))
-plots.trajectories(
-    ax, probes, {"min-snr": ratios["min-snr"], "random (control)": ratios["random"]}, log=True
-)
-ax.axhline(1, color="0.3", linewidth=1)
-ax.set_yticks([0.8, 0.9, 1, 1.1, 1.2, 1.3], labels=["0.8", "0.9", "1", "1.1", "1.2", "1.3"])
-ax.minorticks_off()
-ax.set(xlabel="timestep (0 = clean)", ylabel="loss relative to const-eps", ylim=(0.75, 1.4))
-plots.show(
-    fig,
-    "00_first_minute",
-    title=f"What Min-SNR gives and what it takes, after {STEPS} steps",
-    caption="With the clean timesteps turned down, they come out worse and the noisy ones better, because those get more of the network. "
-    f"Random weights, uneven but without direction, help nowhere. Bands: 95 % over {len(seeds)} paired seeds.",
-    alt=f"Ratio of losses to const-eps against timestep. The min-snr curve falls from about {ratios['min-snr'].mean(0)[0]:.2f} at the clean end "
-    f"through 1 to about {ratios['min-snr'].mean(0)[-1]:.2f} at the noisy end. The control stays above 1 throughout.",
-    notebook=NOTEBOOK,
-)
-
-# %% [markdown]
-# That is the subject of this collection in one picture: no weighting is better everywhere. Is the trade worth it, does a better one
-# exist, can a rule find it while training? And where would a model that is trained a thousand times longer end up? Those are questions for the
-# other notebooks.
-#
-# One more thing the numbers show, on purpose: `const-x0` does badly at *every* timestep here, even at the noisy end that it favours. Nearly all its
-# weight lies on the very last timestep, most batches do not contain it, and the network learns from almost nothing.
-
-# %%
-tilt = ratios["min-snr"][:, -1] / ratios["min-snr"][:, 0]
-assert (tilt < 1).all(), "in every seed min-snr must trade the clean end for the noisy end"
-assert (losses["const-x0"].mean(0) > losses["const-eps"].mean(0)).all(), (
-    "const-x0 must lose everywhere on this network"
-)
-share = weights["const-x0"].max() / 1000
-missing = (1 - 1 / 1000) ** BATCH
-print(
-    f"const-x0: the last of 1000 timesteps carries {share:.0%} of the weight, and {missing:.0%} of batches do not contain it"
-)
-
-# %% [markdown]
-# **Try it yourself.** Other names for `arms`: `"p2"`, `"soft-min-snr"`, `"uncertainty"`, `"dy-sigma"` (the last two learn: give the optimizer
-# `weighting.parameter_groups()` as well). Another schedule: `NoiseSchedule.linear(1000)`. More `STEPS`: does the trade stay?
+# **About the name.** Dy-Sigma was published by Liu, Ye, Liu and Qin at IJCNN 2024. Only its abstract is public. What
+# this course contains is an **independent reconstruction from that abstract**: a family of formulas that fit its words,
+# each derived and tested. It is not the authors' code. Where our results differ from theirs, our reading may be wrong.
 #
 # ## Exercises
 #
-# Replace each `...` and run the cell; the check says what is wrong. Solutions are collapsed below.
-#
-# **0.1** (●○○, 2 min) A timestep has SNR 20. What is its Min-SNR weight (γ = 5) on the noise-prediction loss, before scaling to mean 1?
+# Replace each `...` and run the cell; the check says what is wrong. Solutions are collapsed below. The third exercise
+# is the test of what you need for the rest of the course.
+
+# %%
+# What the checks of the exercises expect; there is no need to read this cell.
+timesteps = torch.tensor([3, 250, 500, 999])
+losses_of_batch = torch.tensor([0.1, 0.2, 0.4, 0.9])
+w = weighting.weights()
+weighted_sum = (w[timesteps] * losses_of_batch).sum()
+x = torch.linspace(-1, 1, 8 * 3 * 16 * 16).view(8, 3, 16, 16)
+y = torch.zeros_like(x)
+squared_errors = torch.nn.functional.mse_loss(x, y, reduction="none")
+
+lesson.exercise(
+    "0.1",
+    expected=5.0,
+    mistakes={
+        "That is the SNR; the weight is never more than 5.": 20.0,
+        "That is the weight for a network that predicts the noise.": 0.25,
+    },
+)
+lesson.exercise(
+    "0.2",
+    expected=weighting(losses_of_batch, timesteps),
+    mistakes={
+        "That is the plain mean: no weights yet.": losses_of_batch.mean(),
+        "That is a sum; take the mean over the batch.": weighted_sum,
+        "Do not divide by the weights of this batch.": weighted_sum / w[timesteps].sum(),
+    },
+)
+lesson.exercise(
+    "0.3",
+    expected=squared_errors.mean((1, 2, 3)),
+    mistakes={
+        "That is the sum over an image, not the mean.": squared_errors.sum((1, 2, 3)),
+        "That is one number for the whole batch.": squared_errors.mean().expand(8),
+    },
+)
+
+# %% [markdown]
+# **0.1** (●○○, 2 min) A timestep has SNR 20. The network predicts the image. What is its Min-SNR weight (γ = 5) before
+# the division by the mean?
 #
 # <details><summary>Hint</summary>
 #
-# The formula is in the list of weightings above. It is a number between 0 and 1.
+# The formula stands above the cell that makes `weighting`.
 #
 # </details>
 
 # %%
-exercise(
-    "0.1",
-    expected=0.25,
-    mistakes={
-        "That is min(SNR, γ), the weight on the error of the predicted image.": 5.0,
-        "That is the maximum of the two; the weight must turn the clean steps down.": 1.0,
-        "Upside down.": 4.0,
-    },
-)
 weight_at_snr_20 = ...
-check("0.1", weight_at_snr_20)
+lesson.check("0.1", weight_at_snr_20)
 
 # %% [markdown]
-# **0.2** (●●○, 5 min) What does `weighting(losses, timesteps)` compute? Get the same number from `losses_of_batch`, `timesteps` and
-# `weighting.weights()`, which holds one weight for each of the 1000 timesteps.
+# **0.2** (●●○, 5 min) What does `weighting(losses, timesteps)` compute? Get the same number from `losses_of_batch`,
+# `timesteps` and `w = weighting.weights()`, which holds one weight for each of the 1000 timesteps.
 #
 # <details><summary>Hint</summary>
 #
@@ -297,61 +321,58 @@ check("0.1", weight_at_snr_20)
 # </details>
 
 # %%
-weighting = make_weighting("min-snr", schedule)
-timesteps = torch.tensor([3, 250, 500, 999])
-losses_of_batch = torch.tensor([0.9, 0.4, 0.2, 0.1])
-w = weighting.weights()
-exercise(
-    "0.2",
-    expected=weighting(losses_of_batch, timesteps),
-    mistakes={
-        "That is the plain mean: no weights yet.": losses_of_batch.mean(),
-        "That is a sum; take the mean over the batch.": (w[timesteps] * losses_of_batch).sum(),
-        "Weight each loss before averaging, not the average.": w[timesteps].mean()
-        * losses_of_batch.mean(),
-        "Do not divide by the weights of this batch: a batch of light timesteps must count less.": (
-            w[timesteps] * losses_of_batch
-        ).sum()
-        / w[timesteps].sum(),
-    },
-)
 loss = ...
-check("0.2", loss)
+lesson.check("0.2", loss)
+
+# %% [markdown]
+# **0.3** (●○○, 5 min) The test. `x` is a batch of 8 images with 3 channels and 16 × 16 pixels, and `y` another. Compute
+# the mean squared error of *each* image: a tensor of 8 numbers, in one line of PyTorch.
+#
+# <details><summary>Hint</summary>
+#
+# Square the difference, flatten everything but the batch dimension, and take the mean over what you flattened.
+#
+# </details>
+
+# %%
+error_of_each_image = ...
+lesson.check("0.3", error_of_each_image)
 
 # %% [markdown]
 # ### Solutions
 
 # %% tags=["solution"]
-weight_at_snr_20 = min(1, 5 / 20)
-check("0.1", weight_at_snr_20)
+weight_at_snr_20 = min(20.0, 5.0)
+lesson.check("0.1", weight_at_snr_20)
 
 # %% tags=["solution"]
 loss = (weighting.weights()[timesteps] * losses_of_batch).mean()
-check("0.2", loss)
+lesson.check("0.2", loss)
+
+# %% tags=["solution"]
+error_of_each_image = (x - y).square().flatten(1).mean(1)
+lesson.check("0.3", error_of_each_image)
 
 # %% [markdown]
 # ## What you can now do
 #
-# - Put any of the weightings into a training loop: make it, call it on per-sample losses and timesteps.
-# - Compare two weightings fairly: same seed, same draws, mean weight 1, several seeds, by timestep and against a control.
-# - Say why "better than Const" means little until you know which Const.
+# You can train a small diffusion model with a weighting of the losses, look at its samples along training, and tell an
+# effect of the target from an effect of the weights.
 #
 # ## Limitations
 #
-# - A minute of training a network of 0.1 million parameters says what weightings do *early*. It says nothing about image quality or about
-#   the end of training.
-# - Losses on the cosine schedule only; on the linear one Min-SNR changes fewer timesteps and less happens.
+# - One seed, one small network, pictures of ten shapes. The picture at the top shows that objectives differ; how much,
+#   and how surely, is the business of pages 11 and 12.
+# - The distance on pixels is not FID. It compares means and covariances of pixels and knows nothing about shapes.
 #
 # ## References
 #
-# - Hang et al., *Efficient Diffusion Training via Min-SNR Weighting Strategy*, 2023, [arXiv:2303.09556](https://arxiv.org/abs/2303.09556):
-#   timesteps as competing tasks, and the weighting used here.
-# - Ho, Jain, Abbeel, *Denoising Diffusion Probabilistic Models*, 2020, [arXiv:2006.11239](https://arxiv.org/abs/2006.11239): the plain loss.
-# - Liu, Ye, Liu, Qin, *Dy-Sigma: A Generalized Accelerated Convergence Strategy for Diffusion Models*, IJCNN 2024: known here
-#   from its abstract alone.
-# - Lee, Mumford, Huang, *Occlusion Models for Natural Images*, 2001, [doi:10.1023/A:1011109015675](https://doi.org/10.1023/A:1011109015675): dead leaves.
+# - Ho, Jain, Abbeel (2020), *Denoising diffusion probabilistic models*: the plain loss on the predicted noise.
+# - Hang, Gu, Li, Bao, Chen, Hu, Geng, Guo (2023), *Efficient diffusion training via Min-SNR weighting strategy*:
+#   training as a multi-task problem, and the weights used here.
+# - Liu, Ye, Liu, Qin (2024), *Dy-Sigma*, IJCNN: the abstract from which this course reconstructs a method.
 #
-# **Next:** [01, describe the forward process by one number per timestep](01_forward_process_and_snr.ipynb).
+# **Next:** [01, the forward process and SNR](01_forward_process_and_snr.ipynb).
 
 # %%
-watermark()
+lesson.end()
