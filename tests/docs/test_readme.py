@@ -12,12 +12,20 @@ import torch
 
 import dysigma
 from dysigma.cli.main import make_parser
+from dysigma.lab.convergence import compare_across, load_races, race_curves, race_table, thresholds_at
 from dysigma.lab.race import Race
 from dysigma.training import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-README, RESULTS = ((ROOT / path).read_text() for path in ("README.md", "data/RESULTS.md"))
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)
+README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "data/RESULTS.md").read_text()
+REFERENCE = ROOT / "notebooks/reference"
+PAGES = {
+    name: (REFERENCE / f"{name}.md").read_text()
+    for name in ("recipes", "weightings", "commands", "reliability", "setup")
+}
+ALL = "\n".join([README, *PAGES.values()])
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", ALL, re.S | re.M)
 SHELL = [
     re.split(r"\s+#", line)[0]
     for language, block in BLOCKS
@@ -26,7 +34,7 @@ SHELL = [
 ]
 # Commands between the lines too, and what --help gives as examples; an ellipsis stands for options.
 INLINE = re.findall(
-    r"`(?:torchrun --nproc_per_node \d -m )?(dysigma [a-z][^`]*)`", README + RESULTS
+    r"`(?:torchrun --nproc_per_node \d -m )?(dysigma [a-z][^`]*)`", ALL + RESULTS
 )
 ENTRIES = (ROOT / "data/gpu-backlog.md").read_text().split("\n- [")[1:]
 JOBS = [
@@ -76,7 +84,7 @@ def test_commands_are_those_of_the_command_line(command, capsys):
 
 
 def test_the_levels_of_a_flow_and_of_edm_are_as_printed():
-    of_flow, of_edm = re.findall(r"`([^`]*\.log\(\))`", README)
+    of_flow, of_edm = re.findall(r"`([^`]*\.log\(\))`", PAGES["recipes"])
     flow, s = dysigma.NoiseSchedule.flow(50), torch.arange(1, 50) / 50
     torch.testing.assert_close(
         eval(of_flow, {"s": s}).double(), flow.log_snr[:-1], rtol=1e-4, atol=1e-4
@@ -86,7 +94,7 @@ def test_the_levels_of_a_flow_and_of_edm_are_as_printed():
 
 
 def test_the_weightings_of_the_table_exist():
-    section = README.split("\n## The weightings\n")[1].split("\n## ")[0]
+    section = PAGES["weightings"]
     first_cells = re.findall(r"^\| ((?:`[\w-]+`(?:, )?)+) \|", section, re.M)
     named = re.findall(r"`([\w-]+)`", " ".join(first_cells))
     assert len(named) > 8
@@ -111,18 +119,39 @@ def test_links_pictures_and_scripts_exist(page):
         assert (ROOT / script).exists(), script
 
 
-def test_each_number_of_the_race_stands_in_notebook_09_and_the_readme_rounds_it():
-    """Ratios with an interval, as `2.39 [1.81, 3.16]`; the README has `2.4 (1.8 to 3.2)`."""
-    readme, race = (" ".join(text.split()) for text in (README, RESULTS.split("\n## Front")[0]))
+def test_each_number_of_the_race_stands_on_page_12():
+    """Ratios with an interval, as `2.39 [1.81, 3.16]`."""
+    race = " ".join(RESULTS.split("\n## Front")[0].split())
     rows = re.findall(r"(\d+\.\d+) \[(\d+\.\d+), (\d+\.\d+)\]", race)
     page = (ROOT / "notebooks/12_the_convergence_race.ipynb").read_text()
     assert len(rows) > 30
     assert [row for row in rows if "{} [{}, {}]".format(*row) not in page] == []
-    shown = re.findall(r"(\d\.\d) \((\d\.\d) to (\d\.\d)\)", readme)
-    assert len(shown) >= 3
-    assert [
-        row for row in shown if row not in [tuple(f"{float(x):.1f}" for x in row) for row in rows]
-    ] == []
+
+
+def test_the_table_of_the_readme_follows_from_the_records():
+    runs = ROOT / "data/runs"
+    by_target = load_races(runs / "race-cifar10-cpu-distance-x0")
+    curves = race_curves(by_target, "distance")
+    levels = thresholds_at(curves, "const-x0", (0.5,))
+    within = race_table(by_target, "distance", levels, "const-x0")
+    both = load_races(
+        runs / "race-cifar10-cpu-distance-x0", runs / "race-cifar10-cpu-distance-epsilon"
+    )
+    across = compare_across(both, "distance", ("cifar10 epsilon", "const-eps"), (0.5, 0.8))
+
+    def cell(row):
+        return f"{row.estimate:.1f} ({row.estimate_low:.1f} to {row.estimate_high:.1f})"
+
+    lines = [line for line in README.splitlines() if line.startswith("| the ")]
+    for arm in ("dy-sigma", "min-snr"):
+        assert cell(within[within.arm == arm].iloc[0]) in lines[0]
+        of_images = across[(across.arm == arm) & (across.grid == "cifar10 sample")]
+        assert cell(of_images[of_images.level == "fraction 0.8"].iloc[0]) in lines[2]
+        of_noise = across[(across.arm == arm) & (across.grid == "cifar10 epsilon")]
+        assert cell(of_noise[of_noise.level == "fraction 0.5"].iloc[0]) in lines[3]
+    ends = {arm: within[within.arm == arm].iloc[0].arm_end for arm in ("dy-sigma", "min-snr")}
+    assert f"{ends['min-snr']:.1f} and {ends['dy-sigma']:.1f}" in " ".join(README.split())
+    assert f"reaches {across.baseline_end.iloc[0]:.1f}" in " ".join(README.split())
 
 
 def test_scripts_for_a_cluster_parse_as_shell_and_as_commands():
@@ -144,9 +173,9 @@ def test_the_table_of_reliability_says_what_its_records_say():
     possible = sum(module["possible"] for module in mutants["modules"].values())
     tensors = f"{faults['differing_tensors']} of {faults['tensors']:,} tensors"
     rows = f"{faults['differing_rows']} of {faults['rows']:,} log lines"
-    assert f"{faults['kills']} kills, {len(faults['cases'])} weightings" in README
-    assert tensors in README and rows in README
-    assert f"{mutants['mutants']} of {possible:,} mutants | {mutants['caught']} caught" in README
+    assert f"{faults['kills']} kills, {len(faults['cases'])} weightings" in PAGES["reliability"]
+    assert tensors in PAGES["reliability"] and rows in PAGES["reliability"]
+    assert f"{mutants['mutants']} of {possible:,} mutants | {mutants['caught']} caught" in PAGES["reliability"]
     assert all(mutants["survivors"].values()), "a survivor without a reason"
     report = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["coverage"]["report"]
     assert f"at least {report['fail_under']} %" in README
