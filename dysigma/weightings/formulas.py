@@ -99,7 +99,7 @@ def min_snr(log_snr: Tensor, *, gamma: Positive = 5.0) -> Tensor:
     """w = min(S, gamma): Min-SNR (Hang et al. 2023).
 
     >>> min_snr(torch.tensor([8.0, 0.0]), gamma=5.0).exp()
-    tensor([5.0000, 1.0000])
+    tensor([5., 1.])
     """
     return log_snr.clamp(max=math.log(gamma))
 
@@ -246,7 +246,7 @@ def log_weight(name: Name, schedule: NoiseSchedule, prediction_type: str, **para
     name, ValueError for bad parameters, and for a function that does not give a number below inf for each log_snr.
 
     >>> log_weight("min-snr", NoiseSchedule.linear(3), "sample", gamma=2.0)
-    tensor([ 0.6931,  0.6931,  0.6931], dtype=torch.float64)
+    tensor([0.6931, 0.6931, 0.6931], dtype=torch.float64)
     """
     function = find_named(name, PREDEFINED, "predefined weighting")
     if isinstance(name, str) and name in PREDEFINED:
