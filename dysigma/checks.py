@@ -42,9 +42,11 @@ def check_name(
 
 
 def check_timesteps(timesteps: Tensor, num_timesteps: int, batch: int | None = None) -> None:
-    """Raise ValueError unless timesteps is (B,) int64 in [0, num_timesteps), with B == batch if given.
+    """Raise ValueError unless timesteps is (B,) int64 in [0, num_timesteps), with B == batch if
+    given.
 
-    The range is not checked while torch.compile traces, nor on an accelerator, where it would stall the device.
+    The range is not checked while torch.compile traces, nor on an accelerator, where it would stall
+    the device.
     """
     wanted = "(B,)" if batch is None else f"({batch},)"
     need = f"timesteps must be {wanted} int64 in [0, {num_timesteps})"
@@ -90,7 +92,8 @@ def keyword_parameters(function: Callable[..., Any]) -> dict[str, inspect.Parame
 
 
 def check_options(name: str, options: Mapping[str, Any], function: Callable[..., Any]) -> None:
-    """Raise ValueError unless the options are what the function takes by name after its first argument."""
+    """Raise ValueError unless the options are what the function takes by name after its first
+    argument."""
     known = keyword_parameters(function)
     every = inspect.signature(function).parameters.values()
     takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in every)
@@ -104,7 +107,8 @@ def check_options(name: str, options: Mapping[str, Any], function: Callable[...,
 
 
 def plain_number(value: Any) -> Any:
-    """A NumPy scalar, or a tensor or array without dimensions, as a Python number; anything else as it is.
+    """A NumPy scalar, or a tensor or array without dimensions, as a Python number; anything else as
+    it is.
 
     >>> plain_number(np.int64(5)), plain_number(torch.tensor(0.5)), plain_number("five")
     (5, 0.5, 'five')
@@ -124,9 +128,9 @@ def check_number(
 ) -> Any:
     """value as a Python number, if it is one in (low, high), or in [low, high) if inclusive.
 
-    NumPy scalars and tensors without dimensions count as numbers; bool does not. kinds=int asks for an
-    integer. Raises ValueError that names what is wanted. high: weights are float32, and what lies beyond 1e30 would
-    overflow there in the middle of a run.
+    NumPy scalars and tensors without dimensions count as numbers; bool does not. kinds=int asks for
+    an integer. Raises ValueError that names what is wanted. high: weights are float32, and what
+    lies beyond 1e30 would overflow there in the middle of a run.
 
     >>> check_number("gamma", np.float32(0.5))
     0.5
@@ -150,8 +154,8 @@ def find_named(
 ) -> Callable[..., Any]:
     """known[name], a callable as it is, or what "module:function" names.
 
-    The module may lie in the working folder; it is imported, so run. Raises KeyError for an unknown name or function,
-    ImportError for a module that does not load.
+    The module may lie in the working folder; it is imported, so run. Raises KeyError for an unknown
+    name or function, ImportError for a module that does not load.
     """
     if callable(name):
         return name

@@ -1,4 +1,5 @@
-"""Laws that every weighting keeps, to run on one of your own: ``print(check_weighting("my_module:my_weighting"))``."""
+"""Laws that every weighting keeps, to run on one of your own:
+``print(check_weighting("my_module:my_weighting"))``."""
 
 from __future__ import annotations
 
@@ -134,7 +135,8 @@ def _reversed(weighting: Weighting, *batch: Tensor) -> Tensor:
 
 
 def _twice(weighting: Weighting, losses: Tensor, timesteps: Tensor, importance: Tensor) -> Tensor:
-    """The first sample also in the place of the last, which counts nothing, with half the importance each."""
+    """The first sample also in the place of the last, which counts nothing, with half the
+    importance each."""
     half = importance[:1] / 2
     value: Tensor = weighting(
         torch.cat([losses[:-1], losses[:1]]),
@@ -159,7 +161,8 @@ def _at_levels(
 
 
 def _ranks(weighting: Weighting, fresh: Weighting) -> None:
-    """Two ranks, played one after the other: samples of the other half come through over_ranks alone."""
+    """Two ranks, played one after the other: samples of the other half come through over_ranks
+    alone."""
     whole = _batch(5)
     gathered = tuple(column.detach().float() for column in whole)
     ranks = [copy.deepcopy(weighting) for _ in range(2)]
@@ -206,7 +209,8 @@ def _zero(weighting: Weighting, fresh: Weighting) -> None:
 
 
 def _between(weighting: Weighting, fresh: Weighting) -> None:
-    """At levels between timesteps a weight is finite, whatever else is in the batch, and the nearest timestep learns."""
+    """At levels between timesteps a weight is finite, whatever else is in the batch, and the
+    nearest timestep learns."""
     losses, timesteps, importance = _batch(10)
     timesteps = timesteps.clamp(max=NUM_TIMESTEPS - 3)
     gaps = weighting.log_snr[timesteps + 1] - weighting.log_snr[timesteps]
@@ -295,7 +299,8 @@ class Report:
 
 
 def _cases(make: Make) -> list[tuple[NoiseSchedule, str]]:
-    """Schedules and targets: all targets, and a flow that ends at SNR = 0, unless the weighting refuses that."""
+    """Schedules and targets: all targets, and a flow that ends at SNR = 0, unless the weighting
+    refuses that."""
     alphas_cumprod = torch.linspace(6, -6, NUM_TIMESTEPS, dtype=torch.float64).sigmoid()
     usual = NoiseSchedule(alphas_cumprod)
     cases = [(usual, kind) for kind in ("epsilon", "sample", "v_prediction")]
@@ -329,7 +334,8 @@ def _try(law: str, make: Make, cases: list[tuple[NoiseSchedule, str]]) -> Verdic
 def examine_weighting(weighting: str | Callable[..., Any], **params: Any) -> Report:
     """Run LAWS on a weighting, untrained and trained, with every target: two seconds or so.
 
-    weighting, params: as in make_weighting, which may raise. Broken laws are in the report and raise nothing.
+    weighting, params: as in make_weighting, which may raise. Broken laws are in the report and
+    raise nothing.
 
     >>> report = examine_weighting("min-snr", gamma=3.0)
     >>> report.passed, len(report.broken)
@@ -345,7 +351,8 @@ def examine_weighting(weighting: str | Callable[..., Any], **params: Any) -> Rep
 
 
 def check_weighting(weighting: str | Callable[..., Any], **params: Any) -> Report:
-    """The report of examine_weighting; raises AssertionError with the whole report if a law is broken.
+    """The report of examine_weighting; raises AssertionError with the whole report if a law is
+    broken.
 
     weighting, params: as in make_weighting, which may raise.
     """

@@ -27,10 +27,11 @@ class Predefined(Weighting):
 
 
 class RandomWeighting(Weighting):
-    """Random loss weighting (Lin et al. 2022), the null: softmax of normal draws on the bins, new after every call.
+    """Random loss weighting (Lin et al. 2022), the null: softmax of normal draws on the bins, new
+    after every call.
 
-    A draw is a hash of (seed, number of calls, bin). It is part of the state and leaves the global generator alone.
-    seed: an int >= 0.
+    A draw is a hash of (seed, number of calls, bin). It is part of the state and leaves the global
+    generator alone. seed: an int >= 0.
     """
 
     count: Tensor  # () int64: number of calls
@@ -58,7 +59,8 @@ class RandomWeighting(Weighting):
 
 
 class RunningLosses(Weighting):
-    """Base of weights by a rule from running means of the bins' losses; a bin not seen yet counts as average.
+    """Base of weights by a rule from running means of the bins' losses; a bin not seen yet counts
+    as average.
 
     strength >= 0: of the rule, 0 for equal weights. half_life: of the running means, in images.
     """
@@ -81,7 +83,8 @@ class RunningLosses(Weighting):
         self.register_buffer("basis", self.bins.interpolation(), persistent=False)
 
     def rule(self, losses: Tensor, deviation: Tensor) -> Tensor:
-        """Weights of the bins (K,) from their mean losses (K,) and the standard deviation of all losses ().
+        """Weights of the bins (K,) from their mean losses (K,) and the standard deviation of all
+        losses ().
 
         Both are in units of the mean of all losses.
         """
@@ -89,7 +92,8 @@ class RunningLosses(Weighting):
 
     def weights(self) -> Tensor:
         count, total, squares = self.moments
-        # The square of a smaller mean would be 0 in float32. Losses that are all 0 are no reason to prefer a bin.
+        # The square of a smaller mean would be 0 in float32. Losses that are all 0 are no reason to
+        # prefer a bin.
         mean = ratio(total.sum(), count.sum(), 1.0).clamp(min=1e-18)
         is_known = mean > 1e-18
         mean_square = ratio(squares.sum(), count.sum(), 1.0)
@@ -107,8 +111,8 @@ class RunningLosses(Weighting):
 class LossBalance(RunningLosses):
     """w = loss^-strength; at strength 1, the fixed point of uncertainty weighting put in directly.
 
-    A bin whose losses were all exactly 0 has told nothing, as one that was masked, and counts as average. A loss below
-    a millionth of the mean counts as that.
+    A bin whose losses were all exactly 0 has told nothing, as one that was masked, and counts as
+    average. A loss below a millionth of the mean counts as that.
     """
 
     def rule(self, losses: Tensor, deviation: Tensor) -> Tensor:

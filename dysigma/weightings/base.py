@@ -1,4 +1,5 @@
-"""What every weighting is: weights over timesteps behind ``loss = weighting(losses, timesteps)``."""
+"""What every weighting is: weights over timesteps behind ``loss = weighting(losses,
+timesteps)``."""
 
 from __future__ import annotations
 
@@ -35,9 +36,9 @@ def quadratic(gramian: Tensor, u: Tensor) -> Tensor:
 def is_of_levels_alone(function: Callable[[Tensor], Tensor], levels: Tensor) -> bool:
     """Whether function (n,) to (n,) gives each level a value that depends on no other level.
 
-    It is tried on the levels in other company: reversed, every second one, each twice, with points between and beyond,
-    and alone. A function that looks at neighbours, means, ranks or the number of levels gives itself away in one of
-    these, or raises. Random ones do too.
+    It is tried on the levels in other company: reversed, every second one, each twice, with points
+    between and beyond, and alone. A function that looks at neighbours, means, ranks or the number
+    of levels gives itself away in one of these, or raises. Random ones do too.
 
     >>> levels = torch.linspace(3, -3, 20, dtype=torch.float64)
     >>> is_of_levels_alone(torch.sin, levels), is_of_levels_alone(lambda x: x - x.mean(), levels)
@@ -77,21 +78,25 @@ class Setting(NamedTuple):
 
 
 class Weighting(nn.Module):
-    """Base of all weightings: one weight per timestep, on per-sample losses in the model's own target space.
+    """Base of all weightings: one weight per timestep, on per-sample losses in the model's own
+    target space.
 
-    weighting(losses (B,), timesteps (B,) int64, importance (B,) or None) is the mean of importance w[timesteps] losses,
-    with w = weights() as it stood before the call; its gradient in losses is importance w / B. In train() mode the same
-    backward gives parameters() their gradient, from detached losses of all ranks; that adds nothing to the value.
-    Statistics move in train() mode alone, inside this call, with half-lives in images, so that splitting a batch
-    (gradient accumulation) matters little. Numbers stay float32 under autocast, and nothing waits for the device.
-    Raises ValueError for losses that are not (B,), timesteps out of range, importance of another shape.
+    weighting(losses (B,), timesteps (B,) int64, importance (B,) or None) is the mean of importance
+    w[timesteps] losses, with w = weights() as it stood before the call; its gradient in losses is
+    importance w / B. In train() mode the same backward gives parameters() their gradient, from
+    detached losses of all ranks; that adds nothing to the value. Statistics move in train() mode
+    alone, inside this call, with half-lives in images, so that splitting a batch (gradient
+    accumulation) matters little. Numbers stay float32 under autocast, and nothing waits for the
+    device. Raises ValueError for losses that are not (B,), timesteps out of range, importance of
+    another shape.
 
-    A sample whose loss or importance is not finite (or beyond 1e15) makes the returned loss what it makes it, so that a
-    GradScaler or a guard of your own sees it and skips the step. Nothing is learned from that sample: update() gets it
-    with loss 0 and importance 0. A loss of exactly 0 is a loss; to leave a sample out give it the importance 0.
+    A sample whose loss or importance is not finite (or beyond 1e15) makes the returned loss what it
+    makes it, so that a GradScaler or a guard of your own sees it and skips the step. Nothing is
+    learned from that sample: update() gets it with loss 0 and importance 0. A loss of exactly 0 is
+    a loss; to leave a sample out give it the importance 0.
 
-    A subclass of your own gives weights() and, if it learns, update(); parameters and buffers are its whole state.
-    ``dysigma.testing.check_weighting`` runs the laws on it.
+    A subclass of your own gives weights() and, if it learns, update(); parameters and buffers are
+    its whole state. ``dysigma.testing.check_weighting`` runs the laws on it.
 
     >>> from dysigma import NoiseSchedule, make_weighting
     >>> make_weighting("min-snr", NoiseSchedule.linear(), gamma=3)
@@ -154,7 +159,8 @@ class Weighting(nn.Module):
         return f"{self.name or type(self).__name__}({', '.join(parts)})"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Weighting:
-        # .half() on an enclosing module must not round weights or statistics: follow the device, keep the dtype.
+        # .half() on an enclosing module must not round weights or statistics: follow the device,
+        # keep the dtype.
         move: Any = super()._apply  # which torch leaves untyped
         move(lambda tensor: tensor.to(fn(tensor).device), recurse)
         return self
@@ -162,11 +168,13 @@ class Weighting(nn.Module):
     # ------------------------------------------------------------ for subclasses
 
     def weights(self) -> Tensor:
-        """(T,) float32, detached: the gradient weight of each timestep now; mean 1 over timesteps if normalize."""
+        """(T,) float32, detached: the gradient weight of each timestep now; mean 1 over timesteps
+        if normalize."""
         raise NotImplementedError
 
     def update(self, losses: Tensor, timesteps: Tensor, importance: Tensor) -> Tensor | None:
-        """Move the statistics, from (B,) of all ranks; return what the parameters minimise, if there are any."""
+        """Move the statistics, from (B,) of all ranks; return what the parameters minimise, if
+        there are any."""
         return None
 
     def scaled(self, weights: Tensor) -> Tensor:
@@ -180,8 +188,8 @@ class Weighting(nn.Module):
     def use_formula(self, formula: Name, schedule: NoiseSchedule, **params: Any) -> Tensor:
         """log_weight of the formula, (T,) float64.
 
-        `at` computes it between timesteps too, if its value at a level depends on that level alone; else `at`
-        interpolates the table.
+        `at` computes it between timesteps too, if its value at a level depends on that level alone;
+        else `at` interpolates the table.
         """
         table = log_weight(formula, schedule, self.prediction_type, **params)
         norm = float(self.from_log(table).float().double().norm())
@@ -205,14 +213,16 @@ class Weighting(nn.Module):
         return self._loss(losses, self.weights()[timesteps], timesteps, importance)
 
     def at(self, losses: Tensor, log_snr: Tensor, importance: Tensor | None = None) -> Tensor:
-        """The loss () at noise levels log_snr (B,), for training in continuous time: -2 ln sigma, 2 ln((1 - s) / s).
+        """The loss () at noise levels log_snr (B,), for training in continuous time: -2 ln sigma, 2
+        ln((1 - s) / s).
 
-        Exact in log_snr are predefined weightings (elbo apart), the prior of dy-sigma, your own formulas of which each
-        value depends on its level alone, and the conversion to the target, all on the scale that has mean 1 over the
-        timesteps. The rest, so all that is learned, is interpolated on the schedule, linear in log_snr between
-        timesteps and constant beyond, and learns from a sample as from the nearest timestep; so the schedule should
-        span the levels drawn. At a timestep's own log_snr all is as in a call with that timestep.
-        Raises ValueError for log_snr that is not (B,), NaN, above 50 (no noise), or -inf (no signal) with epsilon. On
+        Exact in log_snr are predefined weightings (elbo apart), the prior of dy-sigma, your own
+        formulas of which each value depends on its level alone, and the conversion to the target,
+        all on the scale that has mean 1 over the timesteps. The rest, so all that is learned, is
+        interpolated on the schedule, linear in log_snr between timesteps and constant beyond, and
+        learns from a sample as from the nearest timestep; so the schedule should span the levels
+        drawn. At a timestep's own log_snr all is as in a call with that timestep. Raises ValueError
+        for log_snr that is not (B,), NaN, above 50 (no noise), or -inf (no signal) with epsilon. On
         an accelerator, where that test would wait for the device, such a level makes the loss NaN.
         """
         self._check(losses, importance)
@@ -231,7 +241,8 @@ class Weighting(nn.Module):
         return self._loss(losses, weights, nearest, importance)
 
     def _checked_levels(self, log_snr: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
-        """Levels (B,) float64 and which of them are noise levels, after saying what is wrong with them."""
+        """Levels (B,) float64 and which of them are noise levels, after saying what is wrong with
+        them."""
         has_no_signal = self.prediction_type != "epsilon"
         levels = "finite or -inf" if has_no_signal else "finite"
         need = f"log_snr must be {tuple(losses.shape)} real, {levels}"
@@ -265,7 +276,8 @@ class Weighting(nn.Module):
         return on_x0 - log_error_factor(log_snr, self.prediction_type, self.is_flow)
 
     def _interpolated_factor(self) -> Tensor:
-        """weights() over what is exact, (T,) float64; where that is 0, the factor of the nearest step that has one."""
+        """weights() over what is exact, (T,) float64; where that is 0, the factor of the nearest
+        step that has one."""
         exact = self._log_exact(self.log_snr).exp()
         factor = self.weights() / exact
         has_one = exact > 0
@@ -310,7 +322,8 @@ class Weighting(nn.Module):
         return loss if objective is None else loss + (objective - objective.detach())
 
     def parameter_groups(self, lr: float | None = None) -> list[dict[str, Any]]:
-        """Groups to add to an optimizer: own learning rate (default suggested_lr), no weight decay; [] if nothing."""
+        """Groups to add to an optimizer: own learning rate (default suggested_lr), no weight decay;
+        [] if nothing."""
         parameters = list(self.parameters())
         if not parameters:
             return []
@@ -333,13 +346,14 @@ class Weighting(nn.Module):
 
     @torch.no_grad()
     def observe_gramian(self, gramian: Tensor) -> None:
-        """Take in G (K, K), the inner products of the gradients of the mean losses of self.bins; the same on all ranks.
+        """Take in G (K, K), the inner products of the gradients of the mean losses of self.bins;
+        the same on all ranks.
 
-        The losses are unweighted, in the model's own target space. Give a debiased estimate, although it is noisy and
-        perhaps indefinite: the last ten or so are averaged, each over the mean of its absolute diagonal, and the
-        positive semi-definite matrix nearest to the mean is what weights use, once it is not 0. (Noise in the diagonal
-        would survive the mean.) Ignored in eval() mode. Raises ValueError for another shape or entries that are not
-        finite.
+        The losses are unweighted, in the model's own target space. Give a debiased estimate,
+        although it is noisy and perhaps indefinite: the last ten or so are averaged, each over the
+        mean of its absolute diagonal, and the positive semi-definite matrix nearest to the mean is
+        what weights use, once it is not 0. (Noise in the diagonal would survive the mean.) Ignored
+        in eval() mode. Raises ValueError for another shape or entries that are not finite.
         """
         if not self.needs_gramian:
             raise ValueError(f"{type(self).__name__} uses no Gramian (needs_gramian is False)")
@@ -349,7 +363,8 @@ class Weighting(nn.Module):
         if not self.training:
             return
         self.gramians_seen += 1
-        # Gradients shrink by orders of magnitude in training: as they are, the first would rule the mean.
+        # Gradients shrink by orders of magnitude in training: as they are, the first would rule the
+        # mean.
         scale = gramian.double().diagonal().abs().mean().clamp(min=1e-30)
         memory = (1 / self.gramians_seen.double()).clamp(min=0.1)
         self.gramian_mean.lerp_(gramian.double() / scale, memory)

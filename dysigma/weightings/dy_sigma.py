@@ -1,4 +1,5 @@
-"""The Dy-Sigma family and uncertainty weighting: weights learned through a log variance per timestep."""
+"""The Dy-Sigma family and uncertainty weighting: weights learned through a log variance per
+timestep."""
 
 from __future__ import annotations
 
@@ -15,16 +16,19 @@ from ..schedule import canonical_prediction_type
 from .base import Setting, Weighting, quadratic, ratio
 from .formulas import PLAIN, Name
 
-# Beyond this kappa a weight is its prior's to the last digit of float32, which has no room for much larger numbers.
+# Beyond this kappa a weight is its prior's to the last digit of float32, which has no room for much
+# larger numbers.
 LARGEST_KAPPA = 1e30
 # At least this share of a loss counts as learnable.
 SMALLEST_SHARE = 0.01
 
 
 class Variant(NamedTuple):
-    """A member of the Dy-Sigma family: what s, the log variance of a timestep, minimises, and what it does to a weight.
+    """A member of the Dy-Sigma family: what s, the log variance of a timestep, minimises, and what
+    it does to a weight.
 
-    w is the prior's weight and z the loss that s looks at: w L, or L unless weighted. kappa is the trust in the prior.
+    w is the prior's weight and z the loss that s looks at: w L, or L unless weighted. kappa is the
+    trust in the prior.
     """
 
     kappa_in: str = ""  # "objective", "boost", or nowhere
@@ -46,7 +50,8 @@ class Variant(NamedTuple):
         return self.sign * s / (1 + kappa) if self.kappa_in == "boost" else self.sign * s
 
     def fixed_point(self, z: Tensor, kappa: float) -> Tensor:
-        """Where constant z leads s, float64: ln z, or with kappa in the objective W(z e^(1/kappa) / kappa) - 1/kappa."""
+        """Where constant z leads s, float64: ln z, or with kappa in the objective W(z e^(1/kappa) /
+        kappa) - 1/kappa."""
         log_z = z.double().log()
         if self.kappa_in != "objective" or kappa == 0:
             return log_z
@@ -69,7 +74,8 @@ VARIANTS: dict[str, Variant] = {
 
 
 def fourier_features(log_snr: Tensor, size: int = 128) -> Tensor:
-    """Cosines of -log_snr / 8 with random frequency and phase, as in EDM2 (Karras et al. 2024): (T, size) float32.
+    """Cosines of -log_snr / 8 with random frequency and phase, as in EDM2 (Karras et al. 2024): (T,
+    size) float32.
 
     They are divided by size, so that one step of Adam moves s about as far as it moves a bin.
     """
@@ -84,34 +90,41 @@ def fourier_features(log_snr: Tensor, size: int = 128) -> Tensor:
 
 
 class DySigma(Weighting):
-    """The Dy-Sigma family: a predefined weighting w (the prior) times what a learned log variance s makes of it.
+    """The Dy-Sigma family: a predefined weighting w (the prior) times what a learned log variance s
+    makes of it.
 
-    A reconstruction from the abstract of Liu, Ye, Liu, Qin (IJCNN 2024). s(0) = 0: training starts at the prior. z is
-    w L (outside, tempered: L) over its running mean, so that the scale of the losses, a learning rate in disguise,
-    stays out of s; with half_life=None it is w L itself. For given z all but conflict are convex in s.
+    A reconstruction from the abstract of Liu, Ye, Liu, Qin (IJCNN 2024). s(0) = 0: training starts
+    at the prior. z is w L (outside, tempered: L) over its running mean, so that the scale of the
+    losses, a learning rate in disguise, stays out of s; with half_life=None it is w L itself. For
+    given z all but conflict are convex in s.
 
-    anchored  z e^-s + s + kappa/2 s^2: uncertainty weighting with the prior N(0, 1/kappa) on s, so a MAP estimate. At
-              1 + kappa s = z e^-s, s* = W((z/kappa) e^(1/kappa)) - 1/kappa with Lambert's W; weight w e^-s*. As
-              s* >= -1/kappa, no weight exceeds e^(1/kappa) w. kappa -> inf: the prior; kappa = 0: inside.
-    inside    z e^-s + s: s* = ln z, weight 1 / L up to a factor: the prior cancels, it acts while s is catching up.
-              The network then descends sum_t ln L_t, the geometric mean.
+    anchored  z e^-s + s + kappa/2 s^2: uncertainty weighting with the prior N(0, 1/kappa) on s, so
+              a MAP estimate. At 1 + kappa s = z e^-s, s* = W((z/kappa) e^(1/kappa)) - 1/kappa with
+              Lambert's W; weight w e^-s*. As s* >= -1/kappa, no weight exceeds e^(1/kappa) w. kappa
+              -> inf: the prior; kappa = 0: inside.
+    inside    z e^-s + s: s* = ln z, weight 1 / L up to a factor: the prior cancels, it acts while s
+              is catching up. The network then descends sum_t ln L_t, the geometric mean.
     outside   w (z e^-s + s): s* = ln z, weight w / L; the network descends sum_t w_t ln L_t.
-    tempered  s as in outside, weight w e^(-s/(1+kappa)) -> w L^(-1/(1+kappa)); the network descends sum_t
-              w_t L_t^(kappa/(1+kappa)). kappa -> inf: the prior; kappa = 0: outside.
-    excess    anchored on the learnable loss L - L* in place of L. Near its irreducible floor L* a bin keeps a loss that
-              no weight can lower: 1 / L takes it for unsolved, 1 / (L - L*) does not.
-    tilt      s as in inside, weight w e^(s/(1+kappa)) -> w (w L)^(1/(1+kappa)): the opposite sign, more where the
-              weighted loss is large; with floor=, where more can still be learned. The network descends a power mean
-              of the w L, exponent 1 + 1/(1+kappa), on the way from mean to maximum. kappa -> inf: the prior.
-    conflict  anchored + K u'Gu with u (K,) the shares of the bins in the total weight, G their Gramian over its mean
-              diagonal: the squared length of the step, the objective of MGDA and UGD. Its slope in ln u_k is
-              2 K u_k (Gu)_k: a bin that the step hurts, (Gu)_k < 0, gains weight. G = 0 or kappa -> inf: anchored.
+    tempered  s as in outside, weight w e^(-s/(1+kappa)) -> w L^(-1/(1+kappa)); the network descends
+              sum_t w_t L_t^(kappa/(1+kappa)). kappa -> inf: the prior; kappa = 0: outside.
+    excess    anchored on the learnable loss L - L* in place of L. Near its irreducible floor L* a
+              bin keeps a loss that no weight can lower: 1 / L takes it for unsolved, 1 / (L - L*)
+              does not.
+    tilt      s as in inside, weight w e^(s/(1+kappa)) -> w (w L)^(1/(1+kappa)): the opposite sign,
+              more where the weighted loss is large; with floor=, where more can still be learned.
+              The network descends a power mean of the w L, exponent 1 + 1/(1+kappa), on the way
+              from mean to maximum. kappa -> inf: the prior.
+    conflict  anchored + K u'Gu with u (K,) the shares of the bins in the total weight, G their
+              Gramian over its mean diagonal: the squared length of the step, the objective of MGDA
+              and UGD. Its slope in ln u_k is 2 K u_k (Gu)_k: a bin that the step hurts, (Gu)_k < 0,
+              gains weight. G = 0 or kappa -> inf: anchored.
 
-    prior, prior_params: as in log_weight. kappa >= 0. s is linear between the centres of bins, or with fourier=True in
-    the features of EDM2; |s| <= clamp. half_life: of the running mean, in images. floor: L* (T,) in the space of the
-    losses, or "online": two running means of a bin, of mean age 1/3 and 1/9 of the training, extrapolated as
-    L* + c / images. (Another power scales c in all bins alike, and z has no scale.) At least 1 % of a loss counts as
-    learnable. The target space of L matters to outside, tempered and conflict alone.
+    prior, prior_params: as in log_weight. kappa >= 0. s is linear between the centres of bins, or
+    with fourier=True in the features of EDM2; |s| <= clamp. half_life: of the running mean, in
+    images. floor: L* (T,) in the space of the losses, or "online": two running means of a bin, of
+    mean age 1/3 and 1/9 of the training, extrapolated as L* + c / images. (Another power scales c
+    in all bins alike, and z has no scale.) At least 1 % of a loss counts as learnable. The target
+    space of L matters to outside, tempered and conflict alone.
     """
 
     basis: Tensor  # (T, number of coefficients)
@@ -157,8 +170,8 @@ class DySigma(Weighting):
         self.register_buffer("prior", objective_prior.float(), persistent=False)
 
         basis = fourier_features(self.log_snr) if fourier else self.bins.interpolation()
-        # In units of the width of its prior, s has curvature 1 at z = 1 for every kappa, and optimizer steps of fixed
-        # length do not shake what a strong prior holds still.
+        # In units of the width of its prior, s has curvature 1 at z = 1 for every kappa, and
+        # optimizer steps of fixed length do not shake what a strong prior holds still.
         width = (1 + self.kappa) ** -0.5 if self.variant.kappa_in == "objective" else 1.0
         self.register_buffer("basis", basis * width, persistent=False)
         self.coefficients = nn.Parameter(torch.zeros(basis.shape[1]))
@@ -196,7 +209,8 @@ class DySigma(Weighting):
         return (self.basis * self.coefficients).sum(1)
 
     def fixed_point(self, z: Tensor) -> Tensor:
-        """The s, float64, to which a constant z >= 0 leads, clamp included; for conflict, while G = 0."""
+        """The s, float64, to which a constant z >= 0 leads, clamp included; for conflict, while G =
+        0."""
         return self.variant.fixed_point(z, self.kappa).clamp(-self.clamp, self.clamp)
 
     @torch.no_grad()
@@ -242,9 +256,10 @@ class DySigma(Weighting):
         """(L - L*) / L of the bin of each sample (B,)."""
         index = self.bin_index[timesteps]
         self.images += len(losses)
-        # A mean over the past with density images^(p-1) remembers a fixed fraction of the run and reads c / images as
-        # p / (p-1) times its present value: 2 for p = 2, 8/7 for p = 8. So their difference is 6/7 c / images, and
-        # what is learnable in the short one, 8/7 c / images, is 4/3 times that.
+        # A mean over the past with density images^(p-1) remembers a fixed fraction of the run and
+        # reads c / images as p / (p-1) times its present value: 2 for p = 2, 8/7 for p = 8. So
+        # their difference is 6/7 c / images, and what is learnable in the short one, 8/7 c /
+        # images, is 4/3 times that.
         keep = 1 - len(losses) / self.images.float()
         keep_both = torch.stack([keep, keep**7])[:, None, None]
         new = torch.stack([importance, importance * losses]).expand(2, 2, -1)
@@ -256,11 +271,13 @@ class DySigma(Weighting):
 
 
 class Uncertainty(DySigma):
-    """Uncertainty weighting (Kendall, Gal, Cipolla 2018): "inside" with weight 1 in the model's own target space.
+    """Uncertainty weighting (Kendall, Gal, Cipolla 2018): "inside" with weight 1 in the model's own
+    target space.
 
-    s minimises L e^-s + s: e^s* = L, weight 1 / L, the same in every target space; the start is that of the own space.
-    White Gaussian data of variance v have L = 1 / (SNR + 1/v) on x0 at best, so there the weight becomes that of EDM.
-    Without normalize, weights grow as losses fall, which acts like a learning rate.
+    s minimises L e^-s + s: e^s* = L, weight 1 / L, the same in every target space; the start is
+    that of the own space. White Gaussian data of variance v have L = 1 / (SNR + 1/v) on x0 at best,
+    so there the weight becomes that of EDM. Without normalize, weights grow as losses fall, which
+    acts like a learning rate.
     """
 
     def __init__(

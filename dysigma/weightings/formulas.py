@@ -1,10 +1,12 @@
 """The predefined weightings: one documented function of log_snr each.
 
-Every function maps log_snr (any shape, natural log, float64) to the log of the weight on the x0 error, of the same
-shape. That is the convention of Min-SNR (Hang et al. 2023). S is the signal-to-noise ratio, exp(log_snr).
+Every function maps log_snr (any shape, natural log, float64) to the log of the weight on the x0
+error, of the same shape. That is the convention of Min-SNR (Hang et al. 2023). S is the
+signal-to-noise ratio, exp(log_snr).
 
-To add one, write such a function with its equation and source in the docstring, and put it into PREDEFINED. The
-annotation of a parameter says which numbers it takes: Positive, NonNegative, or float for any finite number.
+To add one, write such a function with its equation and source in the docstring, and put it into
+PREDEFINED. The annotation of a parameter says which numbers it takes: Positive, NonNegative, or
+float for any finite number.
 """
 
 from __future__ import annotations
@@ -74,7 +76,8 @@ def const_v(log_snr: Tensor) -> Tensor:
 
 
 def const_flow(log_snr: Tensor) -> Tensor:
-    """w = (1 + sqrt(S))^2 = 1 / s^2: the plain error of noise - x0 on a rectified flow (Liu, Gong, Liu 2023).
+    """w = (1 + sqrt(S))^2 = 1 / s^2: the plain error of noise - x0 on a rectified flow (Liu, Gong,
+    Liu 2023).
 
     >>> const_flow(torch.tensor([0.0])).exp()
     tensor([4.])
@@ -105,7 +108,8 @@ def min_snr(log_snr: Tensor, *, gamma: Positive = 5.0) -> Tensor:
 
 
 def soft_min_snr(log_snr: Tensor, *, gamma: Positive = 4.0) -> Tensor:
-    """w = gamma S / (S + gamma): the smooth Min-SNR of k-diffusion, with gamma = 1 / sigma_data^2."""
+    """w = gamma S / (S + gamma): the smooth Min-SNR of k-diffusion, with gamma = 1 /
+    sigma_data^2."""
     log_gamma = math.log(gamma)
     return log_snr + log_gamma - _log_of_sum(log_snr, log_gamma)
 
@@ -128,7 +132,8 @@ def debiased(log_snr: Tensor) -> Tensor:
 def edm(log_snr: Tensor, *, sigma_data: Positive = 0.5) -> Tensor:
     """w = S + 1 / sigma_data^2: lambda(sigma) of EDM (Karras et al. 2022) at sigma^2 = 1 / S.
 
-    EDM also draws its levels from a lognormal distribution. That is the timestep sampler "lognormal", not a weight.
+    EDM also draws its levels from a lognormal distribution. That is the timestep sampler
+    "lognormal", not a weight.
     """
     return _log_of_sum(log_snr, -2 * math.log(sigma_data))
 
@@ -144,8 +149,8 @@ def sigmoid(log_snr: Tensor, *, bias: float = 2.0) -> Tensor:
 def elbo(log_snr: Tensor) -> Tensor:
     """w = (S(t-1) - S(t)) / 2: the variational bound in discrete time (Kingma et al. 2021).
 
-    log_snr: (T,), the whole schedule, as the weight is a difference of neighbours. t = 0 has no predecessor; it repeats
-    the first step in log SNR.
+    log_snr: (T,), the whole schedule, as the weight is a difference of neighbours. t = 0 has no
+    predecessor; it repeats the first step in log SNR.
     """
     first = 2 * log_snr[:1] - log_snr[1:2]
     before = torch.cat([first, log_snr[:-1]])
@@ -155,7 +160,8 @@ def elbo(log_snr: Tensor) -> Tensor:
 
 
 def split(log_snr: Tensor, *, ratio: NonNegative = 1.0, at: float = 0.0) -> Tensor:
-    """w = ratio S where log_snr > at, S elsewhere: two objectives in any proportion, to sweep a Pareto front with."""
+    """w = ratio S where log_snr > at, S elsewhere: two objectives in any proportion, to sweep a
+    Pareto front with."""
     return torch.where(log_snr > at, log_snr + _log(ratio), log_snr)
 
 
@@ -191,10 +197,11 @@ PLAIN = {
 def log_error_factor(log_snr: Tensor, prediction_type: str, is_flow: bool = False) -> Tensor:
     """Log of how many times larger the squared error of a target is than that of x0: (T,) to (T,).
 
-    It is the weight of PLAIN: 1 (sample), S (epsilon), S + 1 (v) or (1 + sqrt(S))^2 (flow). v = alpha noise - sigma x0
-    depends on the path. x0 = (alpha x_t - sigma v) / (alpha^2 + sigma^2), so its squared error is
-    (alpha^2 + sigma^2)^2 / sigma^2 times that of x0: 1 + S on the variance-preserving path, (1 + S)^2 / (1 + sqrt(S))^2
-    on the flow, where sigma = 1 / (1 + sqrt(S)).
+    It is the weight of PLAIN: 1 (sample), S (epsilon), S + 1 (v) or (1 + sqrt(S))^2 (flow). v =
+    alpha noise - sigma x0 depends on the path. x0 = (alpha x_t - sigma v) / (alpha^2 + sigma^2), so
+    its squared error is (alpha^2 + sigma^2)^2 / sigma^2 times that of x0: 1 + S on the
+    variance-preserving path, (1 + S)^2 / (1 + sqrt(S))^2 on the flow, where sigma = 1 / (1 +
+    sqrt(S)).
     """
     kind = canonical_prediction_type(prediction_type)
     if kind == "v_prediction" and is_flow:
@@ -205,8 +212,8 @@ def log_error_factor(log_snr: Tensor, prediction_type: str, is_flow: bool = Fals
 def log_conversion(log_snr: Tensor, prediction_type: str, is_flow: bool = False) -> Tensor:
     """What a log-weight on the x0 error gains on the error of another target: (T,) to (T,).
 
-    The error of the target is log_error_factor larger, so the log-weight is less by as much. Raises ValueError for
-    epsilon where SNR = 0.
+    The error of the target is log_error_factor larger, so the log-weight is less by as much. Raises
+    ValueError for epsilon where SNR = 0.
 
     >>> log_conversion(torch.tensor([2.0, -1.0]), "epsilon")
     tensor([-2.,  1.])
@@ -223,7 +230,8 @@ def log_conversion(log_snr: Tensor, prediction_type: str, is_flow: bool = False)
 def check_parameters(name: str, params: dict[str, Any]) -> dict[str, Any]:
     """The parameters of a predefined weighting as Python numbers.
 
-    Raises ValueError for one that it does not have or that lies outside of what the annotation allows.
+    Raises ValueError for one that it does not have or that lies outside of what the annotation
+    allows.
 
     >>> check_parameters("min-snr", {"gamma": 2})
     {'gamma': 2}
@@ -240,10 +248,12 @@ def check_parameters(name: str, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def log_weight(name: Name, schedule: NoiseSchedule, prediction_type: str, **params: Any) -> Tensor:
-    """Log of a predefined weight on the error of the model's own target, on the formula's scale: (T,) float64.
+    """Log of a predefined weight on the error of the model's own target, on the formula's scale:
+    (T,) float64.
 
-    name: of PREDEFINED, or such a function of your own, itself or as "module:function". Raises KeyError for an unknown
-    name, ValueError for bad parameters, and for a function that does not give a number below inf for each log_snr.
+    name: of PREDEFINED, or such a function of your own, itself or as "module:function". Raises
+    KeyError for an unknown name, ValueError for bad parameters, and for a function that does not
+    give a number below inf for each log_snr.
 
     >>> log_weight("min-snr", NoiseSchedule.linear(3), "sample", gamma=2.0)
     tensor([0.6931, 0.6931, 0.6931], dtype=torch.float64)

@@ -13,7 +13,8 @@ from .base import Setting, Weighting, quadratic
 
 
 class OfGramian(Weighting):
-    """Weights from the shares u_k of the bins, each spread evenly over its timesteps: w_t = u_k T / n_k."""
+    """Weights from the shares u_k of the bins, each spread evenly over its timesteps: w_t = u_k T /
+    n_k."""
 
     needs_gramian = True
     spread: Tensor  # (K,): T / n_k
@@ -34,10 +35,12 @@ class OfGramian(Weighting):
 
 
 class UGD(OfGramian):
-    """Min-SNR's unconstrained gradient descent (Hang et al. 2023): u = softmax(beta), beta descends u'Gu + lambda u'u.
+    """Min-SNR's unconstrained gradient descent (Hang et al. 2023): u = softmax(beta), beta descends
+    u'Gu + lambda u'u.
 
-    Every call descends the last Gramian seen, over its mean diagonal, with the optimizer of parameters().
-    regularization is lambda >= 0, which keeps every bin in; at 0 the fixed point is the min-norm point, that of MGDA.
+    Every call descends the last Gramian seen, over its mean diagonal, with the optimizer of
+    parameters(). regularization is lambda >= 0, which keeps every bin in; at 0 the fixed point is
+    the min-norm point, that of MGDA.
     """
 
     def __init__(
@@ -61,8 +64,9 @@ class UGD(OfGramian):
         return quadratic(self.gramian, u) + spread
 
 
-# Rule: class of torchjd.aggregation and its arguments. Fairness of order 1 solves G a = 1 / a, the bargaining solution
-# of Nash-MTL (Navon et al. 2022), whose own class there asks for the whole Jacobian.
+# Rule: class of torchjd.aggregation and its arguments. Fairness of order 1 solves G a = 1 / a, the
+# bargaining solution of Nash-MTL (Navon et al. 2022), whose own class there asks for the whole
+# Jacobian.
 GRAMIAN_RULES: dict[str, tuple[str, dict[str, float]]] = {
     "mgda": ("MGDAWeighting", {}),
     "upgrad": ("UPGradWeighting", {}),
@@ -90,7 +94,8 @@ def _torchjd_rule(rule: str) -> Any:
 
 
 class GramianRule(OfGramian):
-    """Shares of the bins by a rule of TorchJD, equal before the first Gramian; negative ones of some rules are kept."""
+    """Shares of the bins by a rule of TorchJD, equal before the first Gramian; negative ones of
+    some rules are kept."""
 
     shares: Tensor  # (K,)
 
@@ -121,10 +126,11 @@ class GramianRule(OfGramian):
         self.shares.copy_(shares)
 
     def _seeded_shares(self, gramian: Tensor) -> Tensor:
-        """The rule's shares; what it draws (a random order) is a function of the number of Gramians seen.
+        """The rule's shares; what it draws (a random order) is a function of the number of Gramians
+        seen.
 
-        Rules draw from the CPU's global generator. It is seeded by itself, as torch.manual_seed would also seed those
-        of all GPUs, and gets its state back.
+        Rules draw from the CPU's global generator. It is seeded by itself, as torch.manual_seed
+        would also seed those of all GPUs, and gets its state back.
         """
         generator = torch.default_generator
         state = generator.get_state()

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 def effective_sample_size(weights: Tensor) -> Tensor:
-    """(sum w)^2 / (T sum w^2) in (0, 1], the share of timesteps that does the work: weights (T,) to () float64.
+    """(sum w)^2 / (T sum w^2) in (0, 1], the share of timesteps that does the work: weights (T,) to
+    () float64.
 
     >>> effective_sample_size(torch.tensor([1.0, 1.0, 0.0, 0.0]))
     tensor(0.5000, dtype=torch.float64)
@@ -28,7 +29,8 @@ def effective_sample_size(weights: Tensor) -> Tensor:
 
 
 def share_changed(weights: Tensor, reference: Tensor, tolerance: float = 0.01) -> Tensor:
-    """Share of timesteps whose weight relative to reference (T,) is off the median by more than tolerance; () float64.
+    """Share of timesteps whose weight relative to reference (T,) is off the median by more than
+    tolerance; () float64.
 
     A factor common to all is no change.
 
@@ -45,10 +47,12 @@ def compare_weightings(
     prediction_type: str = "epsilon",
     names: Sequence[str] | Mapping[str, Weighting] = tuple(PREDEFINED),
 ) -> DataFrame:
-    """Weights in one unit, on the error of prediction_type with mean 1 over timesteps: a pandas DataFrame (T, names).
+    """Weights in one unit, on the error of prediction_type with mean 1 over timesteps: a pandas
+    DataFrame (T, names).
 
-    names: names of WEIGHTINGS, made with their defaults, or {label: weighting}; those may be for any prediction type
-    and are read as they are now. For a summary see effective_sample_size and share_changed.
+    names: names of WEIGHTINGS, made with their defaults, or {label: weighting}; those may be for
+    any prediction type and are read as they are now. For a summary see effective_sample_size and
+    share_changed.
 
     >>> table = compare_weightings(NoiseSchedule.linear(10), "sample", ["const-x0", "min-snr"])
     >>> table.shape, float(table["const-x0"].max())
@@ -70,10 +74,12 @@ def compare_weightings(
 
 
 def fluctuation(trajectory: Tensor, detrend: bool = False) -> Tensor:
-    """Coefficient of variation of weights over training: (steps, T) or (steps, K) to (T,) or (K,), float64.
+    """Coefficient of variation of weights over training: (steps, T) or (steps, K) to (T,) or (K,),
+    float64.
 
-    Standard deviation over steps, divided by the mean. detrend=True counts only the changes from one row to the next
-    (root mean square over sqrt 2: the same for independent values), so that a weight that drifts scores near 0.
+    Standard deviation over steps, divided by the mean. detrend=True counts only the changes from
+    one row to the next (root mean square over sqrt 2: the same for independent values), so that a
+    weight that drifts scores near 0.
 
     >>> fluctuation(torch.tensor([[1.0], [3.0]]))
     tensor([0.7071], dtype=torch.float64)

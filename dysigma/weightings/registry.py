@@ -35,14 +35,16 @@ def make_weighting(
     normalize: bool = True,
     **params: Any,
 ) -> Weighting:
-    """The named weighting for losses in the target space of prediction_type, on the device of the schedule.
+    """The named weighting for losses in the target space of prediction_type, on the device of the
+    schedule.
 
-    name: of WEIGHTINGS; or your own, as an object or "module:function" (imported, so run): a subclass of Weighting, a
-    partial of one, or a function of log_snr that gives the log-weight on the x0 error, like those of PREDEFINED.
-    normalize=True: weights of mean 1 over timesteps; False: the formula's own scale. params: those of the weighting, by
-    name. Raises KeyError for an unknown name, ImportError for a module that does not load, TypeError for what is no
-    NoiseSchedule, ValueError for an unknown or bad parameter, epsilon where SNR = 0, a target that the schedule does
-    not have, and weights all 0 or not finite.
+    name: of WEIGHTINGS; or your own, as an object or "module:function" (imported, so run): a
+    subclass of Weighting, a partial of one, or a function of log_snr that gives the log-weight on
+    the x0 error, like those of PREDEFINED. normalize=True: weights of mean 1 over timesteps; False:
+    the formula's own scale. params: those of the weighting, by name. Raises KeyError for an unknown
+    name, ImportError for a module that does not load, TypeError for what is no NoiseSchedule,
+    ValueError for an unknown or bad parameter, epsilon where SNR = 0, a target that the schedule
+    does not have, and weights all 0 or not finite.
 
     >>> weighting = make_weighting("p2", NoiseSchedule.linear(1000), "v_prediction", gamma=0.5)
     >>> weighting
@@ -86,7 +88,8 @@ def _check_schedule(schedule: Any) -> None:
 
 
 def _all_parameters(function: Callable[..., Any], params: Mapping[str, Any]) -> dict[str, Any]:
-    """Every parameter that has a value, given or by default, in the order of the signature; None is none."""
+    """Every parameter that has a value, given or by default, in the order of the signature; None is
+    none."""
     every = {key: each.default for key, each in keyword_parameters(function).items()}
     every.update(params)
     return {key: value for key, value in every.items() if value is not None}
