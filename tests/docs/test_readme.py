@@ -12,7 +12,13 @@ import torch
 
 import dysigma
 from dysigma.cli.main import make_parser
-from dysigma.lab.convergence import compare_across, load_races, race_curves, race_table, thresholds_at
+from dysigma.lab.convergence import (
+    compare_across,
+    load_races,
+    race_curves,
+    race_table,
+    thresholds_at,
+)
 from dysigma.lab.race import Race
 from dysigma.training import TrainConfig
 
@@ -33,9 +39,7 @@ SHELL = [
     for line in block.splitlines()
 ]
 # Commands between the lines too, and what --help gives as examples; an ellipsis stands for options.
-INLINE = re.findall(
-    r"`(?:torchrun --nproc_per_node \d -m )?(dysigma [a-z][^`]*)`", ALL + RESULTS
-)
+INLINE = re.findall(r"`(?:torchrun --nproc_per_node \d -m )?(dysigma [a-z][^`]*)`", ALL + RESULTS)
 ENTRIES = (ROOT / "data/gpu-backlog.md").read_text().split("\n- [")[1:]
 JOBS = [
     job
@@ -175,7 +179,10 @@ def test_the_table_of_reliability_says_what_its_records_say():
     rows = f"{faults['differing_rows']} of {faults['rows']:,} log lines"
     assert f"{faults['kills']} kills, {len(faults['cases'])} weightings" in PAGES["reliability"]
     assert tensors in PAGES["reliability"] and rows in PAGES["reliability"]
-    assert f"{mutants['mutants']} of {possible:,} mutants | {mutants['caught']} caught" in PAGES["reliability"]
+    assert (
+        f"{mutants['mutants']} of {possible:,} mutants | {mutants['caught']} caught"
+        in PAGES["reliability"]
+    )
     assert all(mutants["survivors"].values()), "a survivor without a reason"
     report = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["coverage"]["report"]
     assert f"at least {report['fail_under']} %" in README
