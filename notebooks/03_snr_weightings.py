@@ -260,7 +260,7 @@ print("soft-min-snr(γ = 4) = sigmoid(bias = ln 4) = p2(k = 4, γ = 1), all thre
 # ## 5 · EDM's weight is learned uncertainty, for the simplest data
 #
 # *Uncertainty weighting* (Kendall et al. 2018) gives each task a learned variance $\varsigma^2$ and minimises $L/\varsigma^2+\ln\varsigma^2$. Set the derivative with respect to
-# $\ln\varsigma^2$ to zero: $\varsigma^2=L$, so the task ends up with weight $1/L$. Notebook 05 trains such weights. Here we ask what they would be for **white
+# $\ln\varsigma^2$ to zero: $\varsigma^2=L$, so the task ends up with weight $1/L$. [05](05_learnable_weightings.ipynb) trains such weights. Here we ask what they would be for **white
 # Gaussian data** of standard deviation $\sigma_d$. The posterior of $x_0$ is Gaussian, precisions add, and the smallest error is the posterior variance:
 #
 # $$L^{x,\star}=\Big(S+\frac1{\sigma_d^2}\Big)^{-1}\quad\Longrightarrow\quad w^x=\frac1{L^{x,\star}}=S+\frac{1}{\sigma_d^2},$$
@@ -498,7 +498,7 @@ check("3.2", finite_everywhere)
 #   [B4, Min-SNR pull request 4](https://github.com/TiankaiHang/Min-SNR-Diffusion-Training/pull/4);
 #   [B5, diffusers issue 1733](https://github.com/huggingface/diffusers/issues/1733).
 #
-# **Next:** [05, learnable weightings](05_learnable_weightings.ipynb). Back to the [map](00_start_here.ipynb).
+# **Next:** [04, weightings in the wild](04_weightings_in_the_wild.ipynb). Back to the [map](00_start_here.ipynb).
 
 # %%
 watermark()

@@ -11,6 +11,7 @@ float for any finite number.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple, get_type_hints
@@ -227,6 +228,12 @@ def log_conversion(log_snr: Tensor, prediction_type: str, is_flow: bool = False)
     return -log_error_factor(log_snr, kind, is_flow)
 
 
+@functools.cache
+def _annotations(function: Callable[..., Any]) -> dict[str, Any]:
+    # Python evaluates them from text, which costs more than the formula itself.
+    return get_type_hints(function, include_extras=True)
+
+
 def check_parameters(name: str, params: dict[str, Any]) -> dict[str, Any]:
     """The parameters of a predefined weighting as Python numbers.
 
@@ -238,7 +245,7 @@ def check_parameters(name: str, params: dict[str, Any]) -> dict[str, Any]:
     """
     function = PREDEFINED[name]
     check_options(name, params, function)
-    hints = get_type_hints(function, include_extras=True)
+    hints = _annotations(function)
     checked = {}
     for key, value in params.items():
         metadata = getattr(hints.get(key), "__metadata__", (Above(-math.inf),))
