@@ -222,6 +222,7 @@ def test_epsilon_at_zero_snr_is_refused_when_constructed(name, params):
 # ---------------------------------------------------------------- predefined: other people's code, and their bugs
 
 
+@pytest.mark.slow
 def test_min_snr_agrees_with_the_diffusers_training_scripts():
     from diffusers.training_utils import compute_snr
 
@@ -347,6 +348,7 @@ def test_the_gradient_of_the_network_does_not_depend_on_its_target(name, params)
         assert other.abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_uncertainty_at_rest_does_not_depend_on_the_target_but_starts_from_it():
     x0_losses = torch.rand(12, generator=torch.Generator().manual_seed(0)).double() + 0.1
     start, rest = [], []
@@ -439,6 +441,7 @@ def test_no_signal_is_a_level_too(kind):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["min-snr", "elbo", "dy-sigma"])
 def test_noise_levels_compile_to_one_graph(name):
     torch._dynamo.reset()
@@ -614,6 +617,7 @@ def test_uncertainty_rests_at_one_over_the_loss():
     torch.testing.assert_close(weighting.log_variances().detach(), LOSSES.log(), rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_uncertainty_on_white_gaussian_data_becomes_edm():
     # The optimal denoiser of N(0, v) data has x0 error 1 / (SNR + 1 / v).
     snr = SHORT.log_snr.exp()
@@ -624,6 +628,7 @@ def test_uncertainty_on_white_gaussian_data_becomes_edm():
         torch.testing.assert_close(settle(weighting, loss.float()), edm, rtol=2e-3, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kappa", [0.25, 1.0, 4.0])
 def test_anchored_rests_at_the_lambert_point(kappa):
     from scipy.special import lambertw
@@ -650,6 +655,7 @@ def test_the_lambert_point_solves_its_equation_and_keeps_the_bound(z, kappa):
     assert s >= -1 / kappa - 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "excess"])
 def test_every_variant_rests_where_it_says(variant):
     weighting = make_weighting("dy-sigma", SHORT, variant=variant, bins=12)
@@ -662,6 +668,7 @@ def test_every_variant_rests_where_it_says(variant):
     )
 
 
+@pytest.mark.slow
 def test_final_weights_of_the_variants_in_closed_form():
     prior = make_weighting("min-snr", SHORT).weights()
     wanted = {
@@ -687,6 +694,7 @@ def test_a_large_kappa_is_the_prior(variant):
     torch.testing.assert_close(settle(weighting, LOSSES, steps=100), prior, rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 def test_a_small_kappa_is_the_learnable_weighting_and_inside_forgets_its_prior():
     small = settle(make_weighting("dy-sigma", SHORT, kappa=1e-3, bins=12, clamp=12.0), LOSSES)
     pure = settle(make_weighting("uncertainty", SHORT, bins=12), LOSSES)
@@ -777,6 +785,7 @@ def test_importance_corrects_what_is_learned():
 # ---------------------------------------------------------------- our own variants
 
 
+@pytest.mark.slow
 def test_excess_judges_by_the_learnable_part():
     floor = LOSSES * torch.linspace(0.9, 0.1, 12)
     weighting = make_weighting("dy-sigma", SHORT, variant="excess", bins=12, floor=floor)
@@ -836,6 +845,7 @@ def test_conflict_without_a_gramian_is_anchored_and_with_one_helps_the_hurt_bin(
 # ---------------------------------------------------------------- weightings from Gramians
 
 
+@pytest.mark.slow
 def test_ugd_without_regularization_rests_at_the_min_norm_point():
     gramian = random_gramian(6)
     weighting = make_weighting("ugd", SHORT, bins=6, regularization=0.0)
@@ -1105,6 +1115,7 @@ COMPILED = [
 COMPILED += [("dy-sigma", {"variant": variant}) for variant in ("anchored", "excess", "conflict")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "params"), COMPILED)
 def test_torch_compile_makes_one_graph_with_the_same_numbers(name, params):
     torch._dynamo.reset()
