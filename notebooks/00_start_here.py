@@ -240,6 +240,7 @@ assert samples_along[f"after {IMAGES:,} images"].shape == (20, 3, 16, 16), "twen
 # | [01 Forward process and SNR](01_forward_process_and_snr.ipynb) | what is a noise schedule, in one number per timestep? |
 # | [02 One network, many objectives](02_one_network_many_objectives.ipynb) | does training one noise level hurt another? |
 # | [03 SNR weightings](03_snr_weightings.ipynb) | where do Min-SNR and its relatives come from? |
+# | [04 Weightings in the wild](04_weightings_in_the_wild.ipynb) | is the weighting in a trainer what its name claims? |
 # | [05 Learnable weightings](05_learnable_weightings.ipynb) | what do learned weights converge to, and why do they fluctuate? |
 # | [06 Dy-Sigma derived](06_dy_sigma_derived.ipynb) | which formulas fit the abstract, and what does each minimise? |
 # | [07 Train a compact DDPM](07_train_a_compact_ddpm.ipynb) | a real model, on CIFAR-10, on your GPU if you have one |
