@@ -470,8 +470,8 @@ def test_two_processes_of_accelerate_do_what_one_does_with_the_whole_batch(tmp_p
 
 # ---------------------------------------------------------------- the text-to-image LoRA script of diffusers
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-DIFF = re.search(r"```diff\n(.*?)```", README, re.S)[1]
+RECIPES = (Path(__file__).parent.parent / "notebooks/reference/recipes.md").read_text()
+DIFF = re.search(r"```diff\n(.*?)```", RECIPES, re.S)[1]
 
 
 class LowRank(torch.nn.Module):
@@ -487,7 +487,7 @@ class LowRank(torch.nn.Module):
 
 
 def text_to_image_lora(sign, folder, name="dy-sigma", options="", stop=None):
-    """Four steps in the structure of the script, with the lines of the README's diff of one sign: its LoRA layers."""
+    """Four steps in the structure of the script, with the lines of the recipe's diff of one sign: its LoRA layers."""
     torch.manual_seed(0)
     lines = [line for line in DIFF.splitlines() if line[0] in f" {sign}"]
     at = next(i for i, line in enumerate(lines) if line.startswith(" # in the training loop"))
