@@ -492,7 +492,7 @@ def text_to_image_lora(sign, folder, name="dy-sigma", options="", stop=None):
     lines = [line for line in DIFF.splitlines() if line[0] in f" {sign}"]
     at = next(i for i, line in enumerate(lines) if line.startswith(" # in the training loop"))
     before, loop = ("\n".join(line[1:] for line in part) for part in (lines[:at], lines[at:]))
-    before = before.replace('"dy-sigma"', f'"{name}"').replace(
+    before = before.replace('"min-snr"', f'"{name}"').replace(
         "prediction_type).to", f"prediction_type{options}).to"
     )
 
