@@ -33,7 +33,7 @@ def test_every_record_that_is_named_exists():
 
 
 def test_every_advice_is_a_weighting_with_a_record_or_says_that_there_is_none():
-    start = GUIDE.split("## Start here")[1].split("\n\n**What to predict**")[0]
+    start = GUIDE.split("## Start here\n\n")[1].split("\n\n")[0]
     rows = [line.strip("| ").split(" | ") for line in start.splitlines() if line.startswith("| ")]
     assert len(rows) > 8
     for _, _, advice, evidence in rows[1:]:
