@@ -38,8 +38,8 @@ def run_rank(rank, count, out, stop):
     )
     states, build_state = [], training.recorder.build
 
-    def kept_build(*args):
-        states.append(build_state(*args))
+    def kept_build(*args, **options):
+        states.append(build_state(*args, **options))
         return states[0]
 
     @contextlib.contextmanager
