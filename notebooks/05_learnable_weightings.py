@@ -12,599 +12,598 @@
 # %% [markdown]
 # # 05 · Learn the weights, and know beforehand where they will go
 #
-# > **Claim.** A learnable weighting has a fixed point that you can write down before you train. Uncertainty weighting
-# > goes to $1/L_t$; with a network that predicts noise, that is nearly all weight on the noisiest timesteps. How fast it
-# > gets there and how much it shakes on the way is set by a learning rate of its own and by its bins.
+# > **Claim.** A learnable weighting has a fixed point that you can write down before you train. Two numbers decide how
+# > fast it gets there and how much it shakes on the way: its learning rate and its number of bins.
 #
 # **You will be able to**
 #
 # - derive uncertainty weighting from a Gaussian likelihood and name its fixed point;
-# - say how many steps a learned weight needs, and how much it fluctuates, from its learning rate and the number of bins;
-# - compute the weights of unconstrained gradient descent (UGD) from a Gramian, and check them against a closed form;
-# - measure the fluctuation of weights in a training run, with a control that has none.
+# - say how many steps a learned weight needs, from its learning rate;
+# - say how much it fluctuates, from the number of samples that it sees per step;
+# - tell a weight that travels from a weight that shakes, in a training run.
 #
-# **You need** gradient descent and Adam, log-SNR ([01](01_forward_process_and_snr.ipynb)), and the conversion between losses of
-# $\epsilon$ and $x_0$ ([03](03_snr_weightings.ipynb)).
+# **You need** gradient descent and Adam, log-SNR ([01](01_forward_process_and_snr.ipynb)), and the conversion between
+# losses of $\epsilon$ and $x_0$ ([03](03_snr_weightings.ipynb)).
 #
-# **Time** reading 30 min · running about 60 s (short run 15 s) on two CPU cores · memory under 1 GB.
+# **Time** reading 25 min · running about 60 s (short run 15 s) on one CPU core · memory under 1 GB.
 #
-# **Functions introduced** `dysigma.weightings.make_weighting("uncertainty" | "ugd" | "loss-balance" | "random")`,
-# `dysigma.weightings.fluctuation`, `dysigma.weightings.effective_sample_size`, `dysigma.training.train_step`,
-# `dysigma.exact.field_floor`.
+# **Functions introduced** `make_weighting("uncertainty" | "loss-balance" | "random")`,
+# `dysigma.weightings.fluctuation`, `dysigma.training.train_step`, `dysigma.exact.field_floor`.
 
 # %%
 import math
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
+from IPython.display import Markdown, display
 from torch import nn
 
-from dysigma import pareto, plots
-from dysigma.course.lessons import banner, check, exercise, fast, predict, reveal, watermark
+from dysigma import NoiseSchedule, make_sampler, make_weighting
+from dysigma.course.lesson import Lesson
 from dysigma.evaluation import evaluation_timesteps, validation_losses
 from dysigma.exact import field_floor, gaussian_fields
 from dysigma.models import EMA
-from dysigma.samplers import make_sampler
-from dysigma.schedule import NoiseSchedule
 from dysigma.training import TrainConfig, TrainState, train_step
-from dysigma.weightings import effective_sample_size, fluctuation, make_weighting
+from dysigma.weightings import fluctuation
 
-NOTEBOOK = "05_learnable_weightings"
-plots.use_style()
-banner(NOTEBOOK)
+lesson = Lesson("05_learnable_weightings", trains_on="cpu")
 
 # %% [markdown]
-# ## 1 · A picture first
+# ## A network that weighs its own timesteps
 #
-# Here is a small network on a data set that we understand completely: grey images of 8 × 8 pixels drawn from a Gaussian, with
-# the $1/f^2$ spectrum of natural images. The network predicts the noise. Nobody tells it which timesteps matter: the weights
-# start equal, and it learns them together with everything else. `train_step` is the package's training step; any
-# `nn.Module` that maps `(x_t, timesteps)` to something of the shape of `x_t` will do.
+# Until now somebody chose the weights. Here a network learns them while it trains. The data are grey images of 8 × 8
+# pixels, drawn from a Gaussian with the $1/f^2$ spectrum of natural images. The network predicts the noise. All weights
+# start equal.
+#
+# Guess first. Will the weight move towards the `"clean"` or towards the `"noisy"` timesteps?
+
+# %%
+QUESTION_WHERE = "Towards which timesteps does the weight move, 'clean' or 'noisy'?"
+lesson.predict(QUESTION_WHERE, None)
+
+# %%
+FAST_LR = 0.1  # a high learning rate of the weights, for the runs further below
+CLAMP = 10.0  # the logarithm of a learned variance stays within ± CLAMP
+SKIP = 1.0  # 1: the network corrects its input; 0: it starts from nothing
+is_default = FAST_LR == 0.1 and CLAMP == 10.0 and SKIP == 1.0
+is_full = lesson.fast(True, False)
+
+STEPS = lesson.fast(800, 200)
+EVERY = 10  # steps between two records of the weights
+
+schedule = NoiseSchedule.linear(1000)
+images = gaussian_fields(8192, size=8)
+held_out = gaussian_fields(256, size=8, split="test").images
+shown = evaluation_timesteps(1000, 40)
+
+# What the network is told about the noise level: log-SNR and some waves of it.
+level = schedule.log_snr.float() / 5
+columns = [level]
+for frequency in range(1, 5):
+    columns.append(torch.sin(frequency * level))
+    columns.append(torch.cos(frequency * level))
+level_features = torch.stack(columns, dim=1)
+
+
+class Denoiser(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(64 + 9, 128),
+            nn.SiLU(),
+            nn.Linear(128, 128),
+            nn.SiLU(),
+            nn.Linear(128, 64),
+        )
+
+    def forward(self, x_t, timesteps):
+        inputs = torch.cat([x_t.flatten(1), level_features[timesteps]], dim=1)
+        return SKIP * x_t + self.layers(inputs).view_as(x_t)
+
+
+# %% [markdown]
+# The loop below uses the package's `train_step`, a single optimizer step. The weighting has parameters of its own. They
+# form a second group of the optimizer, with their own learning rate. `make_run` returns two things: the weights
+# along training, and the losses on held-out images at its end.
 
 
 # %%
-schedule, shown = NoiseSchedule.linear(1000), evaluation_timesteps(1000, 40)
-images, held_out = gaussian_fields(8192, size=8), gaussian_fields(256, size=8, split="test").images
-log_snr = schedule.log_snr.float()[:, None] / 5
-features = torch.cat(
-    [log_snr, *(f(k * log_snr) for k in range(1, 5) for f in (torch.sin, torch.cos))], 1
-)
-
-
-class Denoiser(nn.Sequential):
-    """A perceptron that corrects its own input: where there is only noise, the input already is the answer."""
-
-    def forward(self, x_t, timesteps):
-        return x_t + super().forward(torch.cat([x_t.flatten(1), features[timesteps]], 1)).view_as(
-            x_t
-        )
-
-
-def train(name, seed=0, prediction="epsilon", weighting_lr=None, **params):
-    """(R, T) weights every ten steps of training, and the losses (40,) on held-out images at the end."""
+def make_run(name, seed=0, prediction="epsilon", weighting_lr=None, **params):
     torch.manual_seed(seed)
-    net = Denoiser(
-        nn.Linear(73, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 64)
-    )
-    weighting, weights = make_weighting(name, schedule, prediction, **params), []
-    groups = [
-        {"params": list(net.parameters()), "lr": 2e-3},
-        *weighting.parameter_groups(weighting_lr),
-    ]
-    optimizer = torch.optim.AdamW(
-        [{**group, "base_lr": group["lr"]} for group in groups], weight_decay=0.0
-    )
-    state = TrainState(
-        net, net, EMA(net, 1e5), schedule, weighting, make_sampler("uniform", schedule), optimizer
-    )
+    network = Denoiser()
+    weighting = make_weighting(name, schedule, prediction, **params)
+
+    groups = [{"params": list(network.parameters()), "lr": 2e-3}]
+    groups.extend(weighting.parameter_groups(weighting_lr))
+    for group in groups:
+        group["base_lr"] = group["lr"]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+
+    sampler = make_sampler("uniform", schedule)
+    ema = EMA(network, 1e5)
+    no_scaler = torch.amp.GradScaler("cpu", enabled=False)
+    state = TrainState(network, network, ema, schedule, weighting, sampler, optimizer, no_scaler)
     config = TrainConfig(
         batch_size=64, seed=seed, prediction=prediction, warmup_images=1280, device="cpu"
     )
-    for step in range(fast(800, 200)):
-        weights += [weighting.weights()] if step % 10 == 0 else []
+    weights = []
+    for step in range(STEPS):
+        if step % EVERY == 0:
+            weights.append(weighting.weights())
         train_step(state, images, config)
-    return torch.stack(weights), validation_losses(
-        net, held_out, schedule, prediction, timesteps=shown
-    )
+    losses = validation_losses(network, held_out, schedule, prediction, timesteps=shown)
+    return torch.stack(weights), losses
 
 
-first_look, _ = train("uncertainty")
-fig, ax = plt.subplots()
-plots.weight_curves(
-    ax,
-    schedule.log_snr,
-    {f"after {10 * i} steps": first_look[i] for i in fast((0, 20, 40, 79), (0, 5, 10, 19))},
-)
-plots.show(
-    fig,
-    "05_first_look",
-    title="Weights that a network learned for itself",
-    caption="Starting from equal weights, uncertainty weighting moves weight towards high noise and away from the clean end, further with every step of training.",
-    alt="Weight against log-SNR on a logarithmic axis at four moments of one training run. The first curve is flat at 1. Later ones rise on the noisy left and fall on the clean right, more and more steeply.",
-    notebook=NOTEBOOK,
-)
-
-# %% [markdown]
-# Why there? And would it have stopped? Both have exact answers.
-#
-# ## 2 · Predict before you compute
-#
-# One weight is stored as $e^{-s}$, and Adam trains the number $s$, from 0. Suppose the loss of its timestep is a constant 0.03,
-# so that $s$ has to reach $\ln 0.03=-3.5$. If $s$ simply joins the network's parameters, at a learning rate of
-# $2\cdot10^{-4}$, after how many steps is it there (within 0.05)?
+first_weights, _ = make_run("uncertainty", clamp=CLAMP)
+gained = float(first_weights[-1, 900:].mean() / first_weights[-1, :100].mean())
+lesson.reveal(QUESTION_WHERE, "noisy" if gained > 1 else "clean")
 
 # %%
-QUESTION_STEPS = "Steps until s has found a loss of 0.03, at learning rate 2e-4?"
-predict(QUESTION_STEPS, 2000)
+fig, ax = plt.subplots(figsize=(7.5, 3.8))
+rows = np.linspace(0, len(first_weights) - 1, 4).astype(int)
+for number, row in enumerate(rows):
+    shade = plt.cm.viridis(0.75 - 0.25 * number)
+    ax.plot(schedule.log_snr, first_weights[row], color=shade, linewidth=2)
+    height = first_weights[row, -1] * (0.85 if number == 0 else 1.0)
+    ax.text(-10.3, height, f"step {row * EVERY}", color=shade, ha="right", va="center")
+ax.set(
+    yscale="log",
+    xlim=(-14, 9.5),
+    xlabel="log-SNR (noisy → clean)",
+    ylabel="weight, mean 1",
+)
+lesson.show(
+    fig,
+    "05_first_look",
+    title="Left alone, the weights move to the noisy timesteps, and go on moving",
+    caption="Weights of uncertainty weighting at four moments of one training. They start equal. "
+    "Each later curve is steeper than the one before.",
+    alt="Weight against log-SNR, logarithmic, at four moments. The first curve is flat at one. Later ones rise on the "
+    "noisy left and fall on the clean right, more and more steeply.",
+)
 
 # %% [markdown]
-# ## 3 · From a likelihood to weights
+# You should see a flat line that tilts further and further. Two questions follow. Why this way? And where would it have
+# stopped? Both have exact answers.
+#
+# ## Where it goes: the minimum of a likelihood
 #
 # | symbol | in the code | shape | meaning |
 # |---|---|---|---|
-# | $L_t$ | `losses` | `(B,)` or `(T,)` | mean squared error at timestep $t$, in the network's own target space |
-# | $L^\star_t$ | `floor` | `(T,)` | the least loss that any network can have there |
+# | $L_t$ | `losses` | `(B,)` or `(T,)` | mean squared error at timestep $t$, in the space of the target |
+# | $L^\star_t$ | `floor` | `(T,)` | the smallest loss that any network can have there |
 # | $s_t$ | `s` | `(T,)` | learned logarithm of a variance |
 # | $w_t$ | `weights()` | `(T,)` | what the gradient of $L_t$ is multiplied by; mean 1 over $t$ |
-# | $\eta$ | `lr` | () | learning rate of $s$ |
-# | $g_k,\ G$ | `gramian` | `(K, K)` | gradient of the loss of bin $k$; $G_{kl}=g_k\cdot g_l$ |
+# | $\eta$ | `lr` | number | learning rate of $s$ |
 #
-# Say that the network's error at timestep $t$ is Gaussian with a variance $e^{s_t}$ that we do not know. The negative
-# log-likelihood of an error, averaged over pixels, is
+# Suppose the network's error at timestep $t$ is Gaussian, with an unknown variance $e^{s_t}$. Its negative
+# log-likelihood, averaged over pixels, is
 #
 # $$\tfrac12\left[L_t\,e^{-s_t}+s_t\right]+\text{const}.$$
 #
-# This is the *uncertainty weighting* of Kendall, Gal and Cipolla. Everything about it follows from two derivatives
-# (we drop the ½, which rescales both):
+# This is the *uncertainty weighting* of Kendall, Gal and Cipolla (2018). We minimise it by the network and by $s$
+# together, and leave the $\frac12$ out, as it changes no minimum. Its derivatives say everything:
 #
-# - by $s_t$: $\;1-L_te^{-s_t}$, zero at $s_t^\star=\ln L_t$. The second derivative $L_te^{-s_t}$ is positive: one minimum.
-# - by the network: $\;e^{-s_t}\,\nabla L_t$, so $w_t=e^{-s_t}$, which becomes $1/L_t$.
-# - put $s^\star$ back in and $1+\ln L_t$ remains: the network minimises $\sum_t\ln L_t$, the **geometric mean** of the losses.
-
+# 1. By $s_t$: $\;1-L_te^{-s_t}$. It is zero at $s_t^\star=\ln L_t$.
+# 2. Once more by $s_t$: $\;L_te^{-s_t}>0$. So there is one minimum.
+# 3. By the network: $\;e^{-s_t}\,\nabla L_t$. So the weight is $e^{-s_t}$, and at the minimum it is $\mathbf{1/L_t}$.
+#
+# A small loss thus earns a large weight. We check it with constant losses: the floor of our images, which is known
+# exactly.
 
 # %%
-def likelihood(losses, s):
-    return losses * torch.exp(-s) + s
+floor = field_floor(schedule, "epsilon").float()
+every_timestep = torch.arange(1000)
 
 
-every, floor = torch.arange(1000), field_floor(schedule, "epsilon").float()
-s = torch.zeros(1000, requires_grad=True)
-likelihood(floor, s).mean().backward()
-
-weighting = make_weighting(
-    "uncertainty", schedule, bins=1000, clamp=15.0, normalize=False
-)  # one s per timestep
-weighting(floor, every).backward()
-torch.testing.assert_close(
-    weighting.coefficients.grad, s.grad, msg="the package must descend the same objective"
-)
-
-
-def descend(weighting, losses, timesteps, steps):
-    """The weights (T,) after training a weighting on constant losses."""
+def settle(weighting, losses, steps=600):
+    """The weights after training a weighting on losses that stay as they are."""
     optimizer = torch.optim.Adam(weighting.parameters(), lr=0.05)
     for _ in range(steps):
         optimizer.zero_grad()
-        weighting(losses, timesteps).backward()
+        weighting(losses, every_timestep).backward()
         optimizer.step()
     return weighting.weights()
 
 
-descend(weighting, floor, every, 600)
-torch.testing.assert_close(
-    weighting.weights(), 1 / floor, rtol=0.02, atol=0, msg="learned weights must be 1 / L"
-)
-remains = likelihood(floor, -weighting.weights().log()).mean() - 1
-torch.testing.assert_close(
-    remains, floor.log().mean(), msg="what remains must be the log of the geometric mean of L"
-)
+one_for_each = make_weighting("uncertainty", schedule, bins=1000, clamp=15.0, normalize=False)
+learned = settle(one_for_each, floor)
 print(
-    f"weights learned from constant losses are 1 / L to within {(weighting.weights() * floor - 1).abs().max():.0e}"
+    f"learned weight times loss: from {(learned * floor).min():.4f} to {(learned * floor).max():.4f}"
 )
+torch.testing.assert_close(learned, 1 / floor, rtol=0.02, atol=0)
 
 # %% [markdown]
-# So the answer to "why there?" is the curve of losses. We know the least loss of this data set exactly, and it falls towards
-# high noise, because there the input is nearly the noise itself. The simplest case has a closed form: white Gaussian data of variance
-# $\sigma_d^2$ have $L^{x\star}=1/(\mathrm{SNR}+\sigma_d^{-2})$ and $L^\epsilon=\mathrm{SNR}\,L^x$, hence
+# The product is 1 everywhere: the weights are $1/L_t$. So "why towards the noisy timesteps" has an answer: there the
+# loss of a noise-predicting network is smallest, because its input is nearly the noise that it must predict.
 #
-# $$\frac1{L^{\epsilon\star}}=1+\frac1{\sigma_d^2\,\mathrm{SNR}},$$
-#
-# the weighting of EDM. At high noise that is proportional to $1/\mathrm{SNR}$: *constant weight on the error of $x_0$*.
+# What does the *network* minimise at the fixed point? Put $s^\star$ back in: $L_te^{-s^\star_t}+s_t^\star=1+\ln L_t$. The
+# network minimises the sum of the $\ln L_t$, that is the **geometric mean** of the losses.
 
 # %%
-inverse = 1 + 1 / (0.5**2 * schedule.log_snr.exp())  # sigma_d = 0.5
-edm = make_weighting("edm", schedule, "epsilon", sigma_data=0.5).weights()
-torch.testing.assert_close(
-    (inverse / inverse.mean()).float(), edm, msg="1 / L of white data must be EDM"
-)
-perfect = 1 / floor / (1 / floor).mean()
-for label, w in (("white data: EDM", edm), ("these images: 1 / L*", perfect)):
-    print(
-        f"{label:22s} noisiest tenth {w[900:].mean() / 10:.0%}, effective sample size {effective_sample_size(w):.2f}"
-    )
+s_star = -learned.log()
+objective = (floor * torch.exp(-s_star) + s_star).mean()
+print(f"objective {objective:.4f}, 1 + log of the geometric mean {1 + floor.log().mean():.4f}")
+torch.testing.assert_close(objective, 1 + floor.log().mean(), rtol=1e-3, atol=1e-3)
 
 # %% [markdown]
-# A network as good as can be would thus be trained on little but the noisiest timesteps. Our run had not arrived there: its losses
-# were above the floor, and $s$ needs time.
-#
-# ## 4 · The learning rate of s is the real hyper-parameter
-#
-# Adam divides the mean gradient by its root mean square. While a gradient keeps its sign and shrinks, that ratio is at most about 1, so
-# **$s$ moves by at most $\eta$ per step** however large the loss. From 0 to $\ln L$ takes at least $|\ln L|/\eta$ steps.
-
+# There is a second road to the same place. **Loss balance** learns nothing: it keeps a running mean of the loss of each
+# bin and takes the inverse. Same fixed point, no learning rate.
 
 # %%
-def adam_steps(loss, lr, tolerance=0.05):
-    """Steps until s, started at 0 and trained by Adam on loss e^-s + s, is within tolerance of ln loss."""
-    s, mean, square, step = 0.0, 0.0, 0.0, 0
-    while abs(s - math.log(loss)) > tolerance:
-        step += 1
-        gradient = 1 - loss * math.exp(-s)
-        mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
-        s -= lr * mean / (1 - 0.9**step) / (math.sqrt(square / (1 - 0.999**step)) + 1e-8)
-    return step
-
-
-print(f"{'learning rate of s':>20s}{'|ln L| / lr':>14s}{'measured':>12s}")
-for lr in (2e-4, 1e-3, 1e-2, 2.5e-2):
-    bound, measured = abs(math.log(0.03)) / lr, adam_steps(0.03, lr)
-    print(f"{lr:20g}{bound:14.0f}{measured:12d}")
-    assert 0.95 * bound < measured < 2 * bound, (
-        "s must not outrun Adam's bound, nor lag far behind it"
-    )
-reveal(QUESTION_STEPS, adam_steps(0.03, 2e-4))
-
-# %% [markdown]
-# Until it has arrived, "uncertainty weighting" is some mixture of equal weights and $1/L$. Two papers with the same formula and
-# different learning rates have trained with different weights. The package gives $s$ an optimizer group of its own, with
-# learning rate 0.01 and no weight decay (`parameter_groups`); ANT's code uses 0.025.
-#
-# ## 5 · Why bins: noise in s
-#
-# Losses of single samples scatter. Let $c$ be their coefficient of variation (standard deviation over mean) and $n$ the number of
-# samples that an $s$ sees per step. Near its fixed point, write $s=\ln L+\delta$; gradient descent on
-# $\tfrac12(Le^{-s}+s)$ becomes
-#
-# $$\delta\leftarrow\left(1-\tfrac\eta2\right)\delta+\tfrac\eta2\,\xi,\qquad \mathrm{std}(\xi)=\frac{c}{\sqrt n},$$
-#
-# whose stationary variance $v$ solves $v=(1-\frac\eta2)^2v+\frac{\eta^2}4\frac{c^2}{n}$. For small $\eta$,
-#
-# $$\mathrm{CV}(e^{-s})\approx\sqrt v\approx c\sqrt{\frac{\eta}{4n}}.$$
-#
-# We simulate it with losses that are positive and skewed (a gamma distribution), five seeds. The control is $c=0$.
-
-
-# %%
-def simulated_cv(c, lr, n, seed):
-    """Coefficient of variation of e^-s over many copies of one s, each seeing n fresh losses per step."""
-    rng, s = np.random.default_rng(seed), np.zeros(fast(4000, 1000))
-    for _ in range(400):
-        loss = rng.gamma(n / c**2, c**2 / n, len(s)) if c else 1.0  # mean 1, CV c / sqrt(n)
-        s -= lr / 2 * (1 - loss * np.exp(-s))
-    return np.std(np.exp(-s)) / np.mean(np.exp(-s))
-
-
-print(f"{'samples per step':>18s}{'formula':>12s}{'simulated':>20s}")
-for n in (1, 4, 16, 64):
-    formula = 0.5 * math.sqrt(0.05 / (4 * n))
-    mean, half = plots.t_interval([simulated_cv(0.5, 0.05, n, seed) for seed in range(5)])
-    print(f"{n:18d}{formula:12.2%}{mean:12.2%} ± {half:.2%}")
-    assert abs(mean / formula - 1) < 0.1, "the simulation must agree with c sqrt(lr / 4n)"
-assert simulated_cv(0.0, 0.05, 1, seed=0) < 1e-12, (
-    "without noise in the losses, weights must not fluctuate"
-)
-
-# %% [markdown]
-# One $s$ for each of 1000 timesteps sees 0.06 samples per step of a batch of 64; one for each of 20 bins sees 3.2, fifty times more,
-# and fluctuates $\sqrt{50}\approx7$ times less. The package learns $s$ at the centres of 20 bins and interpolates.
-# EDM2 goes one step further: $s$ is a sum of fixed random cosines of the noise level with learned coefficients, so that
-# every sample informs every timestep. Is either too coarse for the true curve? We feed both the exact losses.
-
-# %%
-print(
-    f"{'typical error of a weight after':33s}{'600 steps':>12s}{fast('3000', '1200') + ' steps':>15s}"
-)
-for label, params in (
-    ("5 bins", {"bins": 5}),
-    ("20 bins", {}),
-    ("Fourier, as in EDM2", {"fourier": True}),
-):
-    weighting = make_weighting("uncertainty", schedule, clamp=15.0, **params)
-    stages = [descend(weighting, floor, every, steps) for steps in (600, fast(2400, 600))]
-    print(f"{label:30s}" + "".join(f"{(w / perfect).log().std():15.1%}" for w in stages))
-
-# %% [markdown]
-# Twenty bins are precise enough, and they get there fast, because each coefficient has its own timesteps. The cosines overlap:
-# they represent a smooth curve with no corners, but need many more steps to find it. That is affordable in a run as long as
-# EDM2's, and not in a short one.
-#
-# ## 6 · Two relatives
-#
-# **Loss balance** skips the learning: keep a running mean of each bin's loss and use its inverse. Same fixed point, no learning rate,
-# one half-life instead.
-#
-# **UGD**, the unconstrained gradient descent of Min-SNR's authors, does not look at losses but at gradients. If a
-# step along $-\sum_k \omega_kg_k$ is to help every bin, a good choice is the *shortest* such vector with $\omega_k\ge0,\ \sum \omega_k=1$: by
-# Désidéri's theorem no bin gets worse along it (to first order). UGD writes $\omega=\mathrm{softmax}(\beta)$ and descends
-#
-# $$\left\|\sum_k\omega_kg_k\right\|^2+\rho\sum_k\omega_k^2=\omega^{\!\top}G\omega+\rho\,\omega^{\!\top}\omega .$$
-#
-# All it needs to know of the gradients is the Gramian $G$. For two of them and $\rho=0$ the answer is a line of algebra:
-# $\omega_1=(g_2\!\cdot\!g_2-g_1\!\cdot\!g_2)/\|g_1-g_2\|^2$, if that lies between 0 and 1.
-
-# %%
-g = torch.tensor(
-    [[3.0, 0.5], [-0.6, 0.8]], dtype=torch.float64
-)  # long and short, more than a right angle apart
-gramian = g @ g.T
-closed = (gramian[1, 1] - gramian[0, 1]) / ((g[0] - g[1]) ** 2).sum()
-
-weighting = make_weighting("ugd", schedule, bins=2, regularization=0.0)
-weighting.observe_gramian(gramian)
-descend(weighting, torch.ones(2), torch.tensor([0, 999]), 1000)
-u = weighting.beta.softmax(0).detach().double()
-torch.testing.assert_close(u[0], closed, rtol=1e-3, atol=0, msg="UGD must find the shortest vector")
-torch.testing.assert_close(
-    pareto.min_norm_weights(gramian)[0], closed, msg="so must the exact solver"
-)
-assert (gramian @ u > 0).all() and (gramian.sum(1) < 0).any(), (
-    "this step must help both bins; the plain sum must not"
-)
-print(f"shares {u[0]:.3f} and {u[1]:.3f}: the shorter gradient gets more; closed form {closed:.3f}")
-
 balance = make_weighting("loss-balance", schedule, bins=1000, normalize=False)
-balance(floor, every)
-torch.testing.assert_close(
-    balance.weights() * floor / floor.mean(), torch.ones(1000), msg="must be 1 / L"
-)
+balance(floor, every_timestep)
+product = balance.weights() * floor
+torch.testing.assert_close(product / product.mean(), torch.ones(1000))
+print("loss balance: weight times loss is the same at every timestep")
 
 # %% [markdown]
-# ## 7 · How much do learned weights fluctuate?
+# ## What a perfect network would be trained on
 #
-# Learned weights have a reputation for being unstable, so we count. Two things make a weight vary during training: it travels, because
-# its fixed point is far away and moves as the network improves; and it shakes, because losses are noisy. We take the
-# **coefficient of variation over the second half of training** (standard deviation over mean, median over timesteps), once of
-# the weight itself and once of the weight divided by its own exponential trend. A third column asks how far apart different *seeds*
-# end.
-#
-# Two arms calibrate the scale. *Predefined* weights (equal ones, `const-eps`) must score 0. *Random* weights, drawn anew at every step (the same
-# sequence in every run), are the null: they shake by about 100 %. How much, in per cent, does uncertainty
-# weighting with 20 bins shake around its trend?
+# Our run had not arrived: its losses were above the floor, and $s$ needs time. Suppose it could go on until the network
+# is perfect. Which share of all weight would the noisiest tenth of the timesteps have? Equal weights give it 0.1.
 
 # %%
-QUESTION_SHAKE = "Uncertainty weighting, 20 bins: shaking around the trend, in per cent?"
-predict(QUESTION_SHAKE, 20.0)
+QUESTION_SHARE = "Share of the weight on the noisiest tenth, for a perfect network (0 to 1)?"
+lesson.predict(QUESTION_SHARE, None)
 
 # %%
-ARMS = {
+perfect = 1 / floor / (1 / floor).mean()
+share_perfect = float(perfect[900:].sum() / perfect.sum())
+lesson.reveal(QUESTION_SHARE, share_perfect)
+if is_full:
+    assert 0.8 < share_perfect < 0.86, "a perfect network must leave little to the rest"
+
+# %% [markdown]
+# Nearly everything. A closed form shows why. Take white Gaussian data of variance $\sigma_d^2$. Their floor on the $x_0$
+# error is $1/(S+\sigma_d^{-2})$ with the signal-to-noise ratio $S$. On the noise error it is $S$ times that. Hence
+#
+# $$\frac1{L^{\epsilon\star}}=\frac{S+\sigma_d^{-2}}{S}=1+\frac1{\sigma_d^2\,S}.$$
+#
+# This is the weighting of EDM. At high noise it grows like $1/S$, and that is *constant weight on the error of $x_0$*.
+
+# %%
+snr = schedule.log_snr.exp()
+inverse_floor = 1 + 1 / (0.5**2 * snr)  # standard deviation 0.5
+inverse_floor = inverse_floor / inverse_floor.mean()
+edm = make_weighting("edm", schedule, "epsilon", sigma_data=0.5).weights()
+torch.testing.assert_close(inverse_floor.float(), edm)
+print("1 / floor of white data is the weighting of EDM")
+
+# %% [markdown]
+# So uncertainty weighting would learn EDM's weights, if it had white data and a perfect network.
+#
+# ## How fast: s takes steps of fixed length
+#
+# Suppose the loss of a timestep is a constant 0.03, so that $s$ has to go from 0 to $\ln 0.03=-3.5$. Adam trains $s$ with
+# the learning rate $2\cdot10^{-4}$ that is usual for a network. After how many steps is it there, within 0.05?
+
+# %%
+QUESTION_STEPS = "Steps until s has found a loss of 0.03, at learning rate 2e-4?"
+lesson.predict(QUESTION_STEPS, None)
+
+
+# %%
+def adam_steps(loss, lr):
+    """Steps until s, started at 0, is within 0.05 of its fixed point."""
+    s = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([s], lr=lr)
+    steps = 0
+    while abs(s.item() - math.log(loss)) > 0.05:
+        optimizer.zero_grad()
+        (loss * torch.exp(-s) + s).backward()
+        optimizer.step()
+        steps += 1
+    return steps
+
+
+speed = pd.DataFrame(columns=["|ln L| / lr", "measured steps"])
+for lr in lesson.fast([2e-4, 1e-3, 1e-2, 2.5e-2], [1e-3, 1e-2]):
+    least = abs(math.log(0.03)) / lr
+    measured = adam_steps(0.03, lr)
+    speed.loc[f"lr = {lr:g}"] = [least, measured]
+    assert 0.95 * least < measured < 2 * least, "s must keep close to Adam's speed"
+
+at_usual_lr = lesson.fast(speed["measured steps"].iloc[0], 5 * speed["measured steps"].iloc[0])
+lesson.reveal(QUESTION_STEPS, float(at_usual_lr))
+lesson.table(speed, caption="Steps until s has found a loss of 0.03", digits=0)
+
+# %% [markdown]
+# Adam divides the mean gradient by its root mean square. As long as the gradient keeps its sign and shrinks, that
+# ratio is at most about 1. So **$s$ moves by about $\eta$ per step**, however large the loss is, and the way from 0 to
+# $\ln L$ takes about $|\ln L|/\eta$ steps.
+#
+# Until then the weights are some mixture of equal weights and $1/L$. Two papers with the same formula and different
+# learning rates have trained with different weights. The package gives $s$ the learning rate 0.01 and no weight decay.
+#
+# ## How much it shakes: noise and bins
+#
+# Losses of single samples scatter, and $s$ follows the scatter. Let $c$ be their standard deviation over their mean, and
+# $n$ the number of samples that one $s$ sees per step. Near the fixed point write $s=\ln L+\delta$. Gradient descent
+# on $\frac12(Le^{-s}+s)$ then reads, to first order,
+#
+# $$\delta\leftarrow\left(1-\tfrac\eta2\right)\delta+\tfrac\eta2\,\xi,\qquad \text{with noise }\xi\text{ of standard deviation }\frac{c}{\sqrt n}.$$
+#
+# The variance $v$ of $\delta$ settles where it reproduces itself:
+#
+# $$v=\left(1-\tfrac\eta2\right)^2v+\tfrac{\eta^2}4\,\tfrac{c^2}{n}.$$
+#
+# For small $\eta$ the left and right side differ by $\eta v$, so $v=\eta c^2/(4n)$. The weight $e^{-s}$ fluctuates by
+#
+# $$\frac{\text{standard deviation}}{\text{mean}}\approx\sqrt v=c\,\sqrt{\frac{\eta}{4n}}.$$
+#
+# We simulate many copies of one $s$, with losses that are positive and skewed. The last row has no noise in the losses.
+
+
+# %%
+def simulated_fluctuation(c, n, lr=0.05, seed=0):
+    generator = np.random.default_rng(seed)
+    s = np.zeros(lesson.fast(4000, 1000))
+    for _ in range(400):
+        loss = np.ones(len(s))
+        if c > 0:
+            shape = n / c**2  # a gamma distribution of mean 1 and deviation c / sqrt(n)
+            loss = generator.gamma(shape, 1 / shape, len(s))
+        s = s - lr / 2 * (1 - loss * np.exp(-s))
+    weight = np.exp(-s)
+    return weight.std() / weight.mean()
+
+
+shaking = pd.DataFrame(columns=["formula", "simulated"])
+for n in [1, 4, 16, 64]:
+    formula = 0.5 * math.sqrt(0.05 / (4 * n))
+    measured = simulated_fluctuation(0.5, n)
+    shaking.loc[f"c = 0.5, n = {n}"] = [f"{formula:.2%}", f"{measured:.2%}"]
+    assert abs(measured / formula - 1) < 0.1, "the simulation must agree with the formula"
+without_noise = simulated_fluctuation(0.0, 1)
+shaking.loc["c = 0, n = 1"] = ["0.00%", f"{without_noise:.2%}"]
+assert without_noise < 1e-12, "without noise in the losses nothing may shake"
+
+lesson.table(shaking, caption="Fluctuation of a weight whose s is trained at learning rate 0.05")
+
+# %% [markdown]
+# Four times more samples halve the fluctuation. That is the reason for **bins**. With one $s$ for each of 1000 timesteps, a
+# batch of 64 gives each of them 0.064 samples per step. With one for each of 20 bins it gives 3.2, fifty times more.
+# The package takes 20 bins and interpolates between their centres.
+#
+# ## Travel or shaking?
+#
+# Now real training. Two things make a weight vary. It **travels**, because its fixed point is far away and moves as the
+# network improves. And it **shakes**, because losses are noisy. One number for both would confuse them, so we take two,
+# over the second half of training, as medians over timesteps:
+#
+# - *over time*: standard deviation over mean of the weight;
+# - *around its trend*: the same after dividing by the exponential curve that fits the weight best.
+#
+# Two controls calibrate them. Predefined weights must score 0. Random weights, drawn anew at each step, are the other
+# end. How much, in per cent, does uncertainty weighting with 20 bins shake around its trend?
+
+# %%
+QUESTION_SHAKE = "Uncertainty weighting, 20 bins: fluctuation around its trend, in per cent?"
+lesson.predict(QUESTION_SHAKE, None)
+
+# %%
+high_lr = f"uncertainty, lr {FAST_LR:g}"
+RUNS = {
     "predefined": ("const-eps", {}),
     "dy-sigma": ("dy-sigma", {}),
-    "loss-balance": ("loss-balance", {}),
-    "uncertainty": ("uncertainty", {}),
-    "uncertainty, lr 0.1": ("uncertainty", {"weighting_lr": 0.1}),
-    "uncertainty, 1000 bins": ("uncertainty", {"bins": 1000}),
-    "ugd": ("ugd", {}),
+    "loss balance": ("loss-balance", {}),
+    "uncertainty": ("uncertainty", {"clamp": CLAMP}),
+    high_lr: ("uncertainty", {"clamp": CLAMP, "weighting_lr": FAST_LR}),
+    "uncertainty, 1000 bins": ("uncertainty", {"clamp": CLAMP, "bins": 1000}),
     "random": ("random", {}),
 }
-seeds, runs = range(fast(5, 2)), {}
-for arm, (name, params) in ARMS.items():
-    runs[arm] = [train(name, seed, **params) for seed in seeds]
-    print(arm, end=", ", flush=True)
+SEEDS = range(lesson.fast(3, 1))
+
+runs = {}
+for label, (name, params) in RUNS.items():
+    runs[label] = [make_run(name, seed, **params) for seed in SEEDS]
 
 
 # %%
 def without_trend(weights):
-    """Weights (R, T), each divided by the exponential that fits it best."""
-    logs, time = (
-        weights.double().log(),
-        torch.linspace(-1, 1, len(weights), dtype=torch.float64)[:, None],
-    )
-    return torch.exp(logs - time * (time * logs).sum(0) / (time**2).sum())
+    """Weights (R, T), each column divided by the exponential that fits it best."""
+    log_weights = weights.double().log()
+    time = torch.linspace(-1, 1, len(weights), dtype=torch.float64)[:, None]
+    slope = (time * log_weights).sum(0) / (time**2).sum()
+    return torch.exp(log_weights - time * slope)
 
 
-cv = {}
-for arm in ARMS:
-    half = [weights[len(weights) // 2 :] for weights, _ in runs[arm]]
-    sets = {
-        "over time": half,
-        "around trend": map(without_trend, half),
-        "between seeds": [torch.stack(half)[:, -1]],
+rows = {}
+for label, runs_of_label in runs.items():
+    over_time = []
+    around_trend = []
+    for weights, _ in runs_of_label:
+        second_half = weights[len(weights) // 2 :]
+        over_time.append(float(fluctuation(second_half).median()))
+        around_trend.append(float(fluctuation(without_trend(second_half)).median()))
+    rows[label] = {
+        "over time, %": 100 * np.mean(over_time),
+        "around its trend, %": 100 * np.mean(around_trend),
     }
-    cv[arm] = {
-        column: [float(fluctuation(w).median()) for w in each] for column, each in sets.items()
-    }
-print(
-    f"{'coefficient of variation':24s}{'over time':>18s}{'around its trend':>20s}{'between seeds':>16s}"
+varies = pd.DataFrame(rows).T
+
+lesson.reveal(QUESTION_SHAKE, float(varies.loc["uncertainty", "around its trend, %"]))
+lesson.table(
+    varies,
+    caption=f"Fluctuation of weights in the second half of training, mean of {len(SEEDS)} runs",
+    mark="uncertainty",
+    digits=2,
 )
-for arm, columns in cv.items():
-    over, around = (
-        "{:9.1%} ± {:5.1%}".format(*plots.t_interval(columns[c]))
-        for c in ("over time", "around trend")
-    )
-    print(f"{arm:24s}{over:>18s}{around:>20s}{columns['between seeds'][0]:16.1%}")
-assert max(map(max, cv["predefined"].values())) == 0, "predefined weights must not fluctuate"
-assert all(max(c["around trend"]) < 0.5 for arm, c in cv.items() if arm != "random"), (
-    "the null must shake most"
-)
-reveal(QUESTION_SHAKE, 100 * float(np.mean(cv["uncertainty"]["around trend"])))
 
 # %%
-fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.4), width_ratios=(1, 1.15))
-for i, arm in enumerate(["random", "predefined", "dy-sigma", "uncertainty", "ugd"]):
-    one, colour = runs[arm][0][0][:, 900], "0.7" if i == 0 else f"C{i}"
-    left.plot(10 * np.arange(len(one)), one, label=arm, color=colour, linestyle=plots.DASHES[i])
-left.set(
+fig, ax = plt.subplots(figsize=(8, 3.8))
+steps = EVERY * np.arange(len(first_weights))
+COLOURS = {
+    "random": "0.8",
+    "predefined": "0.4",
+    "uncertainty": "C3",
+    "dy-sigma": "C0",
+    high_lr: "C1",
+}
+for label, colour in COLOURS.items():
+    weights, _ = runs[label][0]
+    ax.plot(steps, weights[:, 900], color=colour, linewidth=1.8)
+    ax.text(steps[-1] * 1.01, weights[-1, 900], label, color=colour, va="center")
+ax.set(
     yscale="log",
-    ylim=(None, 60),
+    ylim=(0.05, 60),
+    xlim=(0, steps[-1] * 1.25),
     xlabel="training step",
-    ylabel="weight at t = 900",
-    title="One weight, one run",
+    ylabel="weight at timestep 900",
 )
-left.legend()
-for row, column in enumerate(cv["ugd"]):
-    mean, half = np.array(
-        [
-            plots.t_interval(c[column]) if len(c[column]) > 1 else (c[column][0], 0)
-            for c in cv.values()
-        ]
-    ).T
-    at, bars = np.arange(len(ARMS)) + 0.22 * (row - 1), np.minimum(half, 0.9 * mean)
-    right.errorbar(mean, at, xerr=bars, fmt="os^"[row], color=f"C{row}", capsize=3, label=column)
-right.set_xscale("symlog", linthresh=1e-3)
-right.set(
-    xlim=(-5e-4, 3),
-    ylim=(7.6, -0.6),
-    xlabel="coefficient of variation",
-    title="Second half of training",
-)
-right.set_yticks(range(len(ARMS)), labels=list(ARMS))
-right.legend(loc=(0.03, 0.3), fontsize=8)
-plots.show(
+lesson.show(
     fig,
     "05_fluctuation",
-    title="Learned weights travel more than they shake",
-    caption="Around their trend, learned weights fluctuate by a few per cent, far below the random null. Most of their variation is travel, which Dy-Sigma's anchor ends early. UGD is the one whose final weights depend on the seed most. Bars: 95 %.",
-    alt="Left: weight at timestep 900 against training step; random weights jump over two decades, uncertainty rises steadily, Dy-Sigma rises and settles, UGD dips and returns. Right: coefficients of variation of eight weightings on a logarithmic axis, from exactly 0 for predefined weights to about 1 for random ones.",
-    notebook=NOTEBOOK,
+    title="Learned weights travel; only random ones shake a lot",
+    caption="One weight in one run of five weightings. At the high learning rate it arrives early and then wobbles. "
+    "Dy-Sigma, the subject of the next page, starts elsewhere and stays near its start.",
+    alt="Weight at timestep 900 against the training step, logarithmic. The random one jumps over two decades, the "
+    "predefined one is flat, uncertainty rises steadily, at high learning rate it rises fast and wobbles, and Dy-Sigma "
+    "changes little.",
 )
-travel = np.mean(cv["uncertainty"]["over time"])
-assert travel > 3 * np.mean(cv["uncertainty"]["around trend"]), (
-    "uncertainty must travel more than it shakes"
-)
-assert np.mean(cv["dy-sigma"]["over time"]) < fast(travel / 3, 1), (
-    "the anchor must end the travel (of a full run)"
-)
-
-# %% [markdown]
-# Read the table line by line.
-#
-# - **Uncertainty** weighting at the usual learning rate still travels when training ends. At ten times the rate it has arrived, and
-#   now shaking is all there is, about twice as much. One $s$ per timestep shakes more than 20 bins, though less than $\sqrt{50}$
-#   times more: that factor belongs to gradient descent, and Adam's bounded steps damp rarely seen timesteps.
-# - **UGD** looks at the gradients every 50 steps only and shakes no more than the others, but where it ends differs from seed to seed.
-#   Gramians from a few samples are noisy; Min-SNR's authors name this as UGD's weakness.
-# - **Dy-Sigma** (notebook 06; its start is Min-SNR) is held near a predefined weighting. It varies least of all that learn.
-#
-# ## 8 · A failure on purpose: the fixed point itself
-#
-# Now the losses. A network that predicts noise is easy to satisfy at high noise; uncertainty weighting rewards that
-# with weight, which lowers the loss there, which earns more weight. Section 3 says where this ends: at $1/L^\star$, close to
-# constant weight on $x_0$. We compare with equal weights (`const-eps`), paired by seed, on held-out images.
 
 # %%
-HERE = ["uncertainty", "uncertainty, lr 0.1", "loss-balance"]
+assert varies.loc["predefined"].max() == 0, "predefined weights must not fluctuate"
+if is_default and is_full:
+    trend = varies["around its trend, %"]
+    travel = varies["over time, %"]
+    assert trend.drop("random").max() < trend["random"] / 2, "random weights must shake most"
+    assert travel["uncertainty"] > 3 * trend["uncertainty"], "it must travel more than it shakes"
+    assert trend[high_lr] > trend["uncertainty"], "a higher rate must shake more"
+    assert trend["uncertainty, 1000 bins"] > trend["uncertainty"], "fewer samples must shake more"
 
+# %% [markdown]
+# You should see, in the marked row, that uncertainty weighting varies much more over time than around its trend. Most of
+# what looks like instability is travel. A higher learning rate ends the travel and shakes more. One $s$ per timestep
+# shakes more than 20 bins, but less than the formula's $\sqrt{50}$ times: the formula is for gradient descent, and Adam's
+# steps of fixed length damp what is rarely seen.
+#
+# ## When the fixed point takes over
+#
+# What do learned weights do to the losses? A noise-predicting network has small losses at high noise. That earns weight,
+# the weight lowers these losses, and that earns more weight. We compare held-out losses with those of equal weights,
+# pair by pair with the same seed.
 
-def ratio(arm, baseline, timesteps=slice(None)):
-    """(S, ...) held-out loss over that of the baseline with the same seed."""
-    return torch.stack(
-        [(a / b)[timesteps] for (_, a), (_, b) in zip(runs[arm], runs[baseline], strict=True)]
-    )
-
-
-fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4))
-final = {f"{arm}, learned": torch.stack([w[-1] for w, _ in runs[arm]]) for arm in HERE[:2]}
-final |= {
-    "1 / L* of a perfect network": perfect,
-    "const-x0": make_weighting("const-x0", schedule).weights(),
+# %%
+LEARNED = ["uncertainty", high_lr, "loss balance"]
+FIFTHS = {
+    "clean fifth": slice(0, 8),
+    "middle fifth": slice(16, 24),
+    "noisy fifth": slice(32, 40),
 }
-plots.trajectories(left, schedule.log_snr, final, log=True)
-left.set(xlabel="log-SNR (noisy → clean)", ylabel="weight", title="Where the weight goes")
-plots.loss_by_timestep(right, shown, {arm: ratio(arm, "predefined") for arm in HERE})
-right.axhline(1, color="0.3", linewidth=1)
-right.set(ylabel="held-out loss, relative to equal weights", title="What it does to the losses")
-plots.show(
+
+
+def mean_log_ratio(label, baseline):
+    """(40,) logarithm of the loss over that of the baseline with the same seed, mean of seeds."""
+    logs = []
+    for (_, losses), (_, reference) in zip(runs[label], runs[baseline], strict=True):
+        logs.append((losses / reference).log())
+    return torch.stack(logs).mean(0)
+
+
+runs["x0: equal weights"] = [make_run("const-x0", seed, "sample") for seed in SEEDS]
+on_x0 = f"x0: {high_lr}"
+runs[on_x0] = [
+    make_run("uncertainty", seed, "sample", weighting_lr=FAST_LR, clamp=CLAMP) for seed in SEEDS
+]
+
+effect = pd.DataFrame(columns=["share of weight on the noisiest tenth, %", *FIFTHS], dtype=float)
+for label in [*LEARNED, on_x0]:
+    baseline = "x0: equal weights" if label == on_x0 else "predefined"
+    shares = []
+    for weights, _ in runs[label]:
+        shares.append(100 * float(weights[-1, 900:].sum() / weights[-1].sum()))
+    row = [np.mean(shares)]
+    log_ratio = mean_log_ratio(label, baseline)
+    for steps_of_fifth in FIFTHS.values():
+        row.append(math.exp(log_ratio[steps_of_fifth].mean()))
+    effect.loc[label] = row
+
+lesson.table(
+    effect,
+    caption="Held-out loss over that of equal weights with the same seed (below 1 is better)",
+    mark=high_lr,
+    digits=2,
+)
+
+# %%
+share_fast = effect.loc[high_lr].iloc[0]
+fig, ax = plt.subplots(figsize=(8, 3.8))
+for label, colour in {"uncertainty": "C3", high_lr: "C1", "loss balance": "C2"}.items():
+    ratio = mean_log_ratio(label, "predefined").exp()
+    dashes = "--" if label == "loss balance" else "-"
+    ax.plot(shown, ratio, color=colour, linewidth=2, linestyle=dashes, label=label)
+ax.axhline(1, color="0.3", linewidth=1)
+ax.text(990, 1.08, "equal weights", color="0.3", ha="right")
+ax.legend(loc="lower left")
+ax.set(
+    yscale="log",
+    xlabel="timestep (clean → noisy)",
+    ylabel="loss / loss with equal weights",
+)
+lesson.show(
     fig,
     "05_taken_over",
-    title="With an epsilon network, uncertainty weighting turns into Const-x0 at high noise",
-    caption="Once it has arrived (learning rate 0.1; loss-balance, same fixed point), losses at high noise are a tiny fraction of those with equal weights, and losses on the cleaner timesteps are over 1.5 times as high. Bands: 95 % over seeds.",
-    alt="Left: weights against log-SNR; the learned curves fall from left to right along the lines of 1 / L* and const-x0. Right: ratio of losses to equal weights against timestep; two arms start above 1.5 at clean timesteps and fall to about 0.01 at noisy ones, the slower one stays just below 1 at the clean end.",
-    notebook=NOTEBOOK,
+    title=f"With {share_fast:.0f} % of the weight on the noisiest tenth, clean timesteps get worse",
+    caption="Held-out losses relative to equal weights, geometric mean of the seeds. Once the learned weights have "
+    "arrived, high noise gains a large factor and the clean side pays. Two curves nearly coincide: they have the "
+    "same fixed point.",
+    alt="Ratio of losses against the timestep, logarithmic. Two curves start above one at the clean end and fall far "
+    "below it at the noisy end. A third, with slower weights, stays closer to one at the clean end.",
 )
 
 # %%
-runs["x0 network, equal weights"] = [train("const-x0", seed, "sample") for seed in seeds]
-runs["x0 network, uncertainty, lr 0.1"] = [
-    train("uncertainty", seed, "sample", weighting_lr=0.1) for seed in seeds
-]
-parts = {"clean fifth": slice(0, 8), "middle fifth": slice(16, 24), "noisy fifth": slice(32, 40)}
-print(f"{'loss relative to equal weights':34s}" + "".join(f"{part:>18s}" for part in parts))
-for arm in [*HERE, "x0 network, uncertainty, lr 0.1"]:
-    baseline = "x0 network, equal weights" if "x0" in arm else "predefined"
-    logs = [
-        plots.t_interval(ratio(arm, baseline, part).log().mean(1).numpy())
-        for part in parts.values()
-    ]
-    print(
-        f"{arm:34s}"
-        + "".join(f"{math.exp(mean):10.3f} ×/÷ {math.exp(half):.2f}" for mean, half in logs)
+if is_default and is_full:
+    assert share_fast > 20, "the noisiest tenth must gain weight"
+    assert share_fast < 100 * share_perfect, (
+        "and must not have reached the share of a perfect network"
     )
+    assert effect.loc[high_lr, "clean fifth"] > 1.2, "the clean fifth must pay"
+    slow_clean = effect.loc["uncertainty", "clean fifth"]
+    assert slow_clean < effect.loc[high_lr, "clean fifth"], "the slower weights must cost less"
+    assert effect.loc[on_x0, "clean fifth"] < 1, "with an x0 network it must gain there"
 
-share = {
-    arm: float(np.mean([w[-1, 900:].sum() / w[-1].sum() for w, _ in runs[arm]])) for arm in HERE
-}
-print(
-    "on the noisiest tenth:",
-    ", ".join(f"{arm} {value:.0%}" for arm, value in share.items()),
-    "of the weight",
+display(
+    Markdown(
+        f"The noisiest tenth has **{effect.iloc[0, 0]:.0f} %, {effect.iloc[1, 0]:.0f} % and "
+        f"{effect.iloc[2, 0]:.0f} %** of the weight in the first three rows. A perfect network would "
+        f"give it {share_perfect:.0%}. So the runs are on their way, and not yet there."
+    )
 )
-assert min(share.values()) > fast(0.2, 0.1), "the noisiest tenth must gain weight"
-arrived = ratio("uncertainty, lr 0.1", "predefined", parts["clean fifth"]).log().mean(1)
-assert (arrived > 0).all(), "at the fixed point, every seed must lose on the clean fifth"
 
 # %% [markdown]
-# The same formula helps at one learning rate and harms at another: while $s$ still travels, the weights are a mild preference
-# for noise; at the fixed point they are a takeover, and the cleaner timesteps, which decide about detail, pay for it. For a network
-# that predicts $x_0$ the fixed point is the same curve. But there, equal weights already are Const-x0: all that learning
-# adds is weight at the clean end, and it helps (last line of the table). What a strategy does depends first of all on
-# the target of the network.
+# The same formula is mild at one learning rate and takes over at another. The last row has the same formula and another
+# target. A network that predicts $x_0$ starts with constant weight on the $x_0$ error, which is already heavy at high noise.
+# Learning then adds weight at the clean end, and the losses there fall. So the effect of a strategy depends first of all
+# on the target.
 #
-# Whether a shift of losses from one end to the other is good for *samples* is another question (notebook [12](12_the_convergence_race.ipynb)). What we can say
-# is that uncertainty weighting has no term that stops it. Notebook 06 adds one.
+# Is it good for *samples* to move loss from one end to the other? Losses cannot tell;
+# [12](12_the_convergence_race.ipynb) looks at samples. What we can say: nothing in uncertainty weighting stops it.
+# [06](06_dy_sigma_derived.ipynb) adds a term that does.
 #
-# **Try it yourself.** Set `weighting_lr` to 0.3 and predict both columns of section 7 first. Give `"uncertainty"` a clamp
-# (`clamp=2.0`) and see the takeover stop. Replace the network's `x_t +` by `0 * x_t +`: it can no longer pass its input through, and its
-# losses at high noise no longer fall so low. What do the weights do?
-
-# %% [markdown]
+# **Try it yourself.** In the first long code cell: `FAST_LR = 0.3` (more shaking; predict the table first), `CLAMP = 2.0` (the takeover
+# stops early), or `SKIP = 0.0` (the network can no longer pass its input through; where do the weights go now?).
+#
 # ## Exercises
 #
 # Replace each `...` and run the cell; the check says what is wrong. Solutions are collapsed below.
-#
-# **5.1** (●○○, 4 min) A milder rule uses $w_t=e^{-\beta s_t}$ on the network's loss while $s$ is trained as before. Compute its weights
-# at the fixed point for $\beta=\frac12$ and the losses `floor`, with mean 1.
-#
-# <details><summary>Hint</summary>
-#
-# $s$ does not know about $\beta$: its fixed point is still $\ln L_t$. Insert it, then divide by the mean.
-#
-# </details>
 
 # %%
-exercise(
+# What the checks expect; there is no need to read this cell.
+_root = floor**-0.5
+lesson.exercise(
     "5.1",
-    expected=floor**-0.5 / (floor**-0.5).mean(),
+    expected=_root / _root.mean(),
     mistakes={
-        "That is the full weight, 1 / L: apply beta.": perfect,
-        "The sign: a large loss must get the smaller weight.": floor**0.5 / (floor**0.5).mean(),
+        "That is the full weight, 1 / L: apply the exponent.": perfect,
+        "The sign: a large loss must get the smaller weight.": 1 / _root / (1 / _root).mean(),
     },
 )
-half_way = ...  # (1000,) from floor
-check("5.1", half_way)
-
-# %% [markdown]
-# **5.2** (●●○, 6 min) Batches of 128, per-sample losses with coefficient of variation $c=1$, gradient descent with $\eta=0.05$ on
-# $\tfrac12(Le^{-s}+s)$. How many equal bins can you afford at most if no weight may fluctuate by more than 5 %?
-#
-# <details><summary>Hint</summary>
-#
-# With $K$ bins, each sees $n=128/K$ samples per step. Put that into $c\sqrt{\eta/(4n)}\le0.05$, solve for $K$, round down.
-#
-# </details>
-
-# %%
-exercise(
+lesson.exercise(
     "5.2",
     expected=25,
     mistakes={
@@ -612,56 +611,77 @@ exercise(
         "The 4 belongs below the fraction bar: lr / (4 n).": 1,
     },
 )
-most_bins = ...  # a whole number
-check("5.2", most_bins)
+
+# %% [markdown]
+# **5.1** (●○○, 4 min) A milder rule multiplies the loss by $e^{-s_t/2}$, while $s$ is trained as before. Compute its weights
+# at the fixed point for the losses `floor`, with mean 1.
+#
+# <details><summary>Hint</summary>
+#
+# The fixed point of $s$ is still $\ln L_t$. Insert it, then divide by the mean.
+#
+# </details>
+
+# %%
+half_way = ...
+lesson.check("5.1", half_way)
+
+# %% [markdown]
+# **5.2** (●●○, 6 min) Batches of 128, losses with $c=1$, gradient descent with $\eta=0.05$ on $\frac12(Le^{-s}+s)$. How many
+# equal bins can you afford at most if no weight may fluctuate by more than 5 %?
+#
+# <details><summary>Hint</summary>
+#
+# With $K$ bins, each sees $n=128/K$ samples per step. Put that into the formula, solve for $K$, round down.
+#
+# </details>
+
+# %%
+most_bins = ...
+lesson.check("5.2", most_bins)
 
 # %% [markdown]
 # ### Solutions
 
 # %% tags=["solution"]
-half_way = floor**-0.5 / (floor**-0.5).mean()
-check("5.1", half_way)
-print(
-    f"effective sample size: {effective_sample_size(half_way):.2f}, full weight {effective_sample_size(perfect):.2f}"
-)
+half_way = floor**-0.5
+half_way = half_way / half_way.mean()
+lesson.check("5.1", half_way)
 
 # %% tags=["solution"]
-most_bins = int(4 * 128 * 0.05**2 / 0.05)  # sqrt(lr K / (4 * 128)) <= 0.05
-check("5.2", most_bins)
-simulated = plots.t_interval([simulated_cv(1.0, 0.05, 128 / most_bins, seed) for seed in range(5)])
-print("simulated with that many bins: {:.2%} ± {:.2%}".format(*simulated))
+most_bins = int(4 * 128 * 0.05**2 / 0.05)  # sqrt(0.05 K / (4 * 128)) <= 0.05
+lesson.check("5.2", most_bins)
+print(f"simulated with that many bins: {simulated_fluctuation(1.0, 128 / most_bins):.2%}")
 
 # %% [markdown]
 # ## What you can now do
 #
-# - Write down where a learnable weighting will end, from the losses alone, and check that it did.
-# - Choose the learning rate and the number of bins of $s$ from two formulas, and report both.
-# - Tell travel from shaking in a weight trajectory, with a control at 0 and a null at 100 %.
-# - Recognise the takeover: look at the share of the noisiest timesteps before you look at the loss.
+# You can write down where a learnable weighting will end, from the losses alone. You can choose the learning rate and
+# the number of bins from two formulas. You can tell travel from shaking. And you look at the share of the noisiest
+# timesteps before you look at the loss.
 #
 # ## Limitations
 #
-# - One small network, one data set, a few hundred steps. The formulas carry over; the percentages do not.
-# - Losses on held-out images say nothing about samples; the geometric mean over timesteps is not a measure of quality.
-# - Our UGD is a practical version of the published idea: ten bins, a running mean of Gramians, an update every 50 steps. Min-SNR's authors
-#   released no code for theirs.
+# - One small network, one data set, some hundred steps, three seeds. The formulas carry over; the percentages do not.
+# - The formula for shaking is for gradient descent with noise that is independent from step to step.
+# - Held-out losses say nothing about samples.
+# - Weightings that learn from *gradients* (UGD, MGDA and relatives) are not here; see [08](08_gradient_conflicts.ipynb).
 #
 # ## References
 #
-# - Kendall, Gal, Cipolla, *Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and Semantics*, 2018,
-#   [arXiv:1705.07115](https://arxiv.org/abs/1705.07115): the likelihood of section 3.
-# - Karras, Aittala, Lehtinen, Hellsten, Aila, Laine, *Analyzing and Improving the Training Dynamics of Diffusion Models*, 2024,
-#   [arXiv:2312.02696](https://arxiv.org/abs/2312.02696): EDM2, uncertainty weighting as a function of the noise level, on top of EDM's weights.
-# - Hang, Gu, Li, Bao, Chen, Hu, Geng, Guo, *Efficient Diffusion Training via Min-SNR Weighting Strategy*, 2023,
-#   [arXiv:2303.09556](https://arxiv.org/abs/2303.09556): UGD, and why its weights are noisy.
-# - Go, Kim, Lee, Lee, Oh, Moon, Choi, *Addressing Negative Transfer in Diffusion Models*, 2023,
-#   [arXiv:2306.00354](https://arxiv.org/abs/2306.00354): ANT, uncertainty weighting on a few clusters of timesteps.
-# - Désidéri, *Multiple-gradient descent algorithm (MGDA) for multiobjective optimization*, 2012,
-#   [doi:10.1016/j.crma.2012.03.014](https://doi.org/10.1016/j.crma.2012.03.014): the shortest vector in the hull of the gradients.
-# - Lin, Ye, Zhang, Tsang, *Reasonable Effectiveness of Random Weighting*, 2022,
-#   [arXiv:2111.10603](https://arxiv.org/abs/2111.10603): random weights as the baseline every learned weighting should meet.
+# - Kendall, Gal, Cipolla (2018), *Multi-task learning using uncertainty to weigh losses for scene geometry and
+#   semantics*, [arXiv:1705.07115](https://arxiv.org/abs/1705.07115).
+# - Karras, Aittala, Aila, Laine (2022), *Elucidating the design space of diffusion-based generative models*,
+#   [arXiv:2206.00364](https://arxiv.org/abs/2206.00364): EDM's weighting.
+# - Karras, Aittala, Lehtinen, Hellsten, Aila, Laine (2024), *Analyzing and improving the training dynamics of diffusion
+#   models*, [arXiv:2312.02696](https://arxiv.org/abs/2312.02696): EDM2 learns an uncertainty as a smooth function of the
+#   noise level, on top of EDM's weights.
+# - Go, Kim, Lee, Lee, Oh, Moon, Choi (2023), *Addressing negative transfer in diffusion models*,
+#   [arXiv:2306.00354](https://arxiv.org/abs/2306.00354): uncertainty weighting on clusters of timesteps.
+# - Lin, Ye, Zhang, Tsang (2022), *Reasonable effectiveness of random weighting*,
+#   [arXiv:2111.10603](https://arxiv.org/abs/2111.10603): random weights as a baseline.
 #
 # **Next:** [06, Dy-Sigma derived](06_dy_sigma_derived.ipynb). Back to the [map](00_start_here.ipynb).
 
 # %%
-watermark()
+lesson.end()

@@ -98,10 +98,13 @@ class DySigma(Weighting):
     losses, a learning rate in disguise, stays out of s; with half_life=None it is w L itself. For
     given z all but conflict are convex in s.
 
-    anchored  z e^-s + s + kappa/2 s^2: uncertainty weighting with the prior N(0, 1/kappa) on s, so
-              a MAP estimate. At 1 + kappa s = z e^-s, s* = W((z/kappa) e^(1/kappa)) - 1/kappa with
-              Lambert's W; weight w e^-s*. As s* >= -1/kappa, no weight exceeds e^(1/kappa) w. kappa
-              -> inf: the prior; kappa = 0: inside.
+    anchored  z e^-s + s + kappa/2 s^2: uncertainty weighting with a quadratic penalty on s. The
+              likelihood is (z e^-s + s)/2, so for one observation the penalty is that of the prior
+              N(0, 2/kappa) on s. It stands beside a mean over samples and does not fade as they
+              accumulate: a regulariser. At 1 + kappa s = z e^-s, s* = W((z/kappa) e^(1/kappa)) -
+              1/kappa with Lambert's W; weight w e^-s*. As s* >= -1/kappa, with normalize=False
+              no weight exceeds e^(1/kappa) w; weights of mean 1 may, because their mean falls
+              when others are lowered. kappa -> inf: the prior; kappa = 0: inside.
     inside    z e^-s + s: s* = ln z, weight 1 / L up to a factor: the prior cancels, it acts while s
               is catching up. The network then descends sum_t ln L_t, the geometric mean.
     outside   w (z e^-s + s): s* = ln z, weight w / L; the network descends sum_t w_t ln L_t.
