@@ -208,12 +208,14 @@ print("κ = 1e6 is the prior; κ = 0.01 is nearly 1 / L")
 # %%
 fig, ax = plt.subplots(figsize=(7.5, 4))
 ax.plot(schedule.log_snr, prior, color="0.3", linewidth=2)
-ax.text(-10.3, prior[-1], f"prior: {PRIOR}", color="0.3", ha="right", va="center")
+ax.text(1.8, 1.3, f"prior: {PRIOR}", color="0.3")
+LABEL_SHIFT = {4.0: 0.8, 1.0: 1.15, 0.25: 1.0}  # keeps the labels apart
 for number, kappa in enumerate([4.0, 1.0, 0.25]):
     weight = mean_one(prior * torch.exp(-anchored(z, kappa)))
     colour = f"C{number}"
     ax.plot(schedule.log_snr, weight, color=colour, linewidth=2)
-    ax.text(-10.3, weight[-1], f"κ = {kappa:g}", color=colour, ha="right", va="center")
+    height = weight[-1] * LABEL_SHIFT[kappa]
+    ax.text(-10.3, height, f"κ = {kappa:g}", color=colour, ha="right", va="center")
 ax.plot(schedule.log_snr, mean_one(1 / floor), color="C3", linewidth=2)
 ax.text(-10.3, mean_one(1 / floor)[-1], "learned alone: 1 / L", color="C3", ha="right", va="center")
 ax.set(
