@@ -255,6 +255,7 @@ assert samples_along[f"after {IMAGES:,} images"].shape == (20, 3, 16, 16), "twen
 # | [06 Dy-Sigma derived](06_dy_sigma_derived.ipynb) | which formulas fit the abstract, and what does each minimise? |
 # | [07 Train a compact DDPM](07_train_a_compact_ddpm.ipynb) | a real model, on CIFAR-10, on your GPU if you have one |
 # | [08 Gradient conflicts](08_gradient_conflicts.ipynb) | do the timesteps pull apart, once noise is accounted for? |
+# | [09 Acting on conflicts](09_acting_on_conflicts.ipynb) | can a step spare every noise level? |
 # | [10 Pareto trade-offs](10_pareto_trade_offs.ipynb) | what is the best any weighting could do? |
 # | [12 The convergence race](12_the_convergence_race.ipynb) | is it 3.7 times faster, and than what? |
 # | [13 Your own loop](13_your_own_loop.ipynb) | your own training loop, data and weighting |

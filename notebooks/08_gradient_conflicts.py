@@ -766,7 +766,8 @@ lesson.check("8.2", samples_needed)
 # - Efron, Stein, *The Jackknife Estimate of Variance*, Annals of Statistics 9, 1981,
 #   [doi:10.1214/aos/1176345462](https://doi.org/10.1214/aos/1176345462): why it errs upwards.
 #
-# **Next:** [10, Pareto trade-offs](10_pareto_trade_offs.ipynb). Back to the [map](00_start_here.ipynb).
+# **Next:** [09, acting on conflicts](09_acting_on_conflicts.ipynb): which step does one take, knowing all this? Back to
+# the [map](00_start_here.ipynb).
 
 # %%
 lesson.end()

@@ -1,0 +1,382 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     cell_metadata_filter: tags,-all
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 09 · Acting on conflicts
+#
+# > **Claim.** MGDA, UPGrad, PCGrad and CAGrad change the weights of one step by looking at the Gramian. What they
+# > promise, they promise for the Gramian they are given: noise in it breaks the promise.
+#
+# **You will be able to**
+#
+# - compute from a Gramian what any weighted step does to every loss, to first order;
+# - say what MGDA, PCGrad, UPGrad and CAGrad each ask of a step, and what Dy-Sigma does instead;
+# - say when acting on conflicts can help, and when a fixed weighting does as well.
+#
+# **You need** the Gramian and its noise from [08](08_gradient_conflicts.ipynb).
+#
+# **Time** reading 20 min · running about 60 s (short run 35 s) on one CPU core · memory under 1 GB.
+#
+# **Functions introduced** `dysigma.pareto.min_norm_weights`, `dysigma.pareto.project_psd`.
+
+# %%
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from IPython.display import Markdown, display
+from torchjd.aggregation import CAGradWeighting, PCGradWeighting, UPGradWeighting
+
+from dysigma import NoiseSchedule, TrainConfig, conflicts, leaves, make_weighting, plots
+from dysigma.bins import Bins
+from dysigma.course.lesson import Lesson
+from dysigma.exact import LinearDenoiser
+from dysigma.pareto import min_norm_weights, project_psd
+from dysigma.training import build, iterate
+
+lesson = Lesson("09_acting_on_conflicts", trains_on="cpu")
+
+# %% [markdown]
+# ## Whom does a plain step hurt?
+#
+# We train one small network that predicts noise, take its averaged weights, and measure the Gramian $G$ of five bins of
+# log-SNR with the noise taken out.
+
+# %%
+config = TrainConfig(
+    data="leaves",
+    image_size=8,
+    model="micro",
+    images=lesson.fast(9_600, 6_400),
+    lr=2e-3,
+    device="cpu",
+)
+data = leaves(4096, size=8)
+schedule = NoiseSchedule.linear(1000)
+bins = Bins.equal_log_snr(schedule.log_snr, 5)
+
+state = build(replace(config, seed=0), data)
+for _ in iterate(state, data, config):
+    pass
+state.ema.copy_to(state.model)
+
+report = conflicts(
+    state.model,
+    data,
+    schedule,
+    bins,
+    micro_batches=16,
+    batch_per_bin=lesson.fast(32, 16),
+    progress=False,
+)
+gramian = project_psd(report.gramian)
+lengths = gramian.diagonal().sqrt()
+
+# %% [markdown]
+# A step with weights $w$ moves the network by $-\eta\sum_iw_ig_i$. To first order, the loss of bin $j$ then changes by
+# $-\eta\,(Gw)_j$. So **the Gramian is all one needs** to know what a step does. If $(Gw)_j<0$, bin $j$ gets worse.
+#
+# We divide by the lengths of the step and of $g_j$. That gives the cosine between the step and the direction that bin
+# $j$ would choose for itself: 1 is best for it, below 0 it gets worse.
+
+
+# %%
+def served(weights, matrix):
+    """Cosine of the step with each bin's own best direction, (K,)."""
+    step_length = (weights @ matrix @ weights).sqrt()
+    return matrix @ weights / (step_length * matrix.diagonal().sqrt())
+
+
+QUESTION_HURT = "Bins (of 5) that a plain step, with equal weights, makes worse?"
+lesson.predict(QUESTION_HURT, None)
+
+# %%
+equal = torch.full((5,), 1 / 5, dtype=torch.float64)
+lesson.reveal(QUESTION_HURT, int((served(equal, gramian) < 0).sum()))
+
+# %% [markdown]
+# ## Four rules and a bystander
+#
+# **MGDA** (Désidéri 2012) takes the convex combination of the gradients that is *shortest*. At this point
+# $(Gw)_j\ge w^\top Gw$ for all $j$, so no bin gets worse.
+
+# %%
+mgda = min_norm_weights(gramian)
+least_gain = (gramian @ mgda).min()
+assert least_gain >= 0.99 * (mgda @ gramian @ mgda) - 1e-12, "MGDA must serve every bin alike"
+
+
+# %% [markdown]
+# **PCGrad** (Yu et al. 2020) goes through the gradients. From each it removes the part that points against another one,
+# if there is such a part. In terms of $G$, the projection of a gradient with coefficients $u$ off gradient $j$ is:
+
+
+# %%
+def project_off(u, j, matrix):
+    """Remove from sum_i u_i g_i what points against g_j."""
+    inner = matrix[j] @ u
+    if inner >= 0:
+        return u
+    result = u.clone()
+    result[j] = result[j] - inner / matrix[j, j]
+    return result
+
+
+def pcgrad(matrix):
+    total = torch.zeros(len(matrix), dtype=matrix.dtype)
+    for i in range(len(matrix)):
+        u = torch.zeros_like(total)
+        u[i] = 1
+        for j in range(len(matrix)):  # the paper draws the order at random
+            if j != i:
+                u = project_off(u, j, matrix)
+        total = total + u
+    return total / len(matrix)
+
+
+# %% [markdown]
+# A later projection can undo an earlier one, so PCGrad promises nothing for more than two objectives. **UPGrad** (Quinton
+# and Rey 2024) projects each gradient on the set of directions that hurt *nobody*, and adds the results. **CAGrad** (Liu
+# et al. 2021) stays within a distance $c$ of the plain step, and there serves the bin that is served worst. **Dy-Sigma**
+# looks at losses only. It never sees $G$.
+
+# %%
+dy_sigma = make_weighting("dy-sigma", schedule)
+timesteps = torch.arange(1000)
+bin_losses = report.losses.float()[bins.index(timesteps)]
+optimizer = torch.optim.Adam(dy_sigma.parameters(), lr=0.05)
+for _ in range(200):  # let its weights settle at the measured losses
+    optimizer.zero_grad()
+    dy_sigma(bin_losses, timesteps).backward()
+    optimizer.step()
+mean_weights = bins.mean(dy_sigma.weights().detach(), timesteps)[0].double()
+dy_sigma_shares = mean_weights * bins.counts  # a bin counts with its timesteps
+dy_sigma_shares = dy_sigma_shares / dy_sigma_shares.sum()
+
+torch.manual_seed(0)
+steps = {
+    "equal weights": equal,
+    "Dy-Sigma": dy_sigma_shares,
+    "PCGrad": pcgrad(gramian),
+    "CAGrad": CAGradWeighting(c=0.5)(gramian),
+    "UPGrad": UPGradWeighting()(gramian),
+    "MGDA": mgda,
+}
+cosines = torch.stack([served(weights, gramian) for weights in steps.values()])
+
+# %%
+levels = [f"{value:.0f}".replace("-", "−") for value in report.log_snr]
+fig, ax = plt.subplots(figsize=(8, 5))
+plots.heatmap(ax, cosines, unit="cosine of the step with the bin's own")
+ax.set_yticklabels(list(steps))
+ax.set_xticklabels(levels)
+ax.set(xlabel="log-SNR of the bin (clean → noisy)")
+lesson.show(
+    fig,
+    "09_one_step",
+    title="One Gramian, six steps: UPGrad and MGDA make no bin worse",
+    caption="Each row is a step, each column a bin. Red: the bin gets better, blue: it gets worse, to first order.",
+    alt="A matrix of cosines, six rules by five bins. The rows of UPGrad and MGDA have no negative value.",
+)
+for name in ("UPGrad", "MGDA"):
+    assert served(steps[name], gramian).min() > -1e-3, f"{name} must make no bin worse"
+
+# %% [markdown]
+# The rows of UPGrad and MGDA have no negative value: that is what they promise. The price is in the other columns. A step
+# that must not hurt anyone is less good for those that a plain step serves best.
+#
+# ## The promise holds for the Gramian one has
+#
+# In training, $G$ comes from a few samples. Give the rules such a Gramian, naive or debiased. Take their weights, and ask
+# the well-measured $G$ what they really do. How often does some bin get worse?
+
+# %%
+QUESTION_BROKEN = (
+    "MGDA from 16 samples a bin, naive: share of repeats in which some bin gets worse?"
+)
+lesson.predict(QUESTION_BROKEN, None)
+
+# %%
+broken = {}
+for repeat in range(lesson.fast(16, 10)):
+    small = conflicts(
+        state.model,
+        data,
+        schedule,
+        bins,
+        micro_batches=8,
+        batch_per_bin=2,
+        seed=100 + repeat,
+        progress=False,
+    )
+    norms = (small.gramian.diagonal() / small.gnr * (1 + small.gnr)).abs().sqrt()
+    naive = small.cosine * norms[:, None] * norms[None, :]
+    for kind, noisy in (("naive", naive), ("debiased", small.gramian)):
+        usable = project_psd(noisy)
+        usable = usable + 1e-9 * usable.diagonal().mean() * torch.eye(5)
+        for rule, find in (("MGDA", min_norm_weights), ("UPGrad", UPGradWeighting())):
+            worst = served(find(usable), gramian).min()
+            broken.setdefault((rule, kind), []).append(float(worst < -0.01))
+
+table = pd.Series({key: sum(found) / len(found) for key, found in broken.items()}).unstack()
+lesson.reveal(QUESTION_BROKEN, float(table.loc["MGDA", "naive"]))
+lesson.table(
+    table, caption="Share of repeats with a bin that gets worse (16 samples a bin)", digits=2
+)
+
+# %% [markdown]
+# The first number is what the table holds at MGDA, naive. A rule that protects every bin needs to know every gradient.
+# The debiased Gramian is right on average, but one draw of it is noisy too. So a rule that acts on conflicts has to
+# average Gramians over steps, or to use large batches.
+#
+# ## A short training, without noise
+#
+# So give the rules their best case: exact gradients. The linear denoiser of [08](08_gradient_conflicts.ipynb) has ten
+# timesteps. Each rule takes the same number of steps of the same length. Watch the loss that is furthest above its own
+# best value, and the mean.
+
+# %%
+ten = NoiseSchedule(schedule.alphas_cumprod[50::100])
+variances = torch.logspace(0.5, -1, 128, dtype=torch.float64)
+toy = LinearDenoiser(ten, variances)
+best = toy.irreducible()
+tenth = torch.full((10,), 0.1, dtype=torch.float64)
+rules = {
+    "equal weights": lambda matrix: tenth,
+    "PCGrad": pcgrad,
+    "CAGrad": CAGradWeighting(c=0.5),
+    "UPGrad": UPGradWeighting(),
+    "MGDA": min_norm_weights,
+}
+
+# %%
+NUM_STEPS = lesson.fast(80, 60)
+RATE = 20.0
+trained = []
+for rule, find in rules.items():
+    theta = torch.zeros(1, 128, dtype=torch.float64)
+    rises = 0
+    for _ in range(NUM_STEPS):
+        before = toy.losses(theta)
+        weights = find(toy.gramian(theta))
+        if weights.sum() <= 1e-9:
+            break  # CAGrad gives zeros where it takes the point for Pareto stationary
+        weights = weights / weights.sum()
+        theta = theta - RATE * (weights @ toy.gradients(theta)).view_as(theta)
+        rises += int((toy.losses(theta) > before + 1e-9).any())
+    above = toy.losses(theta) - best
+    trained.append(
+        {
+            "rule": rule,
+            "mean excess": float(above.mean()),
+            "largest excess": float(above.max()),
+            "steps that raise some loss": rises / NUM_STEPS,
+        }
+    )
+trained = pd.DataFrame(trained).set_index("rule")
+lesson.table(trained, caption=f"The exact toy after {NUM_STEPS} steps", mark="equal weights")
+
+# %%
+lowest_mean = trained["mean excess"].idxmin()
+display(
+    Markdown(
+        f"The lowest mean excess is that of **{lowest_mean}**. The last column is the share of steps in which some loss "
+        f"rises: {trained.loc['equal weights', 'steps that raise some loss']:.0%} with equal weights, "
+        f"{trained.loc['UPGrad', 'steps that raise some loss']:.0%} with UPGrad."
+    )
+)
+assert trained["largest excess"].max() < 1, "every rule must stay stable at this step size"
+
+# %% [markdown]
+# UPGrad promises to raise no loss to first order only. The steps here are long, and it does raise some. MGDA takes much
+# shorter steps, and pays with the largest mean.
+#
+# When does it help, then? If the aim is a mean of losses, a step down that mean is the direct way. A rule that refuses to
+# raise any loss stops at a Pareto stationary point, which need not be a good one for the mean. It helps when *no loss may
+# rise*: for example when a good network is tuned further and every noise level must stay at least as good as it was.
+#
+# ## Exercises
+#
+# Replace each `...` and run the cell; the check says what is wrong. Solutions are collapsed below.
+#
+# **9.1** (●○○, 5 min) Two gradients with $G_{11}=4$, $G_{22}=1$, $G_{12}=-1$. What does PCGrad make of $g_1$? Give the
+# coefficients of $g_1$ and $g_2$.
+#
+# <details><summary>Hint</summary>
+#
+# Subtract $G_{12}/G_{22}$ times $g_2$.
+#
+# </details>
+#
+# **9.2** (●●○, 8 min) For the same gradients, which share does MGDA give to $g_1$?
+#
+# <details><summary>Hint</summary>
+#
+# Minimise $w^2G_{11}+2w(1-w)G_{12}+(1-w)^2G_{22}$ over $w$.
+#
+# </details>
+
+# %%
+# What the checks of the exercises expect; there is no need to read this cell.
+lesson.exercise(
+    "9.1", expected=[1.0, 1.0], mistakes={"The sign of the part is wrong.": [1.0, -1.0]}
+)
+lesson.exercise("9.2", expected=2 / 7, mistakes={"That is the share of the second.": 5 / 7})
+
+# %%
+coefficients = ...  # [number, number]
+lesson.check("9.1", coefficients)
+
+# %%
+first_share = ...  # a number
+lesson.check("9.2", first_share)
+
+# %% [markdown]
+# ### Solutions
+
+# %% tags=["solution"]
+coefficients = [1.0, 0.0 - (-1) / 1]
+lesson.check("9.1", coefficients)
+
+# %% tags=["solution"]
+first_share = (1 + 1) / (4 + 1 + 2 * 1)  # (G22 - G12) / (G11 + G22 - 2 G12)
+lesson.check("9.2", first_share)
+
+# %% [markdown]
+# ## What you can now do
+#
+# - Judge any step by $Gw$: whom it serves, whom it hurts.
+# - Name the promise of a rule, and ask how many samples it needs to keep it.
+# - Train with such a rule: `TrainConfig(weighting="gramian", weighting_params={"rule": "upgrad"})`.
+#
+# ## Limitations
+#
+# - One network and one Gramian. First order only, and plain gradient steps: Adam takes other ones.
+# - The training is of a linear toy with exact gradients. [10](10_pareto_trade_offs.ipynb) has networks.
+#
+# ## References
+#
+# - Désidéri, *Multiple-gradient descent algorithm (MGDA) for multiobjective optimization*, 2012,
+#   [doi:10.1016/j.crma.2012.03.014](https://doi.org/10.1016/j.crma.2012.03.014).
+# - Yu, Kumar, Gupta, Levine, Hausman, Finn, *Gradient Surgery for Multi-Task Learning*, 2020,
+#   [arXiv:2001.06782](https://arxiv.org/abs/2001.06782): PCGrad.
+# - Liu, Liu, Jin, Stone, Liu, *Conflict-Averse Gradient Descent for Multi-task Learning*, 2021,
+#   [arXiv:2110.14048](https://arxiv.org/abs/2110.14048): CAGrad.
+# - Quinton, Rey, *Jacobian Descent for Multi-Objective Optimization*, 2024,
+#   [arXiv:2406.16232](https://arxiv.org/abs/2406.16232): UPGrad, and the library TorchJD.
+# - Chen, Fernando, Ying, Chen, 2023, [arXiv:2305.20057](https://arxiv.org/abs/2305.20057), and Xiao, Ban, Ji, 2023,
+#   [arXiv:2305.18409](https://arxiv.org/abs/2305.18409): MoDo and SDMGrad, rules that stay unbiased under noise.
+#
+# **Next:** [10, Pareto trade-offs](10_pareto_trade_offs.ipynb). Back to the [map](00_start_here.ipynb).
+
+# %%
+lesson.end()
