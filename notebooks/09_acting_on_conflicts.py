@@ -304,6 +304,8 @@ assert trained["largest excess"].max() < 1, "every rule must stay stable at this
 # raise any loss stops at a Pareto stationary point, which need not be a good one for the mean. It helps when *no loss may
 # rise*: for example when a good network is tuned further and every noise level must stay at least as good as it was.
 #
+# **Try it yourself.** Set `NUM_STEPS = 60`: is the order of the rules the same with fewer steps?
+#
 # ## Exercises
 #
 # Replace each `...` and run the cell; the check says what is wrong. Solutions are collapsed below.
