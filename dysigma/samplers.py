@@ -228,6 +228,37 @@ class TimestepSampler(nn.Module):
         """Take in what the sampler observes, (B,) at timesteps (B,), if it adapts."""
 
 
+class WeightingSampler(TimestepSampler):
+    """p_t as a weighting proposes it, corrected: its density() is read at each draw.
+
+    The weighting learns, and holds what is learned; this sampler has no state. uniform: the share
+    that stays uniform, so that no importance exceeds 1 / uniform.
+    Raises ValueError for a weighting that proposes no density.
+    """
+
+    def __init__(
+        self, weighting: nn.Module, *, uniform: float = 0.1, stratified: bool = False
+    ) -> None:
+        propose = getattr(weighting, "density", None)
+        density = None if propose is None else propose()
+        if propose is None or density is None:
+            raise ValueError(
+                f"{weighting!r} proposes no density of timesteps; that is done by "
+                "make_weighting('dy-sigma', ..., variant='density')"
+            )
+        share = _number("uniform", uniform, high=1.0)
+        masses = floored(density, share)
+        super().__init__(masses, stratified=stratified, corrected=True)
+        self.uniform = share
+        takes_norms = getattr(weighting, "observes", "losses") == "gradient-norms"
+        self.observes = "gradient-norms" if takes_norms else "nothing"
+        self._propose = propose  # a method: no module of its own, so no second copy of its state
+
+    def probabilities(self) -> Tensor:
+        """p_t now: (T,) float64, positive, summing to 1."""
+        return floored(self._propose(), self.uniform)
+
+
 class AdaptiveSampler(TimestepSampler):
     """p_t as the root of a running mean, with which the corrected mean varies least.
 
@@ -292,9 +323,13 @@ class AdaptiveSampler(TimestepSampler):
         self.moments.index_add_(1, self.bin_index[steps.long()], added)
 
 
+# What a sampler may be made from: a weighting, its weights (T,), or neither.
+Weights = nn.Module | Tensor | None
+
+
 def _of_density(
     schedule: NoiseSchedule,
-    weights: Tensor | None,
+    weighting: Weights,
     stratified: bool = False,
     *,
     density: str,
@@ -304,31 +339,47 @@ def _of_density(
     return TimestepSampler(masses, stratified=stratified)
 
 
-def _stratified(schedule: NoiseSchedule, weights: Tensor | None) -> TimestepSampler:
+def _stratified(schedule: NoiseSchedule, weighting: Weights) -> TimestepSampler:
     """Uniform and stratified."""
     return TimestepSampler(uniform_density(schedule.log_snr), stratified=True)
 
 
 def _of_weight(
     schedule: NoiseSchedule,
-    weights: Tensor | None,
+    weighting: Weights,
     *,
     uniform: float = 0.1,
     stratified: bool = False,
     power: float,
 ) -> TimestepSampler:
     """p_t as a power of the weights of a weighting, as they are now, corrected."""
-    if weights is None:
+    if weighting is None:
         raise ValueError(
             "this sampler draws by the weights of a weighting: give make_sampler(..., weighting=)"
         )
     uniform = _number("uniform", uniform, high=1.0)
-    masses = floored(weights.to(schedule.log_snr.device).double() ** power, uniform)
+    weights = _weights_of(weighting, schedule.num_timesteps).to(schedule.log_snr.device)
+    masses = floored(weights**power, uniform)
     return TimestepSampler(masses, stratified=stratified, corrected=True)
 
 
+def _of_proposal(
+    schedule: NoiseSchedule,
+    weighting: Weights,
+    *,
+    uniform: float = 0.1,
+    stratified: bool = False,
+) -> TimestepSampler:
+    """p_t as the weighting proposes it at each draw, corrected."""
+    if not isinstance(weighting, nn.Module):
+        raise ValueError(
+            "this sampler draws by the density() of a weighting: give make_sampler(..., weighting=)"
+        )
+    return WeightingSampler(weighting, uniform=uniform, stratified=stratified)
+
+
 def _adaptive(
-    schedule: NoiseSchedule, weights: Tensor | None, *, observes: str, **params: Any
+    schedule: NoiseSchedule, weighting: Weights, *, observes: str, **params: Any
 ) -> TimestepSampler:
     return AdaptiveSampler(schedule, observes=observes, **params)
 
@@ -339,6 +390,7 @@ TIMESTEP_SAMPLERS: dict[str, Callable[..., TimestepSampler]] = {
     # The optimum where every timestep's gradient has the same norm, and a baseline that learns nothing.
     "weight": partial(_of_weight, power=1.0),
     "sqrt-weight": partial(_of_weight, power=0.5),
+    "weighting": _of_proposal,
     # Nichol and Dhariwal leave 0.1 % uniform, which bounds nothing; records rest on it.
     "loss-second-moment": partial(_adaptive, observes="losses", uniform=0.001),
     "gradient-norm": partial(_adaptive, observes="gradient-norms", uniform=0.1),
@@ -350,7 +402,7 @@ def _parameter_names(name: str) -> list[str]:
         return []
     if name in DENSITIES:
         return [*inspect.signature(DENSITIES[name]).parameters][1:] + ["stratified"]
-    if name in ("weight", "sqrt-weight"):
+    if name in ("weight", "sqrt-weight", "weighting"):
         return ["uniform", "stratified"]
     return ["bins", "warmup", "uniform", "half_life", "stratified"]
 
@@ -364,7 +416,9 @@ def make_sampler(
 ) -> TimestepSampler:
     """The named timestep sampler for a schedule, on its device.
 
-    weighting: a weighting, or its weights (T,), which "weight" and "sqrt-weight" need; others ignore it.
+    weighting: a weighting, or its weights (T,), which "weight" and "sqrt-weight" need. "weighting" needs
+    one that proposes a density, and such a weighting takes no other sampler, so that nothing is
+    counted twice. Other samplers ignore it.
     stratified=True, which every sampler but "stratified" has, draws one timestep in each of B equal
     parts of the distribution.
     Raises KeyError for an unknown name, ValueError for an unknown or bad parameter.
@@ -380,9 +434,16 @@ def make_sampler(
     unknown = sorted(set(params) - set(known))
     if unknown:
         raise ValueError(f"sampler {name!r} has no parameter {unknown}; it has {known}")
-    weights = None if weighting is None else _weights_of(weighting, schedule.num_timesteps)
+    proposes = getattr(weighting, "density", None)
+    if name != "weighting" and proposes is not None and proposes() is not None:
+        raise ValueError(
+            f"{weighting!r} proposes the density of timesteps itself: use the sampler 'weighting' "
+            f"with it, not {name!r}"
+        )
+    if weighting is not None:
+        _weights_of(weighting, schedule.num_timesteps)
     try:
-        sampler = TIMESTEP_SAMPLERS[name](schedule, weights, **params)
+        sampler = TIMESTEP_SAMPLERS[name](schedule, weighting, **params)
     except ValueError as error:
         raise ValueError(f"sampler {name!r} {params}: {error}") from None
     return sampler.to(schedule.log_snr.device)

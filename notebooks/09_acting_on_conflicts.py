@@ -34,7 +34,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from IPython.display import Markdown, display
-from torchjd.aggregation import CAGradWeighting, PCGradWeighting, UPGradWeighting
+from torchjd.aggregation import CAGradWeighting, UPGradWeighting
 
 from dysigma import NoiseSchedule, TrainConfig, conflicts, leaves, make_weighting, plots
 from dysigma.bins import Bins

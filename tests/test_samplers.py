@@ -39,13 +39,20 @@ def adapted(schedule=LINEAR, **params):
 ADAPTIVE = ("loss-second-moment", "gradient-norm")
 
 
+def weighting_for(name, schedule=LINEAR):
+    """A weighting that the sampler can draw by."""
+    if name == "weighting":
+        return make_weighting("dy-sigma", schedule, "sample", variant="density", bins=2)
+    return make_weighting("min-snr", schedule, "sample")
+
+
 def every(schedule=LINEAR):
     """Every sampler, and one that has adapted. The weighting is for those that draw by one."""
     bins = {"bins": min(100, schedule.num_timesteps)}
-    weighting = make_weighting("min-snr", schedule, "sample")
     samplers = {}
     for name in TIMESTEP_SAMPLERS:
         params = bins if name in ADAPTIVE else {}
+        weighting = weighting_for(name, schedule)
         samplers[name] = make_sampler(name, schedule, weighting=weighting, **params)
     samplers["adapted"] = adapted(schedule, **bins)
     return samplers
@@ -363,8 +370,9 @@ def test_its_state_is_in_the_state_dict():
     sampler, fresh = adapted(), make_sampler("loss-second-moment", LINEAR)
     fresh.load_state_dict(sampler.state_dict())
     assert torch.equal(fresh.probabilities(), sampler.probabilities())
-    for sampler in SAMPLERS.values():
-        assert (sampler.observes == "nothing") == (not sampler.state_dict())
+    for name, sampler in SAMPLERS.items():
+        keeps_nothing = sampler.observes == "nothing" or name == "weighting"
+        assert keeps_nothing == (not sampler.state_dict())
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
@@ -448,7 +456,7 @@ def test_the_floor_bounds_importance(name):
 @pytest.mark.parametrize("name", [name for name in TIMESTEP_SAMPLERS if name != "stratified"])
 def test_any_density_can_be_drawn_stratified(name):
     bins = {"bins": 10, "warmup": 1} if name in ADAPTIVE else {}
-    weighting = make_weighting("min-snr", LINEAR, "sample")
+    weighting = weighting_for(name)
     sampler = make_sampler(name, LINEAR, weighting=weighting, stratified=True, **bins)
     sampler.update(torch.arange(1.0, 1001.0), torch.arange(1000))
     p = sampler.probabilities()
@@ -589,10 +597,17 @@ def test_parameters_may_be_scalars_of_numpy_and_torch(number):
 
 def test_which_samplers_mean_to_be_corrected_and_what_they_observe():
     corrected = [name for name in TIMESTEP_SAMPLERS if SAMPLERS[name].corrected]
-    assert corrected == ["weight", "sqrt-weight", "loss-second-moment", "gradient-norm"]
+    assert corrected == [
+        "weight",
+        "sqrt-weight",
+        "weighting",
+        "loss-second-moment",
+        "gradient-norm",
+    ]
     observed = {name: SAMPLERS[name].observes for name in TIMESTEP_SAMPLERS}
     assert observed.pop("loss-second-moment") == "losses"
     assert observed.pop("gradient-norm") == "gradient-norms"
+    assert observed.pop("weighting") == "gradient-norms"
     assert set(observed.values()) == {"nothing"}
 
 

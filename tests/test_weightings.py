@@ -38,10 +38,14 @@ LINEAR = NoiseSchedule.linear(1000)
 VP_TYPES = ("sample", "epsilon", "v_prediction")
 # A short schedule that spans SNR 300 .. 0.002, for tests that visit every timestep.
 SHORT = NoiseSchedule(torch.sigmoid(torch.linspace(5.7, -6.2, 12, dtype=torch.float64)))
+# The variants that learn weights; "density" has tests of its own in test_density.py.
+WEIGHING = [name for name, rule in VARIANTS.items() if not rule.density]
+OF_DENSITY = {"variant": "density", "observes": "losses"}
 # Every weighting that make_weighting can make, Dy-Sigma in all variants.
 KINDS = [(name, {}) for name in WEIGHTINGS if name != "dy-sigma"]
-KINDS += [("dy-sigma", {"variant": variant}) for variant in VARIANTS]
+KINDS += [("dy-sigma", {"variant": variant}) for variant in WEIGHING]
 KINDS += [
+    ("dy-sigma", OF_DENSITY),
     ("uncertainty", {"fourier": True}),
     ("dy-sigma", {"fourier": True, "floor": "online", "variant": "tilt"}),
 ]
@@ -529,7 +533,7 @@ def test_where_a_formula_has_no_weight_others_keep_theirs():
 # ---------------------------------------------------------------- one bad step
 
 
-GUARDED = [("dy-sigma", {"variant": variant}) for variant in VARIANTS]
+GUARDED = [("dy-sigma", {"variant": variant}) for variant in WEIGHING] + [("dy-sigma", OF_DENSITY)]
 GUARDED += [(name, {}) for name in ("uncertainty", "loss-balance", "variance-aware", "ugd")]
 
 
@@ -656,7 +660,7 @@ def test_the_lambert_point_solves_its_equation_and_keeps_the_bound(z, kappa):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "excess"])
+@pytest.mark.parametrize("variant", [name for name in WEIGHING if name != "excess"])
 def test_every_variant_rests_where_it_says(variant):
     weighting = make_weighting("dy-sigma", SHORT, variant=variant, bins=12)
     prior = make_weighting("min-snr", SHORT).weights()
@@ -684,7 +688,7 @@ def test_final_weights_of_the_variants_in_closed_form():
         torch.testing.assert_close(weights, formula / formula.mean(), rtol=5e-3, atol=0)
 
 
-@pytest.mark.parametrize("variant", [name for name, rule in VARIANTS.items() if rule.kappa_in])
+@pytest.mark.parametrize("variant", [name for name in WEIGHING if VARIANTS[name].kappa_in])
 def test_a_large_kappa_is_the_prior(variant):
     weighting = make_weighting("dy-sigma", SHORT, variant=variant, kappa=1e6, bins=12)
     prior = make_weighting("min-snr", SHORT).weights()
@@ -738,7 +742,7 @@ def test_dy_sigma_starts_exactly_at_its_prior():
                 torch.testing.assert_close(weighting.weights(), wanted, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", WEIGHING)
 def test_the_scale_of_the_losses_does_not_matter(variant):
     ends = [
         settle(

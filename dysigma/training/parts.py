@@ -205,8 +205,8 @@ def is_compiled(config: TrainConfig, device: torch.device) -> bool:
     """Whether a run compiles its network: as told, else on CUDA devices where nothing speaks against it."""
     if config.compile is not None:
         return config.compile
-    if config.timestep_sampler == "gradient-norm":
-        return False  # it looks inside the network
+    if config.timestep_sampler in ("gradient-norm", "weighting"):
+        return False  # they look inside the network
     return device.type == "cuda" and compile_problem(device) is None
 
 

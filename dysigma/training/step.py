@@ -100,8 +100,12 @@ def train_step(state: TrainState, data: ImageData, config: TrainConfig) -> StepR
             norms.append(over_ranks(output.squared_norms(part_losses))[0])
         losses.append(over_ranks(part_losses)[0])
         total += loss.detach()
-    total = average_over_ranks(total, state.trained_parameters)
     batch_losses = torch.cat(losses)
+    mine = share.flatten()
+    if state.weighting.observes == "gradient-norms":
+        objective = state.weighting.observe_gradient_norms(torch.cat(norms), timesteps, importance)
+        state.scaler.scale(objective).backward()
+    total = average_over_ranks(total, state.trained_parameters)
 
     state.scaler.unscale_(state.optimizer)
     grad_norm = nn.utils.clip_grad_norm_(state.model_parameters, config.grad_clip)
@@ -109,7 +113,6 @@ def train_step(state: TrainState, data: ImageData, config: TrainConfig) -> StepR
     state.scaler.update()
     state.step += 1
     state.ema.update(state.model, state.step * config.batch_size, config.batch_size)
-    mine = share.flatten()
     if state.sampler.observes == "losses":
         state.sampler.update((weights * batch_losses)[mine], timesteps[mine])
     if state.sampler.observes == "gradient-norms":

@@ -109,6 +109,9 @@ class Weighting(nn.Module):
         False  # whether the loop must call observe_gramian, every gramian_every steps
     )
     gramian_every: int = 0
+    # What the weighting learns from: "losses", in the call itself, or "gradient-norms", of which
+    # the loop must tell by observe_gradient_norms after each backward.
+    observes: str = "losses"
     suggested_lr: float = 1e-2
     learns: ClassVar[bool] = True  # whether the losses change it
     # What of the weight is exact at every log_snr, and its parameters.
@@ -201,6 +204,22 @@ class Weighting(nn.Module):
         if is_of_levels_alone(lambda levels: function(levels, **params), schedule.log_snr):
             self.formula = formula, params
         return table
+
+    def density(self) -> Tensor | None:
+        """Masses (T,) float64 by which this weighting wants timesteps drawn with importance, now.
+
+        None: it leaves the density to the sampler. Else the sampler "weighting" reads it.
+        """
+        return None
+
+    def observe_gradient_norms(
+        self, squared_norms: Tensor, timesteps: Tensor, importance: Tensor
+    ) -> Tensor:
+        """What the parameters minimise, () with gradient, from squared gradient norms (B,).
+
+        Only of weightings whose `observes` is "gradient-norms"; the others raise ValueError.
+        """
+        raise ValueError(f"{self!r} learns from losses and takes no gradient norms")
 
     # ------------------------------------------------------------ the loss
 

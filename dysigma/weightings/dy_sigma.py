@@ -37,6 +37,7 @@ class Variant(NamedTuple):
     sign: int = -1
     floor: str | None = None  # the default of floor=
     gramian: bool = False  # whether the Gramian term is added
+    density: bool = False  # whether s moves the density of timesteps in place of their weights
 
     def objective(self, s: Tensor, z: Tensor, w: Tensor, kappa: float) -> Tensor:
         """What s minimises the mean of over samples."""
@@ -70,7 +71,10 @@ VARIANTS: dict[str, Variant] = {
     "excess": Variant("objective", floor="online"),
     "tilt": Variant("boost", sign=1),
     "conflict": Variant("objective", gramian=True),
+    "density": Variant("objective", density=True),
 }
+# What the variant "density" may learn from.
+OBSERVED = ("gradient-norms", "losses")
 
 
 def fourier_features(log_snr: Tensor, size: int = 128) -> Tensor:
@@ -121,6 +125,12 @@ class DySigma(Weighting):
               Gramian over its mean diagonal: the squared length of the step, the objective of MGDA
               and UGD. Its slope in ln u_k is 2 K u_k (Gu)_k: a bin that the step hurts, (Gu)_k < 0,
               gains weight. G = 0 or kappa -> inf: anchored.
+    density   the weights stay those of the prior, bit for bit; s moves the density of the
+              timesteps, p ~ sqrt(w) e^(s/2), which the sampler "weighting" draws from and corrects
+              for. z is w q in place of w L, with q the squared norm of the gradient of a sample's
+              loss in the output layer, from observe_gradient_norms, or with observes="losses" the
+              loss. The objective is anchored's. kappa = 0: p ~ w sqrt(q), where the mean of the
+              corrected gradients varies least if q is right up to a factor; kappa -> inf: sqrt(w).
 
     prior, prior_params: as in log_weight. kappa >= 0. s is linear between the centres of bins, or
     with fourier=True in the features of EDM2; |s| <= clamp. half_life: of the running mean, in
@@ -137,6 +147,7 @@ class DySigma(Weighting):
     history: Tensor  # (2, 2, K): for the long and the short memory, running sums of 1 and loss
     images: Tensor  # () int64: number of losses seen
     floor_means: Tensor  # (K,)
+    table: Tensor  # (T,) the weights of the variant density
 
     def __init__(
         self,
@@ -152,10 +163,12 @@ class DySigma(Weighting):
         floor: Tensor | Sequence[float] | str | None = None,
         half_life: float | None = 10_000.0,
         gramian_every: int = 50,
+        observes: str | None = None,
     ) -> None:
         super().__init__(setting, bins)
         check_name("dy-sigma variant", variant, VARIANTS)
         self.variant = VARIANTS[variant]
+        self._set_observed(variant, observes)
         if kappa != 1 and not self.variant.kappa_in:
             raise ValueError(f"dy-sigma variant {variant!r} has no kappa; got {kappa!r}")
         kappa = check_number("kappa", kappa, inclusive=True, high=math.inf)
@@ -171,6 +184,9 @@ class DySigma(Weighting):
             self.register_buffer("running", torch.zeros(2))
         self.register_buffer("log_prior", log_prior.float(), persistent=False)
         self.register_buffer("prior", objective_prior.float(), persistent=False)
+        if self.variant.density:
+            table = self.from_log(log_prior).float()
+            self.register_buffer("table", table, persistent=False)
 
         basis = fourier_features(self.log_snr) if fourier else self.bins.interpolation()
         # In units of the width of its prior, s has curvature 1 at z = 1 for every kappa, and
@@ -182,6 +198,15 @@ class DySigma(Weighting):
         self._set_floor(self.variant.floor if floor is None else floor)
         if self.variant.gramian:
             self._expect_gramian(gramian_every)
+
+    def _set_observed(self, variant: str, observes: str | None) -> None:
+        if observes is not None and not self.variant.density:
+            raise ValueError(
+                f"dy-sigma variant {variant!r} learns from losses; observes is of density"
+            )
+        if self.variant.density:
+            self.observes = OBSERVED[0] if observes is None else observes
+            check_name("observes", self.observes, OBSERVED)
 
     def _set_floor(self, floor: Tensor | Sequence[float] | str | None) -> None:
         self.floor = floor if floor is None or isinstance(floor, str) else "given"
@@ -218,12 +243,50 @@ class DySigma(Weighting):
 
     @torch.no_grad()
     def weights(self) -> Tensor:
+        if self.variant.density:
+            return self.table.clone()
         return self.from_log(self._log_weights(self.log_variances()))
+
+    @torch.no_grad()
+    def density(self) -> Tensor | None:
+        """Of the variant density: masses (T,) float64 that the sampler "weighting" draws from."""
+        if not self.variant.density:
+            return None
+        log_mass = (self.log_prior.double() + self.log_variances().double()) / 2
+        return log_mass.softmax(0)
 
     def _log_weights(self, s: Tensor) -> Tensor:
         return self.log_prior + self.variant.boost(s, self.kappa)
 
-    def update(self, losses: Tensor, timesteps: Tensor, importance: Tensor) -> Tensor:
+    def observe_gradient_norms(
+        self, squared_norms: Tensor, timesteps: Tensor, importance: Tensor
+    ) -> Tensor:
+        """What s minimises, () with gradient, from the squared gradient norms of a whole batch.
+
+        squared_norms (B,), of each sample's own unweighted loss, as
+        ``OutputLayerGradients.squared_norms`` gives them; importance (B,) as the sampler gave it.
+        Call backward() on it in train() mode, before the optimizer's step. A norm that is not finite
+        is left out. Raises ValueError for a weighting that learns from losses.
+        """
+        if self.observes != "gradient-norms":
+            raise ValueError(
+                f"{self!r} learns from losses: only variant='density' takes gradient norms"
+            )
+        self._check(squared_norms, importance)
+        usable = squared_norms.isfinite() & importance.isfinite()
+        return self._learn(
+            torch.where(usable, squared_norms.detach(), 0.0),
+            timesteps.to(squared_norms.device).long(),
+            torch.where(usable, importance, 0.0),
+        )
+
+    def update(self, losses: Tensor, timesteps: Tensor, importance: Tensor) -> Tensor | None:
+        if self.observes != "losses":
+            return None
+        return self._learn(losses, timesteps, importance)
+
+    def _learn(self, losses: Tensor, timesteps: Tensor, importance: Tensor) -> Tensor:
+        """What s minimises; the running statistics move. losses: (B,), or what stands for them."""
         prior = self.prior[timesteps]
         z = prior * losses if self.variant.weighted else losses
         if self.floor is not None:
