@@ -82,8 +82,15 @@ gramian = project_psd(report.gramian)
 lengths = gramian.diagonal().sqrt()
 
 # %% [markdown]
-# A step with weights $w$ moves the network by $-\eta\sum_iw_ig_i$. To first order, the loss of bin $j$ then changes by
-# $-\eta\,(Gw)_j$. So **the Gramian is all one needs** to know what a step does. If $(Gw)_j<0$, bin $j$ gets worse.
+# | symbol | in the code | shape | meaning |
+# |---|---|---|---|
+# | $g_i$ | | `(P,)` | gradient of the loss of bin $i$ |
+# | $G$ | `gramian` | `(K, K)` | the Gramian, $G_{ij}=g_i\cdot g_j$ |
+# | $\omega_i$ | `weights` | `(K,)` | weight of bin $i$ in the step |
+# | $\eta$ | `RATE` | | learning rate |
+#
+# A step with weights $\omega$ moves the network by $-\eta\sum_i\omega_ig_i$. To first order, the loss of bin $j$ then changes by
+# $-\eta\,(G\omega)_j$. So **the Gramian is all one needs** to know what a step does. If $(G\omega)_j<0$, bin $j$ gets worse.
 #
 # We divide by the lengths of the step and of $g_j$. That gives the cosine between the step and the direction that bin
 # $j$ would choose for itself: 1 is best for it, below 0 it gets worse.
@@ -107,7 +114,7 @@ lesson.reveal(QUESTION_HURT, int((served(equal, gramian) < 0).sum()))
 # ## Four rules and a bystander
 #
 # **MGDA** (Désidéri 2012) takes the convex combination of the gradients that is *shortest*. At this point
-# $(Gw)_j\ge w^\top Gw$ for all $j$, so no bin gets worse.
+# $(G\omega)_j\ge\omega^\top G\omega$ for all $j$, so no bin gets worse.
 
 # %%
 mgda = min_norm_weights(gramian)
@@ -241,8 +248,10 @@ lesson.table(
 # ## A short training, without noise
 #
 # So give the rules their best case: exact gradients. The linear denoiser of [08](08_gradient_conflicts.ipynb) has ten
-# timesteps. Each rule takes the same number of steps of the same length. Watch the loss that is furthest above its own
-# best value, and the mean.
+# timesteps. Each rule takes the same number of steps with the same learning rate, and its weights are divided by their
+# sum. The lengths of the steps still differ: among weights that are not negative and sum to one, MGDA's make the
+# shortest step. So the table compares rules together with the lengths of their steps. "Equal weights" means equal over
+# the ten bins. Watch the loss that is furthest above its own best value, and the mean.
 
 # %%
 ten = NoiseSchedule(schedule.alphas_cumprod[50::100])
@@ -356,7 +365,7 @@ lesson.check("9.2", first_share)
 # %% [markdown]
 # ## What you can now do
 #
-# - Judge any step by $Gw$: whom it serves, whom it hurts.
+# - Judge any step by $G\omega$: whom it serves, whom it hurts.
 # - Name the promise of a rule, and ask how many samples it needs to keep it.
 # - Train with such a rule: `TrainConfig(weighting="gramian", weighting_params={"rule": "upgrad"})`.
 #

@@ -8,7 +8,7 @@ their products have the expectation g_i . g_j. The mean of these products over a
     G = (S S' - sum_m g_m g_m') / (M (M - 1)),    S = sum_m g_m,
 
 with g_m (K, P) the gradients of all bins from micro-batch m. It takes one pass and the memory of S. TorchJD's MoDo and
-SDMGrad weightings use the product of two batches, J_1 J_2', which is its case M = 2 (Fernando et al. 2023; Xiao,
+SDMGrad weightings use the product of two batches, J_1 J_2', which is its case M = 2 (Chen et al. 2023; Xiao,
 Ban, Ji 2023).
 """
 
