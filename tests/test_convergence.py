@@ -255,7 +255,7 @@ def test_intervals_with_censored_seeds_cover_the_truth(correlation, monkeypatch)
     monkeypatch.syspath_prepend(str(RECORDED.parent.parent / "races"))
     coverage = importlib.import_module("coverage_of_intervals")
     rng = np.random.default_rng(4)
-    found = [coverage.study(rng, correlation, 3.7, 0.2) for _ in range(400)]
+    found = [coverage.study(rng, correlation, 3.7, 0.2) for _ in range(150)]
     for lost in (0, 1, 2):
         some = [one for one in found if one.censored_baseline == lost]
         row = coverage.summary(some, 3.7)

@@ -714,11 +714,3 @@ def test_colours_tell_the_palettes_apart(study):
         study.histograms(dysigma.leaves(200, size=8, split="test").images).sqrt(), means
     ).argmin(1)
     assert (nearest // 2 == torch.arange(200) % 10 // 2).float().mean() > 0.95
-
-
-@pytest.mark.slow
-def test_the_page_on_your_own_loop_runs(tmp_path):
-    from dysigma.course.pages import build, find
-
-    build(find(Path(__file__).parent.parent / "notebooks", ["13"]), fast=True, out=tmp_path)
-    assert (tmp_path / "13_your_own_loop.ipynb").exists()

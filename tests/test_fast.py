@@ -20,7 +20,7 @@ from dysigma.training import TrainConfig, build, iterate, load_split, train, tra
 from dysigma.weightings import WEIGHTINGS
 
 SLOW = TrainConfig(
-    model="micro", image_size=8, train_images=64, images=200 * 16, batch_size=16, warmup_images=320, seed=3,
+    model="micro", image_size=8, train_images=64, images=100 * 16, batch_size=16, warmup_images=320, seed=3,
     validation_images=8, validation_timesteps=5, device="cpu", precision="float32", compile=False,
 )  # fmt: skip
 FAST = dataclasses.replace(SLOW, precision="bfloat16", compile=True)
@@ -58,9 +58,9 @@ def test_loss_curves_agree_and_nothing_is_compiled_twice(graphs):
         records = list(iterate(build(config, images), images, config))
         curves.append(torch.stack([record.losses.mean() for record in records]))
     slow, fast = curves
-    assert float(slow[-50:].mean()) < 0.5 * float(slow[:5].mean())
+    assert float(slow[-20:].mean()) < 0.6 * float(slow[:5].mean())
     torch.testing.assert_close(
-        fast.view(10, 20).mean(1), slow.view(10, 20).mean(1), rtol=1e-2, atol=0
+        fast.view(5, 20).mean(1), slow.view(5, 20).mean(1), rtol=1e-2, atol=0
     )
     assert graphs.frame_count == 1
 

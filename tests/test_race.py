@@ -1,5 +1,6 @@
 """Races: common draws, nothing lost, nothing compared that should not be."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ from dysigma.exact import (
 )
 from dysigma.lab.convergence import load_races
 from dysigma.lab.race import Race, race
-from dysigma.runs import RunError, load_run
+from dysigma.runs import RunError, load_run, lock
 from dysigma.schedule import NoiseSchedule
 
 SPEC = {
@@ -30,6 +31,7 @@ SPEC = {
     "base": {
         "data": "gaussian-fields", "image_size": 8, "train_images": 64, "model": "micro", "images": 64, "batch_size": 8,
         "validate_every": 32, "validation_images": 8, "validation_timesteps": 5, "log_every": 4, "device": "cpu",
+        "num_timesteps": 50, "bins": 4, "checkpoint_every": 64,
     },
     "arms": {"const-eps": {"weighting": "const-eps"}, "min-snr": {"weighting": "min-snr"}},
     "grid": {"epsilon": {"prediction": "epsilon"}},
@@ -38,12 +40,12 @@ SPEC = {
 
 def test_a_race_records_every_entry_once_and_goes_on_where_it_stopped(tmp_path):
     spec = Race.from_dict(SPEC)
-    records = race(spec, tmp_path, progress=False)
+    records = race(spec, tmp_path, in_process=True, progress=False)
     lines = records.read_text().splitlines()
     assert len(lines) == 4
     # As if it had been killed while it wrote the third line.
     records.write_text("\n".join(lines[:2]) + "\n" + lines[2][:50])
-    race(spec, tmp_path, progress=False)
+    race(spec, tmp_path, in_process=True, progress=False)
     table = load_races(tmp_path)
     assert sorted(zip(table.arm, table.seed, strict=True)) == [
         (a, s) for a in ("const-eps", "min-snr") for s in (0, 1)
@@ -121,7 +123,7 @@ def test_an_entry_that_fails_ends_the_race_and_the_others_wait_for_the_next_call
     )
     foreign.joinpath("config.json").unlink()
     foreign.rmdir()
-    race(spec, tmp_path, progress=False)
+    race(spec, tmp_path, in_process=True, progress=False)
     assert len(load_races(tmp_path)) == 8
 
 
@@ -179,10 +181,13 @@ def test_a_stopped_race_saves_and_the_workers_of_a_killed_one_end_with_it(tmp_pa
     process = begin()
     process.kill()
     process.communicate()
-    time.sleep(3)
-    size = metrics.stat().st_size
-    time.sleep(2)
-    assert size and metrics.stat().st_size == size
+    # The lock of the entry is free as soon as its worker is gone.
+    limit = time.monotonic() + 60
+    while True:
+        with contextlib.suppress(RunError), lock(metrics.parent):
+            break
+        assert time.monotonic() < limit, "the worker goes on without its race"
+        time.sleep(0.1)
 
 
 def die(*_):
@@ -198,7 +203,7 @@ def test_a_training_killed_from_outside_is_told(tmp_path, monkeypatch):
 
 
 def test_a_folder_of_another_race_is_refused(tmp_path):
-    race(Race.from_dict(SPEC | {"seeds": [0]}), tmp_path, progress=False)
+    race(Race.from_dict(SPEC | {"seeds": [0]}), tmp_path, in_process=True, progress=False)
     with pytest.raises(RunError, match="another specification"):
         race(Race.from_dict(SPEC), tmp_path, progress=False)
 

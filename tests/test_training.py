@@ -30,7 +30,7 @@ from dysigma.training import (
 )
 
 TINY = TrainConfig(
-    images=192, batch_size=8, image_size=8, train_images=64, warmup_images=16, log_every=6, checkpoint_every=64,
+    model="micro", images=192, batch_size=8, image_size=8, train_images=64, warmup_images=16, log_every=6, checkpoint_every=64,
     validate_every=96, validation_images=4, validation_timesteps=5, num_timesteps=50, bins=4, device="cpu",
 )  # fmt: skip
 
@@ -45,18 +45,21 @@ def data():
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("how", "changes"),
     [
-        {"weighting": "min-snr"},
-        {
-            "weighting": "dy-sigma",
-            "timestep_sampler": "loss-second-moment",
-            "sampler_params": {"bins": 5},
-        },
-        {"weighting": "ugd", "weighting_params": {"gramian_every": 4, "bins": 4}},
+        ("stopped", {"weighting": "min-snr"}),
+        (
+            "killed",
+            {
+                "weighting": "dy-sigma",
+                "timestep_sampler": "loss-second-moment",
+                "sampler_params": {"bins": 5},
+            },
+        ),
+        ("stopped", {"weighting": "ugd", "weighting_params": {"gramian_every": 4, "bins": 4}}),
     ],
 )
-def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, changes, monkeypatch):
+def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, how, changes, monkeypatch):
     config = with_(model="micro", **changes)
     whole = train(config, tmp_path / "whole", progress=False, finish=False)
 
@@ -72,21 +75,20 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, changes, monkeypatch):
     def stop_at_step_15():
         yield lambda: next(steps) >= 15  # asked once a step
 
-    for how in ("killed", "stopped"):
-        out, steps = tmp_path / how, itertools.count(1)
-        if how == "killed":
-            monkeypatch.setattr("dysigma.training.train_step", kill_at_step_15)
-        else:
-            monkeypatch.setattr("dysigma.training.loop.stop_signals", stop_at_step_15)
-        with pytest.raises(Killed if how == "killed" else KeyboardInterrupt):
-            train(config, out, progress=False)
-        monkeypatch.undo()
-        cut = train(config, out, resume=True, progress=False, finish=False)
-        kept = [load_checkpoint(run.path / "checkpoint")[:2] for run in (whole, cut)]
-        assert kept[0][0] == kept[1][0] == 24 and kept[0][1].keys() == kept[1][1].keys()
-        assert all(torch.equal(kept[0][1][name], kept[1][1][name]) for name in kept[0][1])
-        rows = [run.metrics.drop(columns="seconds").to_json() for run in (whole, cut)]
-        assert rows[0] == rows[1]
+    out, steps = tmp_path / how, itertools.count(1)
+    if how == "killed":
+        monkeypatch.setattr("dysigma.training.train_step", kill_at_step_15)
+    else:
+        monkeypatch.setattr("dysigma.training.loop.stop_signals", stop_at_step_15)
+    with pytest.raises(Killed if how == "killed" else KeyboardInterrupt):
+        train(config, out, progress=False)
+    monkeypatch.undo()
+    cut = train(config, out, resume=True, progress=False, finish=False)
+    kept = [load_checkpoint(run.path / "checkpoint")[:2] for run in (whole, cut)]
+    assert kept[0][0] == kept[1][0] == 24 and kept[0][1].keys() == kept[1][1].keys()
+    assert all(torch.equal(kept[0][1][name], kept[1][1][name]) for name in kept[0][1])
+    rows = [run.metrics.drop(columns="seconds").to_json() for run in (whole, cut)]
+    assert rows[0] == rows[1]
 
 
 def test_two_weightings_see_the_same_images_timesteps_and_noise(data):
@@ -128,13 +130,13 @@ def test_training_lowers_the_validation_loss(tmp_path, prediction):
     config = with_(
         prediction=prediction, images=640, lr=3e-3, num_timesteps=1000, weighting=weighting
     )
-    metrics = train(config, tmp_path / "run", progress=False).metrics
+    metrics = train(config, tmp_path / "run", progress=False, finish=False).metrics
     curve = [sum(v) for v in metrics.validation_losses.dropna()]
     assert curve[-1] < 0.8 * curve[0]
 
 
 def test_conflicts_and_distances_are_measured_at_the_averaged_weights_and_change_nothing(tmp_path):
-    plain = train(TINY, tmp_path / "plain", progress=False)
+    plain = train(TINY, tmp_path / "plain", progress=False, finish=False)
     config = with_(conflicts_from=24, distance_images=8, distance_steps=2)
     measured = train(config, tmp_path / "measured", progress=False)
     rows = measured.metrics
@@ -425,6 +427,6 @@ def test_folders_in_use_are_left_as_they_are(tmp_path):
 
 
 def test_resuming_with_another_configuration_names_the_difference(tmp_path):
-    train(with_(images=16), tmp_path / "run", progress=False)
+    train(with_(images=16), tmp_path / "run", progress=False, finish=False)
     with pytest.raises(RunError, match="seed 0 there, 1 here"):
         train(with_(images=16, seed=1), tmp_path / "run", resume=True, progress=False)
