@@ -293,6 +293,14 @@ def test_the_command_prints_json_and_draws(trainer, capsys):
     assert (trainer.path / "figures" / "wrong.png").stat().st_size > 5000
 
 
+@pytest.mark.parametrize("sampler", ["weight", "sqrt-weight"])
+@pytest.mark.parametrize("function", ["right", "min-snr"])
+def test_the_command_takes_samplers_that_draw_by_the_weight(trainer, sampler, function):
+    name = function if function == "min-snr" else f"{trainer.name}:{function}"
+    words = ["audit", name, "--target", "v_prediction", "--claims", "min-snr"]
+    assert main([*words, "--params", "gamma=5", "--timestep-sampler", sampler]) == 0
+
+
 @pytest.mark.parametrize("place", ["", "scheduler_config.json"])
 def test_the_command_reads_a_scheduler_of_diffusers(trainer, place):
     DDPMScheduler(num_train_timesteps=100).save_pretrained(trainer.path / "scheduler")

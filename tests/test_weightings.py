@@ -20,6 +20,7 @@ from dysigma.testing import check_weighting
 from dysigma.weightings import (
     GRAMIAN_RULES,
     PREDEFINED,
+    SCALARIZATION_RULES,
     VARIANTS,
     WEIGHTINGS,
     DySigma,
@@ -1004,6 +1005,120 @@ def test_only_those_that_need_a_gramian_take_one():
         assert (weighting.gramian_every > 0) == weighting.needs_gramian
     with pytest.raises(ValueError, match="uses no Gramian"):
         make_weighting("min-snr", LINEAR).observe_gramian(torch.eye(10))
+
+
+# ---------------------------------------------------------------- scalarisations
+
+
+def make_scalarization(rule, **params):
+    pytest.importorskip("torchjd")
+    return make_weighting("scalarization", SHORT, rule=rule, bins=4, **params)
+
+
+BINS_OF_SHORT = torch.arange(0, 12, 3)  # a timestep of each of the four bins
+BIN_LOSSES = torch.tensor([0.5, 1.0, 1.5, 5.0])  # their mean is 2
+
+
+def shares_of(weighting):
+    """Weights of the bins, with mean 1: undo the interpolation between the middles of bins."""
+    each = weighting.rule(*weighting.relative_losses())
+    return each / each.mean()
+
+
+@pytest.mark.parametrize("rule", SCALARIZATION_RULES)
+def test_scalarizations_keep_the_laws(rule):
+    pytest.importorskip("torchjd")
+    check_weighting("scalarization", rule=rule)
+
+
+@pytest.mark.parametrize("rule", ["uw", "imtl-l"])
+def test_learned_scalarizations_have_the_gradients_and_the_fixed_point_of_the_paper(rule):
+    weighting = make_scalarization(rule)
+    relative = BIN_LOSSES / 2
+    weighting(BIN_LOSSES, BINS_OF_SHORT).backward()
+    (parameter,) = weighting.parameters()
+    by_hand = {"uw": (1 - relative) / 2, "imtl-l": relative - 1}[rule]
+    torch.testing.assert_close(parameter.grad, by_hand)
+    sign = {"uw": 1, "imtl-l": -1}[rule]
+    with torch.no_grad():
+        parameter.copy_(sign * relative.log())
+    parameter.grad = None
+    weighting(BIN_LOSSES, BINS_OF_SHORT).backward()
+    torch.testing.assert_close(parameter.grad, torch.zeros(4), rtol=0, atol=1e-6)
+    balance = make_weighting("loss-balance", SHORT, bins=4)
+    balance(BIN_LOSSES, BINS_OF_SHORT)
+    torch.testing.assert_close(weighting.weights(), balance.weights())
+
+
+def test_famo_learns_what_torchjd_learns():
+    scalarization = pytest.importorskip("torchjd.scalarization")
+    weighting = make_scalarization("famo", half_life=1e-3)  # only the last batch counts
+    theirs = scalarization.FAMO(4)
+    optimizer = torch.optim.Adam(
+        weighting.parameters(), lr=weighting.suggested_lr, weight_decay=1e-3
+    )
+    later = BIN_LOSSES * torch.tensor([0.5, 0.9, 1.1, 1.0])
+    weighting(BIN_LOSSES, BINS_OF_SHORT).backward()
+    (w,) = weighting.parameters()
+    assert not w.grad.any()  # nothing has fallen yet
+    for before, after in ((BIN_LOSSES, later), (later, BIN_LOSSES), (BIN_LOSSES, later)):
+        optimizer.zero_grad()
+        weighting(after, BINS_OF_SHORT).backward()
+        optimizer.step()
+        theirs(before)
+        theirs.update(after)
+    (their_w,) = theirs.parameters()
+    torch.testing.assert_close(w, their_w)
+    by_hand = w.detach().softmax(0) / later
+    torch.testing.assert_close(shares_of(weighting), by_hand / by_hand.mean())
+
+
+def test_dwa_compares_the_last_two_epochs():
+    weighting = make_scalarization("dwa", half_life=4)
+    weighting(BIN_LOSSES, BINS_OF_SHORT)
+    assert weighting.ends[1].tolist() == BIN_LOSSES.tolist()
+    torch.testing.assert_close(shares_of(weighting), torch.ones(4))  # one epoch tells no rate
+    halved = BIN_LOSSES * torch.tensor([0.5, 1.0, 1.0, 1.0])
+    weighting(halved, BINS_OF_SHORT)
+    newer = (BIN_LOSSES / 2 + halved) / 1.5
+    torch.testing.assert_close(weighting.ends, torch.stack([BIN_LOSSES, newer]))
+    by_hand = (newer / BIN_LOSSES / 2).softmax(0) * 4
+    torch.testing.assert_close(shares_of(weighting), by_hand)
+
+
+def test_stch_is_a_softmax_of_the_losses():
+    weighting = make_scalarization("stch")
+    weighting(BIN_LOSSES, BINS_OF_SHORT)
+    by_hand = (BIN_LOSSES / 2 / (4 * 0.1)).softmax(0) * 4
+    torch.testing.assert_close(shares_of(weighting), by_hand)
+
+
+def test_the_geometric_mean_of_torchjd_is_loss_balance():
+    scalarization = pytest.importorskip("torchjd.scalarization")
+    losses = BIN_LOSSES.clone().requires_grad_()
+    scalarization.GeometricMean()(losses).backward()
+    balance = make_weighting("loss-balance", SHORT, bins=4)
+    balance(BIN_LOSSES, BINS_OF_SHORT)
+    torch.testing.assert_close(losses.grad / losses.grad.mean(), shares_of(balance))
+
+
+@pytest.mark.parametrize("rule", SCALARIZATION_RULES)
+def test_a_bin_without_samples_keeps_its_running_mean(rule):
+    weighting = make_scalarization(rule)
+    weighting(BIN_LOSSES, BINS_OF_SHORT)
+    before, _ = weighting.relative_losses()
+    weighting(BIN_LOSSES[:1] * 3, BINS_OF_SHORT[:1])
+    after, _ = weighting.relative_losses()
+    torch.testing.assert_close(after[1:] / after[1], before[1:] / before[1])
+    assert after[0] / after[1] > before[0] / before[1]
+
+
+def test_without_torchjd_a_scalarization_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchjd", None)
+    with pytest.raises(ImportError, match=r"rule='uw'.*dysigma\[moo\]"):
+        make_weighting("scalarization", SHORT, bins=4)
+    with pytest.raises(KeyError, match="scalarization rule"):
+        make_weighting("scalarization", SHORT, rule="mean", bins=4)
 
 
 # ---------------------------------------------------------------- adaptive and random

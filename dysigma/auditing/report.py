@@ -129,7 +129,7 @@ def audit(
     target = schedule.canonical(target)
     values = {key: as_float(value) for key, value in (params or {}).items()}
     _check_claim(claims, values)
-    weights = _weights(function, schedule, target, as_)
+    weights = weights_of(function, schedule, target, as_)
     if sampler is not None and not sampler.corrected:
         weights = weights * sampler.probabilities().cpu() * schedule.num_timesteps
     log_weights = weights.log()
@@ -183,9 +183,10 @@ def _check_claim(claims: str | None, params: Mapping[str, float]) -> None:
     check_options(claims, params, PREDEFINED.get(claims, WEIGHTINGS[claims]))
 
 
-def _weights(
-    function: WeightFunction | str, schedule: NoiseSchedule, target: str, as_: str
+def weights_of(
+    function: WeightFunction | str, schedule: NoiseSchedule, target: str, as_: str = "snr"
 ) -> Tensor:
+    """The weights (T,) float64 that are audited, before any density; arguments as those of audit."""
     if callable(function):
         return read_weights(function, schedule, as_)
     return make_weighting(function, schedule, target).weights().double().cpu()

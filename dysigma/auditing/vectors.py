@@ -59,6 +59,10 @@ DENSITY_CASES: tuple[tuple[str, dict[str, float]], ...] = (
     ("logit-normal", {}),
     ("logit-normal", {"mean": 0.5, "std": 0.6}),
     ("laplace", {"scale": 1.0}),
+    ("beta", {"alpha": 2.0, "beta": 2.0}),
+    ("beta", {"alpha": 2.5, "beta": 1.0}),
+    ("mode", {"scale": 1.29}),
+    ("cosmap", {}),
 )
 
 # Density times weight is an objective, here with the plain error of the path and with Min-SNR.

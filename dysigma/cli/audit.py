@@ -58,6 +58,7 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from ..auditing import audit
+    from ..auditing.report import weights_of
     from ..checks import find_named
     from ..samplers import make_sampler
     from ..weightings import WEIGHTINGS
@@ -68,7 +69,14 @@ def run(args: argparse.Namespace) -> int:
         function = find_named(function, WEIGHTINGS, "weight function")
     sampler = None
     if args.timestep_sampler:
-        sampler = make_sampler(args.timestep_sampler, schedule, **read_pairs(args.sampler_params))
+        # "weight" and "sqrt-weight" draw by the weights that are under audit.
+        weights = weights_of(function, schedule, args.target, args.as_)
+        sampler = make_sampler(
+            args.timestep_sampler,
+            schedule,
+            weighting=weights,
+            **read_pairs(args.sampler_params),
+        )
     found = audit(
         function, schedule, args.target, args.claims, read_pairs(args.params), args.as_, sampler
     )

@@ -16,11 +16,13 @@ from .formulas import PLAIN, PREDEFINED, log_conversion, log_weight
 from .gramian import GRAMIAN_RULES
 from .measures import compare_weightings, effective_sample_size, fluctuation, share_changed
 from .registry import WEIGHTINGS, make_weighting
+from .scalarization import SCALARIZATION_RULES
 
 __all__ = [
     "GRAMIAN_RULES",
     "PLAIN",
     "PREDEFINED",
+    "SCALARIZATION_RULES",
     "VARIANTS",
     "WEIGHTINGS",
     "DySigma",

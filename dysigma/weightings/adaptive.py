@@ -90,7 +90,9 @@ class RunningLosses(Weighting):
         """
         raise NotImplementedError
 
-    def weights(self) -> Tensor:
+    def relative_losses(self) -> tuple[Tensor, Tensor]:
+        """Running means of the bins (K,) and the standard deviation of all losses (), both in units of
+        the mean of all losses."""
         count, total, squares = self.moments
         # The square of a smaller mean would be 0 in float32. Losses that are all 0 are no reason to
         # prefer a bin.
@@ -99,13 +101,25 @@ class RunningLosses(Weighting):
         mean_square = ratio(squares.sum(), count.sum(), 1.0)
         deviation = (mean_square / mean**2 - 1).clamp(min=1e-12).sqrt()
         relative = ratio(total, count, mean) / mean
-        each = self.rule(torch.where(is_known, relative, 1.0), deviation)
+        return torch.where(is_known, relative, 1.0), deviation
+
+    def weights(self) -> Tensor:
+        each = self.rule(*self.relative_losses())
         return self.scaled((self.basis * each).sum(1))
 
-    def update(self, losses: Tensor, timesteps: Tensor, importance: Tensor) -> None:
+    def update(self, losses: Tensor, timesteps: Tensor, importance: Tensor) -> Tensor | None:
         powers = torch.stack([importance, importance * losses, importance * losses**2])
         self.moments.mul_(0.5 ** (len(losses) / self.half_life))
         self.moments.index_add_(1, self.bin_index[timesteps], powers)
+        return None
+
+
+def without_zeros(losses: Tensor) -> Tensor:
+    """Relative losses (K,) of which one takes logarithms or ratios: at least a millionth of the mean.
+
+    A bin whose losses were all exactly 0 has told nothing, as one that was masked, and counts as average.
+    """
+    return torch.where(losses > 0, losses.clamp(min=1e-6), 1.0)
 
 
 class LossBalance(RunningLosses):
@@ -116,7 +130,7 @@ class LossBalance(RunningLosses):
     """
 
     def rule(self, losses: Tensor, deviation: Tensor) -> Tensor:
-        known = torch.where(losses > 0, losses.clamp(min=1e-6), 1.0)
+        known = without_zeros(losses)
         # Where even that overflows, the largest weight that can be summed.
         weights: Tensor = (known**-self.strength).clamp(max=1e30)
         return weights

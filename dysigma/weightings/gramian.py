@@ -1,4 +1,10 @@
-"""Weightings from the inner products of the gradients of timestep bins."""
+"""Weightings from the inner products of the gradients of timestep bins.
+
+The noise of a batch enters the Gramian of its gradients squared, on the diagonal above all. Inner
+products of gradients from two independent batches are unbiased. MoDo (Chen, Fernando, Ying, Chen
+2023, "double sampling") and SDMGrad (Xiao, Ban, Ji 2023) take the weights of objectives
+from such products.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +72,9 @@ class UGD(OfGramian):
 
 # Rule: class of torchjd.aggregation and its arguments. Fairness of order 1 solves G a = 1 / a, the
 # bargaining solution of Nash-MTL (Navon et al. 2022), whose own class there asks for the whole
-# Jacobian.
+# Jacobian. Left out: GradVac, PCD, MoDo, SDMGrad, CR-MOGM and Excess-MTL, because they remember what
+# they saw in a form that state_dict() does not bring back, and "ugd" and the running mean of Gramians
+# are MoDo's and CR-MOGM's ideas here; Krum, which drops gradients as adversarial.
 GRAMIAN_RULES: dict[str, tuple[str, dict[str, float]]] = {
     "mgda": ("MGDAWeighting", {}),
     "upgrad": ("UPGradWeighting", {}),

@@ -15,6 +15,7 @@ from .base import Setting, Weighting
 from .dy_sigma import DySigma, Uncertainty
 from .formulas import PREDEFINED, Name
 from .gramian import UGD, GramianRule
+from .scalarization import Scalarization
 
 WEIGHTINGS: dict[str, Callable[..., Weighting]] = {
     **{name: partial(Predefined, name) for name in PREDEFINED},
@@ -25,6 +26,7 @@ WEIGHTINGS: dict[str, Callable[..., Weighting]] = {
     "random": RandomWeighting,
     "dy-sigma": DySigma,
     "gramian": GramianRule,
+    "scalarization": Scalarization,
 }
 
 
