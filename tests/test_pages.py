@@ -12,7 +12,15 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from dysigma.course.pages import MAX_BYTES, NotebookError, build, find, normalise
+from dysigma.course.pages import (
+    MAX_BYTES,
+    NotebookError,
+    build,
+    convert,
+    find,
+    normalise,
+    write_hosted,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -165,3 +173,23 @@ def test_find_knows_numbers_names_and_files(tmp_path):
         find(tmp_path, ["07"])
     with pytest.raises(ValueError, match="checkout"):
         find(tmp_path / "no")
+
+
+def test_hosted_copies_begin_with_one_cell_of_set_up(tmp_path):
+    sources = find(ROOT / "notebooks", ["00", "07"])
+    written = write_hosted(sources, tmp_path, "https://example.org/a/project.git")
+    assert [path.stem for path in written] == [source.stem for source in sources]
+    for source, path in zip(sources, written, strict=True):
+        hosted = nbformat.read(path, as_version=4)
+        nbformat.validate(hosted)
+        first, *rest = hosted.cells
+        assert "git clone --quiet --depth 1 https://example.org/a/project.git" in first.source
+        assert [cell.source for cell in rest] == [cell.source for cell in convert(source).cells]
+        assert not any(cell.get("outputs") for cell in hosted.cells)
+
+
+@pytest.mark.parametrize("address", ["", "https://example.org/a; rm b", "$HOME"])
+def test_hosted_copies_want_an_address(tmp_path, address):
+    with pytest.raises(ValueError, match="address of a repository"):
+        write_hosted(find(ROOT / "notebooks", ["07"]), tmp_path, address)
+    assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,17 @@ def add(commands: Commands) -> None:
         help="leave the solutions out, for a class; needs --out",
     )
     parser.add_argument(
+        "--hosted",
+        type=Path,
+        metavar="DIR",
+        help="do not execute: write copies for hosted GPUs here, with a set-up cell at the top",
+    )
+    parser.add_argument(
+        "--repository",
+        metavar="URL",
+        help="what that cell clones (default: where this checkout's origin lies)",
+    )
+    parser.add_argument(
         "--jobs",
         type=int,
         default=2,
@@ -44,10 +56,16 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    from ..course.pages import build, find
+    from ..course.pages import build, find, write_hosted
 
+    sources = find(args.folder, args.names)
+    if args.hosted is not None:
+        repository = args.repository or _address_of_origin(args.folder)
+        written = write_hosted(sources, args.hosted, repository)
+        print(f"{len(written)} pages that begin by cloning {repository}: {args.hosted}")
+        return
     build(
-        find(args.folder, args.names),
+        sources,
         fast=args.fast,
         out=args.out,
         solutions=not args.no_solutions,
@@ -55,3 +73,18 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.out:
         print(f"executed notebooks and figures: {args.out}")
+
+
+def _address_of_origin(folder: Path) -> str:
+    """The address from which this checkout was cloned; ValueError if there is none on the web."""
+    command = ["git", "-C", str(folder), "remote", "get-url", "origin"]
+    try:
+        address = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        address = ""
+    if "://" not in address or "@" in address:
+        raise ValueError(
+            "a hosted machine must clone this project from somewhere: give its public address "
+            "with --repository https://..."
+        )
+    return address

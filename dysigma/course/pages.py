@@ -30,6 +30,15 @@ METADATA = {
 
 # A solution is shown collapsed, on the site and in JupyterLab.
 COLLAPSED = {"tags": ["solution", "hide-input"], "jupyter": {"source_hidden": True}}
+# The first cell of a hosted page. %pip keeps the host's torch, which fits its GPU.
+SETUP_OF_A_HOST = """\
+# Set-up: run this cell once on a hosted machine.
+from pathlib import Path
+
+if not Path("../dysigma").is_dir():
+    !git clone --quiet --depth 1 {repository} dysigma-course
+    %pip install --quiet "./dysigma-course[notebooks]"
+    %cd dysigma-course/notebooks"""
 PROGRESS_BAR = re.compile(r"\d+%\|")
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
@@ -72,6 +81,30 @@ def convert(source: str | Path, *, solutions: bool = True) -> Any:
         cell.id = f"cell-{i:02d}"
         cell.metadata = from_dict(COLLAPSED if _solves(cell) else {})
     return notebook
+
+
+def write_hosted(sources: Iterable[Path], out: Path, repository: str) -> list[Path]:
+    """Write each page, not executed, with one set-up cell at the top, for a machine that has nothing of the project.
+
+    The cell clones the repository (an address that git understands), installs the package, and moves to the folder
+    notebooks, where pages find records and figures. Run twice, it does no harm. Returns the files. Raises ValueError
+    for an address that a shell would take for more than one word.
+    """
+    import nbformat
+
+    if not re.fullmatch(r"[\w.:/~@+-]+", repository):
+        raise ValueError(f"{repository!r} is no address of a repository: give https://...")
+
+    written = []
+    for source in sources:
+        notebook = convert(source)
+        setup = nbformat.v4.new_code_cell(SETUP_OF_A_HOST.format(repository=repository), id="setup")
+        notebook.cells.insert(0, setup)
+        notebook.metadata["accelerator"] = "GPU"  # what hosts read to choose a machine
+        path = Path(out) / source.with_suffix(".ipynb").name
+        write_atomically(path, nbformat.writes(notebook) + "\n")
+        written.append(path)
+    return written
 
 
 def _solves(cell: Any) -> bool:
