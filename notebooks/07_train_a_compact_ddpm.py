@@ -355,7 +355,7 @@ ax.set(xlabel="timestep (clean → noisy)", ylabel="test loss / that of min-snr"
 lesson.show(
     fig,
     "07_three_weightings",
-    title="The plain loss on the noise gains at the clean end and loses elsewhere",
+    title="The plain noise loss gains at the clean end, loses elsewhere",
     caption="Loss on test images relative to Min-SNR, at equal images. Above the line: worse than Min-SNR. One seed.",
     alt="Two curves of relative loss against timestep and a horizontal line at one for Min-SNR.",
 )
@@ -382,7 +382,7 @@ lesson.gallery(
     rows,
     "07_three_samples",
     columns=8,
-    title="Same latents, same images: can the eye tell weightings apart?",
+    title="Can the eye tell the three weightings apart?",
     caption=f"Half way through the training above ({half:,} images).",
     alt="Three rows of eight pictures, one row for each weighting. Pictures in one column come from the same latent.",
 )
@@ -399,7 +399,7 @@ try:
 except ConnectionError:
     features_name = "pixels"
     features = load_features(features_name, DEVICE)
-SAMPLES = lesson.fast(128, 20) if DEVICE.type == "cpu" else lesson.fast(10_000, 500)
+SAMPLES = lesson.fast(100, 20) if DEVICE.type == "cpu" else lesson.fast(10_000, 500)
 reference = moments(extract(features, train_set.images))
 
 
@@ -440,8 +440,7 @@ lesson.table(
 
 # %% [markdown]
 # In one seed, only two things can be read safely: whether twice the images help, and whether a weighting fails
-# altogether. [Page 11](11_measuring_a_speed_up.ipynb) says how to compare weightings that are close, and
-# [page 12](12_the_convergence_race.ipynb) does so with five seeds.
+# altogether. [Page 12](12_the_convergence_race.ipynb) compares weightings that are close, with five seeds.
 
 # %%
 distances = results.iloc[:, 0].astype(float)

@@ -50,13 +50,13 @@ class AlongTraining:
         seen = state.step * config.batch_size
         if seen not in self.moments:
             return
-        network = copy.deepcopy(state.model)
+        network: Any = copy.deepcopy(state.model)  # a UNet2DModel
         state.ema.copy_to(network)
-        pixels = (network.config.in_channels, *_sides(network))
+        height, width = _sides(network)
         drawn = sample_images(
             network,
             state.schedule,
-            (self.count, *pixels),
+            (self.count, network.config.in_channels, height, width),
             prediction_type=config.prediction,
             num_steps=self.steps,
         )
@@ -87,9 +87,12 @@ class AlongTraining:
             self._shown.update(Markdown(words))
 
 
-def _sides(network: nn.Module) -> tuple[int, int]:
+def _sides(network: Any) -> tuple[int, int]:
     side = network.config.sample_size
-    return (side, side) if isinstance(side, int) else tuple(side)
+    if isinstance(side, int):
+        return side, side
+    height, width = side
+    return height, width
 
 
 @contextmanager
