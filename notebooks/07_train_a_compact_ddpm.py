@@ -152,7 +152,7 @@ print(f"{len(train_set):,} images {tuple(train_set.images.shape[1:])} of {config
 # | $x_0$ | `x0` | `(B, 3, H, W)` | images in [-1, 1] |
 # | $t$ | `timesteps` | `(B,)` | one timestep for each image, 0 is clean |
 # | $\epsilon$ | `noise` | as `x0` | standard normal |
-# | $\alpha_t,\sigma_t$ | `alpha`, `sigma` | `(B, 1, 1, 1)` | of the schedule, $\alpha^2+\sigma^2=1$ |
+# | $\alpha_t$, $\sigma_t$ | `alpha`, `sigma` | `(B, 1, 1, 1)` | of the schedule, $\alpha^2+\sigma^2=1$ |
 # | $v$ | `v` | as `x0` | the target, $\alpha_t\epsilon-\sigma_t x_0$ |
 # | $L_i$ | `losses` | `(B,)` | mean squared error of each image |
 # | $w_t$ | `weights` | `(T,)` | Min-SNR, of mean 1 |
