@@ -228,6 +228,12 @@ class TimestepSampler(nn.Module):
         """Take in what the sampler observes, (B,) at timesteps (B,), if it adapts."""
 
 
+def proposed_density(weighting: nn.Module | Tensor | None) -> Tensor | None:
+    """Masses (T,) by which a weighting wants timesteps drawn now; None if it leaves that to others."""
+    propose = getattr(weighting, "density", None)
+    return None if propose is None else propose()
+
+
 class WeightingSampler(TimestepSampler):
     """p_t as a weighting proposes it, corrected: its density() is read at each draw.
 
@@ -239,24 +245,25 @@ class WeightingSampler(TimestepSampler):
     def __init__(
         self, weighting: nn.Module, *, uniform: float = 0.1, stratified: bool = False
     ) -> None:
-        propose = getattr(weighting, "density", None)
-        density = None if propose is None else propose()
-        if propose is None or density is None:
+        density = proposed_density(weighting)
+        if density is None:
             raise ValueError(
                 f"{weighting!r} proposes no density of timesteps; that is done by "
                 "make_weighting('dy-sigma', ..., variant='density')"
             )
-        share = _number("uniform", uniform, high=1.0)
-        masses = floored(density, share)
-        super().__init__(masses, stratified=stratified, corrected=True)
-        self.uniform = share
-        takes_norms = getattr(weighting, "observes", "losses") == "gradient-norms"
-        self.observes = "gradient-norms" if takes_norms else "nothing"
-        self._propose = propose  # a method: no module of its own, so no second copy of its state
+        uniform = _number("uniform", uniform, high=1.0)
+        super().__init__(floored(density, uniform), stratified=stratified, corrected=True)
+        self.uniform = uniform
+        if weighting.observes == "gradient-norms":
+            self.observes = "gradient-norms"
+        # In a list, because a module that is an attribute would be saved a second time with this one.
+        self._weighting = [weighting]
 
     def probabilities(self) -> Tensor:
         """p_t now: (T,) float64, positive, summing to 1."""
-        return floored(self._propose(), self.uniform)
+        density = proposed_density(self._weighting[0])
+        assert density is not None  # __init__ has seen that there is one
+        return floored(density, self.uniform)
 
 
 class AdaptiveSampler(TimestepSampler):
@@ -373,7 +380,8 @@ def _of_proposal(
     """p_t as the weighting proposes it at each draw, corrected."""
     if not isinstance(weighting, nn.Module):
         raise ValueError(
-            "this sampler draws by the density() of a weighting: give make_sampler(..., weighting=)"
+            "this sampler draws as a weighting proposes while it trains: make_sampler(..., weighting=) "
+            "needs make_weighting('dy-sigma', ..., variant='density'), and a table of weights is not enough"
         )
     return WeightingSampler(weighting, uniform=uniform, stratified=stratified)
 
@@ -434,8 +442,7 @@ def make_sampler(
     unknown = sorted(set(params) - set(known))
     if unknown:
         raise ValueError(f"sampler {name!r} has no parameter {unknown}; it has {known}")
-    proposes = getattr(weighting, "density", None)
-    if name != "weighting" and proposes is not None and proposes() is not None:
+    if name != "weighting" and proposed_density(weighting) is not None:
         raise ValueError(
             f"{weighting!r} proposes the density of timesteps itself: use the sampler 'weighting' "
             f"with it, not {name!r}"

@@ -3,6 +3,7 @@ timesteps)``."""
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -26,6 +27,19 @@ LARGEST_LOG_SNR = 50.0
 def ratio(total: Tensor, count: Tensor, default: Tensor | float) -> Tensor:
     """total / count, or default where nothing was counted."""
     return torch.where(count > 1e-12, total / count.clamp(min=1e-12), default)
+
+
+def torchjd_class(module: str, name: str, user: str) -> Any:
+    """A class of TorchJD, which is an extra; ImportError says what to install.
+
+    user: which weighting wants it, for the message.
+    """
+    try:
+        return getattr(importlib.import_module(f"torchjd.{module}"), name)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"weighting {user}: {error}. pip install --upgrade 'dysigma[moo]'"
+        ) from error
 
 
 def quadratic(gramian: Tensor, u: Tensor) -> Tensor:
@@ -219,7 +233,9 @@ class Weighting(nn.Module):
 
         Only of weightings whose `observes` is "gradient-norms"; the others raise ValueError.
         """
-        raise ValueError(f"{self!r} learns from losses and takes no gradient norms")
+        raise ValueError(
+            f"{self!r} learns from losses: only dy-sigma with variant='density' takes gradient norms"
+        )
 
     # ------------------------------------------------------------ the loss
 

@@ -266,12 +266,10 @@ class DySigma(Weighting):
         squared_norms (B,), of each sample's own unweighted loss, as
         ``OutputLayerGradients.squared_norms`` gives them; importance (B,) as the sampler gave it.
         Call backward() on it in train() mode, before the optimizer's step. A norm that is not finite
-        is left out. Raises ValueError for a weighting that learns from losses.
+        is left out. Raises ValueError for every other variant, and with observes="losses".
         """
         if self.observes != "gradient-norms":
-            raise ValueError(
-                f"{self!r} learns from losses: only variant='density' takes gradient norms"
-            )
+            return super().observe_gradient_norms(squared_norms, timesteps, importance)
         self._check(squared_norms, importance)
         usable = squared_norms.isfinite() & importance.isfinite()
         return self._learn(

@@ -8,14 +8,12 @@ from such products.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ..bins import Bins
 from ..checks import check_name, check_number
-from .base import Setting, Weighting, quadratic
+from .base import Setting, Weighting, quadratic, torchjd_class
 
 
 class OfGramian(Weighting):
@@ -88,19 +86,6 @@ GRAMIAN_RULES: dict[str, tuple[str, dict[str, float]]] = {
 }
 
 
-def _torchjd_rule(rule: str) -> Any:
-    """The weighting of TorchJD of this name; ImportError says what to install."""
-    class_name, options = GRAMIAN_RULES[rule]
-    try:
-        from torchjd import aggregation
-
-        return getattr(aggregation, class_name)(**options)
-    except ImportError as error:
-        raise ImportError(
-            f"weighting 'gramian' with rule={rule!r}: {error}. pip install 'dysigma[moo]'"
-        ) from error
-
-
 class GramianRule(OfGramian):
     """Shares of the bins by a rule of TorchJD, equal before the first Gramian; negative ones of
     some rules are kept."""
@@ -117,7 +102,9 @@ class GramianRule(OfGramian):
     ) -> None:
         super().__init__(setting, bins, gramian_every)
         check_name("gramian rule", rule, GRAMIAN_RULES)
-        self.rule = _torchjd_rule(rule)
+        class_name, options = GRAMIAN_RULES[rule]
+        make_rule = torchjd_class("aggregation", class_name, f"'gramian' with rule={rule!r}")
+        self.rule = make_rule(**options)
         equal = torch.full((self.bins.num_bins,), 1 / self.bins.num_bins)
         self.register_buffer("shares", equal)
 

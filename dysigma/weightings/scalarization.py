@@ -10,7 +10,7 @@ from torch import Tensor
 from ..bins import Bins
 from ..checks import check_name
 from .adaptive import RunningLosses, without_zeros
-from .base import Setting, ratio
+from .base import Setting, ratio, torchjd_class
 
 # Rule: class of torchjd.scalarization and its arguments. Left out: its geometric mean, whose weights
 # are those of "loss-balance" (and which waits for the device); Mean, Sum, Constant and Random, which
@@ -22,26 +22,22 @@ SCALARIZATION_RULES: dict[str, tuple[str, dict[str, float]]] = {
     "dwa": ("DWA", {"temperature": 2.0}),
     "stch": ("STCH", {"mu": 0.1}),
 }
-# Whether a rule learns a parameter for each bin, and so wants their number.
-HAS_PARAMETERS = {"uw": True, "imtl-l": True, "famo": True, "dwa": False, "stch": False}
+# These learn a parameter for each bin, and so want their number.
+LEARNED_RULES = ("uw", "imtl-l", "famo")
 
 # FAMO's own learning rate (Liu et al. 2023); the others take that of every learned weighting.
 FAMO_LR = 0.025
 
 
 def _torchjd_scalarizer(rule: str, num_bins: int) -> Any:
-    """The scalarizer of TorchJD of this name; ImportError says what to install."""
+    """The scalarizer of TorchJD of this name, for so many bins."""
     class_name, options = SCALARIZATION_RULES[rule]
-    size = (num_bins,) if HAS_PARAMETERS[rule] else ()
-    try:
-        from torchjd import scalarization
-
-        return getattr(scalarization, class_name)(*size, **options)
-    except (ImportError, AttributeError) as error:
-        raise ImportError(
-            f"weighting 'scalarization' with rule={rule!r}: {error}. "
-            "pip install --upgrade 'dysigma[moo]'"
-        ) from error
+    make_scalarizer = torchjd_class(
+        "scalarization", class_name, f"'scalarization' with rule={rule!r}"
+    )
+    if rule in LEARNED_RULES:
+        return make_scalarizer(num_bins, **options)
+    return make_scalarizer(**options)
 
 
 class Scalarization(RunningLosses):
@@ -98,7 +94,7 @@ class Scalarization(RunningLosses):
             return None
         if self.rule_name == "famo":
             return self._famo_objective(before, after)
-        if not HAS_PARAMETERS[self.rule_name]:
+        if self.rule_name not in LEARNED_RULES:
             return None
         relative, _ = self.relative_losses()
         objective: Tensor = self.scalarizer(without_zeros(relative))

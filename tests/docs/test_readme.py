@@ -21,6 +21,7 @@ from dysigma.lab.convergence import (
 )
 from dysigma.lab.race import Race
 from dysigma.training import TrainConfig
+from dysigma.weightings import SCALARIZATION_RULES, VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -103,6 +104,8 @@ def test_the_weightings_of_the_table_exist():
     named = re.findall(r"`([\w-]+)`", " ".join(first_cells))
     assert len(named) > 8
     assert set(named) <= set(dysigma.WEIGHTINGS)
+    for option in [*VARIANTS, *SCALARIZATION_RULES]:
+        assert f'`"{option}"`' in section, f"{option} is not on the page of weightings"
 
 
 @pytest.mark.parametrize("page", ["README.md", "data/RESULTS.md", "data/README.md"])
