@@ -9,6 +9,7 @@ import torch
 import dysigma
 from dysigma import TrainConfig, make_sampler, make_schedule, make_weighting
 from dysigma.objective import OutputLayerGradients
+from dysigma.randomness import generator
 from dysigma.training import iterate
 from dysigma.training.parts import build, load_split, make_parts
 
@@ -131,6 +132,19 @@ def test_what_s_minimises_touches_s_alone_and_leaves_out_what_is_not_finite():
     assert weighting.running.isfinite().all()
 
 
+def test_s_learns_the_same_from_timesteps_drawn_unevenly_with_importance():
+    times_drawn = 1 + ALL % 4
+    often = ALL.repeat_interleave(times_drawn)
+    # 1 / (T p) of timesteps drawn with p = times_drawn / len(often)
+    importance = len(often) / (60 * times_drawn[often].float())
+
+    evenly, _ = density()
+    evenly.observe_gradient_norms(NORMS, ALL, torch.ones(60)).backward()
+    unevenly, _ = density()
+    unevenly.observe_gradient_norms(NORMS[often], often, importance).backward()
+    torch.testing.assert_close(unevenly.coefficients.grad, evenly.coefficients.grad)
+
+
 def test_it_can_learn_from_losses_in_the_call_itself():
     weighting, sampler = density(observes="losses")
     assert (weighting.observes, sampler.observes) == ("losses", "nothing")
@@ -183,6 +197,16 @@ def test_training_learns_a_density_and_resumes_exactly():
     assert torch.equal(state.sampler.probabilities(), again.sampler.probabilities())
     ended, resumed = state.state_dict()[0], again.state_dict()[0]
     assert all(torch.equal(ended[name], resumed[name]) for name in ended)
+
+
+def test_a_training_step_hands_on_the_importance_of_what_was_drawn():
+    data = load_split(CONFIG, "train", torch.device("cpu"))
+    state = build(CONFIG, data)
+    u = torch.rand(CONFIG.batch_size, generator=generator(CONFIG.seed, 0, "timesteps"))
+    _, importance = state.sampler(u)
+    next(iterate(state, data, CONFIG))
+    assert importance.std() > 0.1  # or it would not matter
+    torch.testing.assert_close(state.weighting.running[0], importance.sum())
 
 
 def test_parts_of_a_batch_learn_what_the_whole_batch_learns():
