@@ -272,8 +272,10 @@ lesson.show(
 
 # %% [markdown]
 # With fewer steps the specialists lose everywhere, by a wide margin. That was the number of steps, not the sharing: with
-# equal steps and about as many images, the specialists win three bands of five and nearly tie in the other two. So the first comparison does not show that sharing is good, nor does the second show that it is bad. **"At equal
-# work" is not one condition.** A report that a shared network beats specialists must say what was equal.
+# equal steps and about as many images, the specialists win three bands of five and nearly tie in the other two. So the
+# first comparison does not show that sharing is good, and the second does not show that it is bad. "At equal work" can
+# mean equal images or equal steps, and the two disagree. A report that a shared network beats specialists must say what
+# was equal.
 
 # %%
 if is_default:

@@ -30,7 +30,7 @@
 #
 # **Time** reading 30 min · running about 40 s (short run 15 s) on one CPU core · memory under 1 GB.
 #
-# **Functions introduced** `make_weighting("dy-sigma", variant=…, prior=…, kappa=…)`,
+# **Functions introduced** `make_weighting("dy-sigma", variant=…, prior=…, kappa=…)`, `make_sampler("weighting", …)`,
 # `dysigma.lab.convergence.load_races`, `dysigma.exact.OptimalDenoiser`.
 
 # %%
@@ -43,7 +43,7 @@ import pandas as pd
 import torch
 from scipy.special import lambertw
 
-from dysigma import NoiseSchedule, make_weighting, plots
+from dysigma import NoiseSchedule, make_sampler, make_weighting, plots
 from dysigma.course.lesson import Lesson
 from dysigma.evaluation import validation_losses
 from dysigma.exact import GaussianField, OptimalDenoiser, field_floor, gaussian_fields
@@ -280,7 +280,7 @@ assert raises.iloc[0, 1] > 100 * math.e, "and fail by far after it"
 # | excess | the same with $L-L^\star$ in $z$ | $we^{-s}$ | $we^{-s^\star}$, Lambert |
 # | tilt | $ze^{-s}+s$ | $we^{+s/(1+\kappa)}$ | $w\,(wL)^{1/(1+\kappa)}$ |
 #
-# A seventh, *conflict*, also looks at gradients. Every line of the table can be checked by training $s$:
+# A seventh, *conflict*, also looks at gradients. An eighth, *density*, has a section of its own at the end. Every line of the table can be checked by training $s$:
 
 # %%
 losses = floor + 0.3 * floor.sqrt()  # some learnable part, of another shape than the floor
@@ -598,7 +598,24 @@ torch.testing.assert_close(
 )
 
 # %% [markdown]
-# The last column is 1 in every row: the objective is untouched. Most of the gain comes with $\sqrt w$ already, which
+# The last column is 1 in every row: the objective is untouched.
+#
+# The package has this variant. Its weights are those of the prior to the last bit, and before it has learned anything it
+# draws by $\sqrt w$. It learns from the gradients of the network's last layer, so it needs training, which this page has not.
+
+# %%
+of_package = make_weighting("dy-sigma", schedule, "sample", variant="density")
+sampler = make_sampler("weighting", schedule, weighting=of_package, uniform=UNIFORM_PART)
+
+plain_weights = make_weighting("min-snr", schedule, "sample").weights()
+assert torch.equal(of_package.weights(), plain_weights), "the weights must be those of the prior"
+torch.testing.assert_close(
+    sampler.probabilities(), densities["√w, nothing learned"], rtol=1e-4, atol=0
+)
+print("weights: those of min-snr; density at the start: √w")
+
+# %% [markdown]
+# Most of the gain comes with $\sqrt w$ already, which
 # needs no learning. So $\sqrt w$ is the baseline that a learned density must beat. Whether less noise becomes faster
 # training is a question for a race, not for this table.
 #

@@ -327,8 +327,7 @@ for name in SHORT:
 print(f"{len(first_losses)} losses of the first step agree in all three runs")
 
 # %% [markdown]
-# Where does `const-eps` fall behind Min-SNR, if it does? Recall the weights on the error of $v$: Min-SNR gives almost nothing
-# to the cleanest timesteps. `const-eps` gives them more than any other weighting here and takes it from the noisy ones.
+# Where does `const-eps` fall behind Min-SNR, if it does? [03](03_snr_weightings.ipynb) says how both weigh the error of $v$.
 
 # %%
 QUESTION_WHERE = "Where is const-eps worse than min-snr: clean, noisy, or nowhere?"
@@ -363,8 +362,8 @@ lesson.show(
 )
 
 # %% [markdown]
-# You should see `const-eps` below the line at the cleanest timesteps and above it at most others: it buys one with the
-# other. Dy-Sigma stays much closer to Min-SNR. How much of that small distance is seed noise, one run cannot say.
+# You should see `const-eps` below the line at the cleanest timesteps and above it at most others. It gives the cleanest
+# timesteps more weight than Min-SNR does, and the others less. Dy-Sigma stays much closer to Min-SNR. How much of that small distance is seed noise, one run cannot say.
 
 # %%
 if is_default:

@@ -90,6 +90,12 @@ def test_the_glossary_is_in_order_and_explains_each_word_once():
     assert words == sorted(words, key=lambda word: re.sub(r"[^a-z ]", " ", word.lower()))
 
 
+@pytest.mark.parametrize("path", sorted(REFERENCE.glob("*.md")), ids=lambda path: path.stem)
+def test_links_to_pages_show_the_number_of_the_page(path):
+    for shown, number in re.findall(r"\[(\d\d)\]\(\.\./(\d\d)_", path.read_text(encoding="utf-8")):
+        assert shown == number
+
+
 @pytest.mark.parametrize(
     "path", sorted([*REFERENCE.glob("*.md"), NOTEBOOKS / "README.md"]), ids=lambda path: path.stem
 )
