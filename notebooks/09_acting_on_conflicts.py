@@ -200,6 +200,7 @@ lesson.show(
 )
 for name in ("UPGrad", "MGDA"):
     assert served(steps[name], gramian).min() > -1e-3, f"{name} must make no bin worse"
+print("lengths of the five gradients:", [round(float(length), 3) for length in lengths])
 
 # %% [markdown]
 # The rows of UPGrad and MGDA have no negative value: that is what they promise. CAGrad does not promise it. The price is
