@@ -3,7 +3,10 @@
 import dataclasses
 import hashlib
 import json
+import os
 import re
+import signal
+import sys
 
 import numpy as np
 import PIL.Image
@@ -23,7 +26,7 @@ from safetensors.torch import load_file
 
 import dysigma
 import dysigma.evaluation
-from dysigma.cli.main import main
+from dysigma.cli.main import _is_foreign, main
 from dysigma.floors import floor_bounds
 from dysigma.runs.folder import describe_loss
 
@@ -731,3 +734,16 @@ def test_a_run_is_evaluated_where_its_images_lie_now(tmp_path, capsys):
     assert main([*evaluate, str(other)]) == 2
     error = capsys.readouterr().err
     assert "other.npz" in error and "--data" in error and "delete" not in error
+
+
+def test_a_run_that_is_stopped_while_it_says_why_it_failed_says_so(monkeypatch, capsys, tmp_path):
+    """torchrun does that to the ranks that are left."""
+
+    def stopped_here(filename):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return _is_foreign(filename)
+
+    # dysigma.cli.main is also the function of that name, which hides the module.
+    monkeypatch.setattr(sys.modules["dysigma.cli.main"], "_is_foreign", stopped_here)
+    assert main(["evaluate", str(tmp_path / "no-run")]) == 2
+    assert "no-run" in capsys.readouterr().err

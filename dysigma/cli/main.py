@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from . import (
@@ -113,14 +114,18 @@ def _explain(error: Exception) -> int | None:
     return None
 
 
+def _on_sigterm(action: Any) -> None:
+    with suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, action)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0 done, 2 bad input, 130 interrupted.
 
     1 says that a run failed, or, of audit, that the function is not what it claims to be. With --debug every error passes through, so that Python prints its traceback.
     """
     args = make_parser().parse_args(argv)
-    with suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _on_sigterm(signal.default_int_handler)
     try:
         code: int | None = args.run(args)
     except KeyboardInterrupt as stop:
@@ -129,7 +134,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
+        # torchrun stops the ranks that are left when one is lost. They end anyway, and first say why.
+        _on_sigterm(signal.SIG_IGN)
         code = _explain(error)
+        _on_sigterm(signal.default_int_handler)
         if code is None:
             raise
     return code or DONE

@@ -35,11 +35,10 @@ def torchjd_class(module: str, name: str, user: str) -> Any:
     user: which weighting wants it, for the message.
     """
     try:
+        importlib.import_module("torchjd")
         return getattr(importlib.import_module(f"torchjd.{module}"), name)
     except (ImportError, AttributeError) as error:
-        raise ImportError(
-            f"weighting {user}: {error}. pip install --upgrade 'dysigma[moo]'"
-        ) from error
+        raise ImportError(f"weighting {user}: {error}. pip install 'dysigma[moo]'") from error
 
 
 def quadratic(gramian: Tensor, u: Tensor) -> Tensor:
