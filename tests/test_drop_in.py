@@ -353,12 +353,17 @@ def test_flow_matching_as_in_the_scripts_of_diffusers(scheme, ours):
 # ---------------------------------------------------------------- accelerate
 
 
+def forget_accelerate():
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+
+
 @pytest.fixture
 def _fresh_accelerate():
+    """Also before: a test of the benchmark may have made an Accelerator in this process."""
+    forget_accelerate()
     yield
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
-    GradientState._reset_state()
+    forget_accelerate()
 
 
 LOOPS = [("min-snr", "no"), ("dy-sigma", "no"), ("loss-balance", "no"), ("dy-sigma", "bf16")]
