@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_name
-from .devices import fast_kernels
+from .devices import compile_problem, fast_kernels
 from .images import to_uint8
 from .objective import predict
 from .randomness import generator
@@ -97,7 +97,8 @@ def sample_images(
     seed: the latents are a function of (seed, image number).
     labels: (N,), by default the classes in turn of a diffusers network that has classes.
     batch_size: images at a time; by default 256, and 2048 on CUDA.
-    compile: the network, for batches of one size; None does it on CUDA for 20,000 images or more.
+    compile: the network, for batches of one size; None does it on CUDA for 20,000 images or
+        more, unless the GPU is below compute capability 8 or Triton is missing.
     precision: torch.bfloat16 runs the network under autocast; None as it is.
     On a flow that ends in pure noise, networks that predict the noise start one level later, because
     at SNR 0 they say nothing about the image.
@@ -112,7 +113,7 @@ def sample_images(
     labels = _labels_in_turn(model, labels, count)
     device = next(model.parameters()).device
     if compile is None:
-        compile = device.type == "cuda" and count >= COMPILE_FROM
+        compile = _is_worth_compiling(device, count)
     network: Any = torch.compile(model, fullgraph=True, dynamic=False) if compile else model
     size = _batch_size(batch_size, shape, sampler, device)
     path = _FlowPath if schedule.is_flow else _DiffusionPath
@@ -144,6 +145,12 @@ def sample_images(
             bar.update(min(stop, count) - first)
     model.train(was_training)
     return torch.cat(done)[:count]
+
+
+def _is_worth_compiling(device: torch.device, count: int) -> bool:
+    """Whether so many images repay the minute of compiling, on a device where that works."""
+    is_usable = device.type == "cuda" and compile_problem(device) is None
+    return is_usable and count >= COMPILE_FROM
 
 
 def _labels_in_turn(model: nn.Module, labels: Tensor | None, count: int) -> Tensor | None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dysigma import sampling
+from dysigma import devices, sampling
 from dysigma.evaluation import (
     SAMPLERS,
     elbo,
@@ -207,6 +207,18 @@ def test_a_broken_network_gives_no_black_images():
 def test_unknown_sampler_shows_the_choices():
     with pytest.raises(KeyError, match="dpm-solver"):
         sample_images(nn.Identity(), NoiseSchedule.linear(), (1, 3, 4, 4), sampler="euler")
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "expected"),
+    [((9, 0), True, True), ((7, 5), True, False), ((9, 0), False, False)],
+)
+def test_many_samples_are_compiled_only_where_that_works(monkeypatch, capability, triton, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: triton or None)
+    assert sampling._is_worth_compiling(torch.device("cuda"), 20_000) == expected
+    assert not sampling._is_worth_compiling(torch.device("cuda"), 19_999)
+    assert not sampling._is_worth_compiling(torch.device("cpu"), 20_000)
 
 
 # --- rectified flows ---------------------------------------------------------------------------------------------------
