@@ -158,11 +158,11 @@ class OutputLayerGradients:
         features = inputs[0].detach()
 
         def measure(gradient: Tensor) -> None:
-            self.found = self._squares(features.float(), gradient.float())
+            self.found = self.squares(features.float(), gradient.float())
 
         output.register_hook(measure)
 
-    def _squares(self, features: Tensor, gradient: Tensor) -> Tensor:
+    def squares(self, features: Tensor, gradient: Tensor) -> Tensor:
         """|dL_i/dW|^2 + |dL_i/db|^2 (B,) of the layer's input and of the gradient in its output."""
         with torch.autocast(features.device.type, enabled=False):
             if isinstance(self.layer, nn.Conv2d):

@@ -110,6 +110,49 @@ def test_targets_paths_and_samplers_make_up_the_grid_and_arms(tmp_path):
         Race.from_dict(SPEC | {"grid": {"x0": {"prediction": "sample", "arms": ["ugd"]}}})
 
 
+def test_targets_weightings_and_samplers_are_raced_on_a_flow(tmp_path):
+    """Every kind of sampler on two targets, one of them on a shifted flow, from training to samples."""
+    change = {
+        "seeds": [0],
+        "base": SPEC["base"]
+        | {"images": 32, "distance_images": 24, "distance_steps": 3, "schedule": "flow"},
+        "grid": {
+            "velocity": {"prediction": "flow_prediction"},
+            "x0, shift 3": {"prediction": "sample", "shift": 3.0},
+        },
+        "arms": {
+            "const-flow": {"weighting": "const-flow"},
+            "logit-normal": {"weighting": "const-flow", "timestep_sampler": "logit-normal"},
+            "min-snr": {"weighting": "min-snr", "timestep_sampler": "stratified"},
+            "density": {
+                "weighting": "dy-sigma",
+                "weighting_params": {"variant": "density", "bins": 4},
+                "timestep_sampler": "weighting",
+            },
+        },
+    }
+    spec = Race.from_dict(SPEC | change)
+    race(spec, tmp_path, in_process=True, progress=False)
+    table = load_races(tmp_path)
+    assert sorted(set(zip(table.grid, table.arm, strict=True))) == [
+        (label, arm) for label in sorted(change["grid"]) for arm in sorted(change["arms"])
+    ]
+    for label, rows in table.groupby("grid"):
+        first = [losses[0] for losses in rows.validation_losses]
+        assert all(losses == first[0] for losses in first), f"{label}: paired before the first step"
+        ends = {tuple(losses[-1]) for losses in rows.validation_losses}
+        assert len(ends) == len(rows), f"{label}: every arm trains in its own way"
+    for row in table.itertuples():
+        assert torch.tensor(row.validation_losses).isfinite().all(), row.arm
+        assert torch.tensor(row.distances).isfinite().all(), row.arm
+        weights = torch.tensor(row.bin_weights[-1])
+        assert weights.isfinite().all() and (weights >= 0).all(), row.arm
+    weights = {(row.grid, row.arm): row.bin_weights[-1] for row in table.itertuples()}
+    assert weights["velocity", "const-flow"] == [1.0] * 4
+    # The variant density leaves the weights of its prior alone.
+    assert weights["velocity", "density"] == weights["velocity", "min-snr"]
+
+
 def test_an_entry_that_fails_ends_the_race_and_the_others_wait_for_the_next_call(tmp_path):
     spec = Race.from_dict(SPEC | {"seeds": [0, 1, 2, 3]})
     foreign = tmp_path / "entries" / "0001"

@@ -27,6 +27,11 @@ CONFIG = dataclasses.replace(
     weighting="dy-sigma", weighting_params={"variant": "conflict", "floor": "online", "bins": 4, "gramian_every": 10},
     timestep_sampler="loss-second-moment", sampler_params={"bins": 4},
 )  # fmt: skip
+# What is learned sets the density of timesteps, from gradient norms that the ranks gather.
+DENSITY = dataclasses.replace(
+    BASE, images=96, checkpoint_every=96, validate_every=96, accumulate=2, weighting="dy-sigma", weighting_lr=0.05,
+    weighting_params={"variant": "density", "bins": 4}, timestep_sampler="weighting",
+)  # fmt: skip
 
 
 def run_rank(rank, count, out, stop):
@@ -40,7 +45,7 @@ def run_rank(rank, count, out, stop):
 
     def kept_build(*args, **options):
         states.append(build_state(*args, **options))
-        return states[0]
+        return states[-1]
 
     @contextlib.contextmanager
     def stop_signals():
@@ -50,7 +55,12 @@ def run_rank(rank, count, out, stop):
     training.loop.stop_signals = stop_signals
     with contextlib.suppress(KeyboardInterrupt):
         train(CONFIG, out, resume=out.exists(), progress=False, finish=False)
-    torch.save(states[0].state_dict()[0], out.with_suffix(f".{rank}"))
+    saved = states[0].state_dict()[0]
+    if stop is None:  # once is enough, and another launch would take long
+        train(DENSITY, out.with_suffix(".density"), progress=False, finish=False)
+        of_density = states[1].state_dict()[0]
+        saved |= {f"density.{name}": value for name, value in of_density.items()}
+    torch.save(saved, out.with_suffix(f".{rank}"))
     torch.distributed.destroy_process_group()
 
 
@@ -76,6 +86,14 @@ def test_1_2_and_4_ranks_agree_and_go_on_with_another_number(tmp_path):
     shutil.copytree(tmp_path / "four", tmp_path / "four-one")
     run_ranks(2, tmp_path / "four")
     train(CONFIG, tmp_path / "four-one", resume=True, progress=False, finish=False)
+    train(DENSITY, tmp_path / "density", progress=False, finish=False)
+
+    whole = load_checkpoint(tmp_path / "density/checkpoint")[1]
+    shared = load_checkpoint(tmp_path / "four.density/checkpoint")[1]
+    learned = whole["weighting.coefficients"]
+    assert float(learned.abs().max()) > 0.1, "the density has moved"
+    for name in [name for name in whole if name.startswith(("model", "weighting"))]:
+        torch.testing.assert_close(shared[name], whole[name], rtol=1e-3, atol=2e-4)
 
     start = build(CONFIG, load_split(CONFIG, "train", torch.device("cpu"))).state_dict()[0]
     ends = {

@@ -10,13 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMPipeline
 from faults import BASE, outcome
 
-from dysigma import training
+from dysigma import NoiseSchedule, training
+from dysigma.cli.main import main
 from dysigma.data import ImageData
 from dysigma.devices import resolve_device
 from dysigma.models import make_model
 from dysigma.runs import RunError, load_checkpoint, load_run
+from dysigma.runs.flow import pipeline_scheduler
 from dysigma.training import (
     TrainConfig,
     TrainingDiverged,
@@ -437,8 +440,52 @@ def test_a_flow_trains_to_samples_and_its_pipeline_gives_the_same(tmp_path, pred
         expected = x + (following - sigma) * velocity
         x = scheduler.step(output, t, x).prev_sample
         torch.testing.assert_close(x, expected.to(x), rtol=1e-4, atol=1e-5)
-    images = pipeline(batch_size=2, num_inference_steps=3, output_type="np").images
+    images = samples_of(pipeline)
     assert images.shape == (2, 8, 8, 3) and np.isfinite(images).all()
+    # As diffusers opens it, with the module imported that it asks for.
+    assert "dysigma.runs.flow_scheduler" in sys.modules
+    opened = DDPMPipeline.from_pretrained(run.path / "pipeline")
+    is_plain = type(opened.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    close = 0.05 if is_plain else 1e-6  # to one of 50 timesteps
+    np.testing.assert_allclose(samples_of(opened), images, atol=close)
+    # Folders written before hold a scheduler of diffusers whatever was predicted.
+    schedule.to_diffusers().save_pretrained(run.path / "pipeline/scheduler")
+    np.testing.assert_array_equal(samples_of(run.pipeline()), images)
+
+
+def samples_of(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    draw = torch.Generator().manual_seed(0)
+    found = pipeline(batch_size=2, generator=draw, num_inference_steps=3, output_type="np")
+    return found.images
+
+
+@pytest.mark.parametrize(
+    ("prediction", "shift", "is_plain"),
+    [("flow_prediction", 1.0, True), ("flow_prediction", 3.0, False), ("epsilon", 1.0, False)],
+)
+def test_diffusers_alone_never_samples_a_flow_wrongly_in_silence(
+    tmp_path, monkeypatch, prediction, shift, is_plain
+):
+    schedule = NoiseSchedule.flow(50, shift=shift)
+    scheduler = pipeline_scheduler(schedule, prediction)
+    DDPMPipeline(make_model("micro", 8), scheduler).save_pretrained(tmp_path)
+    monkeypatch.delitem(sys.modules, "dysigma.runs.flow_scheduler", raising=False)
+    try:
+        opened = DDPMPipeline.from_pretrained(tmp_path).scheduler
+    except ValueError as error:
+        assert not is_plain and "import dysigma.runs.flow_scheduler" in str(error)
+        return
+    # Old versions of diffusers import what a file names.
+    wanted = "FlowMatchEulerDiscreteScheduler" if is_plain else "FlowRunScheduler"
+    assert type(opened).__name__ == wanted
+
+
+def test_the_command_conflicts_asks_for_the_run_in_place_of_its_pipeline(tmp_path, capsys):
+    scheduler = pipeline_scheduler(NoiseSchedule.flow(50), "sample")
+    DDPMPipeline(make_model("micro", 8), scheduler).save_pretrained(tmp_path)
+    assert main(["conflicts", str(tmp_path), "--data", "leaves"]) != 0
+    assert "give the folder of the run itself" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

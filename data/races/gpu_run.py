@@ -64,6 +64,7 @@ from dysigma.runs import (
     write_atomically,
     write_json,
 )
+from dysigma.runs.flow import pipeline_scheduler
 from dysigma.training import TrainConfig, build, load_split, train, train_step
 from dysigma.training.budget import fit_to_minutes
 from dysigma.training.compiled import settle_compilation
@@ -415,9 +416,7 @@ def _write_pipeline(folder: Path, config: TrainConfig) -> None:
     channels = averages["conv_in.weight"].shape[1]
     network: Any = make_model(config.model, config.image_size or 32, channels)
     network.load_state_dict(averages)
-    scheduler = config.noise_schedule().to_diffusers(
-        prediction_type=config.prediction, timestep_spacing="trailing"
-    )
+    scheduler = pipeline_scheduler(config.noise_schedule(), config.prediction)
     DDPMPipeline(network, scheduler).save_pretrained(folder / "pipeline")
 
 

@@ -112,6 +112,8 @@ def _check_parts(path: Path) -> str:
         and origin[0]  # [None, None] stands for a part that is not there
     }
     for part, library in library_of.items():
+        if library.startswith("dysigma."):
+            raise ValueError(f"{path} is the pipeline of a run: give the folder of the run itself")
         if library != "diffusers" and "encoder" not in part:
             raise ValueError(
                 f"{path} has a {part} of {library}; no code but that of diffusers is run"

@@ -21,7 +21,7 @@ from ..data.dataset import ImageData, batch
 from ..devices import fast_kernels, resolve_device
 from ..gradients.measure import conflicts
 from ..models import make_model
-from ..objective import sample_losses
+from ..objective import OutputLayerGradients, sample_losses
 from ..randomness import generator
 from ..runs.files import write_json
 from ..runs.provenance import provenance
@@ -254,17 +254,45 @@ def weighting_costs(
 def _sampler_call(
     name: str, config: TrainConfig, schedule: NoiseSchedule, device: torch.device
 ) -> Step:
-    """Timesteps of a batch and what the sampler learns from their losses."""
-    sampler = make_sampler(name, schedule).to(device)
+    """Timesteps of a batch, and what is learned from its losses or gradient norms.
+
+    The cost of the norms in the output layer, and of the weighting that learns for the sampler
+    "weighting", is that of the sampler.
+    """
+    params: dict[str, Any] = {"variant": "density"} if name == "weighting" else {}
+    kind = "dy-sigma" if name == "weighting" else "min-snr"
+    weighting = make_weighting(kind, schedule, config.prediction, **params).to(device)
+    sampler = make_sampler(name, schedule, weighting=weighting).to(device)
+    groups = weighting.parameter_groups(None)
+    optimizer = torch.optim.AdamW(groups, fused=True) if groups else None
     draw = generator(0, 0, "benchmark")
     u = torch.rand(config.batch_size, generator=draw).to(device)
-    losses = torch.rand(config.batch_size, generator=draw).to(device)
+    values = torch.rand(config.batch_size, generator=draw).to(device)
+    measure = None
+    if sampler.observes == "gradient-norms":
+        measure = _output_norms(config, device)
 
     def call() -> None:
-        timesteps, _ = sampler(u)
-        sampler.update(losses, timesteps)
+        timesteps, importance = sampler(u)
+        observed = values if measure is None else measure()
+        sampler.update(observed, timesteps)
+        if optimizer is not None:
+            weighting.observe_gradient_norms(observed, timesteps, importance).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     return call
+
+
+def _output_norms(config: TrainConfig, device: torch.device) -> Callable[[], Tensor]:
+    """What a step computes for squared gradient norms in the output layer."""
+    size = config.image_size or 16
+    output = OutputLayerGradients(make_model(config.model, size).to(device))
+    weight = output.layer.weight
+    channels_out, channels_in = weight.shape[:2]
+    features = torch.randn(config.batch_size, channels_in, size, size, device=device)
+    gradient = torch.randn(config.batch_size, channels_out, size, size, device=device)
+    return lambda: output.squares(features, gradient)
 
 
 def sampler_costs(
@@ -272,12 +300,7 @@ def sampler_costs(
 ) -> dict[str, float]:
     """Print and return what each timestep sampler costs above the uniform one, as weighting_costs."""
     schedule = make_schedule(config.schedule, config.num_timesteps).to(device)
-    calls = {}
-    for name in TIMESTEP_SAMPLERS:
-        try:
-            calls[name] = _sampler_call(name, config, schedule, device)
-        except (TypeError, ValueError):
-            continue  # it needs a parameter that has no default
+    calls = {name: _sampler_call(name, config, schedule, device) for name in TIMESTEP_SAMPLERS}
     return _overheads("a timestep sampler", calls, "uniform", rounds, device, step)
 
 

@@ -1,52 +1,42 @@
-"""Pipelines of flows: what diffusers asks of a network, put in terms of the run that trained it."""
+"""Schedulers for the pipelines of runs."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from ..schedule import NoiseSchedule, make_schedule
+from ..schedule import NoiseSchedule
 
 if TYPE_CHECKING:
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from .flow_scheduler import FlowRunScheduler
 
 
-def read_flow_scheduler(folder: Path, config: dict[str, Any]) -> FlowMatchEulerDiscreteScheduler:
-    """The saved scheduler, calling the network with timesteps of the run and stepping by velocities.
+def pipeline_scheduler(schedule: NoiseSchedule, prediction: str) -> Any:
+    """The scheduler that a saved pipeline of a run gets.
 
-    diffusers calls the network of a flow with T s and takes what comes for noise - x0. Networks
-    trained here are called with the number of the timestep, and may predict x0, noise or v.
+    It is one of diffusers wherever that samples rightly: on every variance-preserving schedule, and
+    on a flow for flow_prediction without a shift, to one timestep. Other runs on a flow get a
+    FlowRunScheduler.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    schedule = make_schedule("flow", config["num_timesteps"], shift=config.get("shift", 1.0))
-    kind = config["prediction"]
-    last = _last_usable_timestep(schedule, kind)
-
-    class OfRun(FlowMatchEulerDiscreteScheduler):
-        timesteps: Tensor
-
-        def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-            super().set_timesteps(*args, **kwargs)
-            numbers = schedule.timestep_of(self.timesteps.cpu() / schedule.num_timesteps)
-            self.timesteps = numbers.clamp(max=last).to(self.timesteps)
-            self.set_begin_index(0)  # timesteps may repeat, so they do not tell where to begin
-
-        def step(self, output: Tensor, timestep: Tensor, sample: Tensor, **kwargs: Any) -> Any:
-            numbers = torch.full((len(sample),), int(timestep))
-            velocity = schedule.to_velocity(output.cpu(), sample.cpu(), numbers, kind)
-            return super().step(velocity.to(sample), timestep, sample, **kwargs)
-
-    saved = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, local_files_only=True)
-    return OfRun.from_config(saved.config)
+    if not schedule.is_flow:
+        # Sampling must start at the last timestep, where a zero-terminal-SNR model learned what pure
+        # noise is.
+        return schedule.to_diffusers(prediction_type=prediction, timestep_spacing="trailing")
+    kind = schedule.canonical(prediction)
+    if kind == "flow_prediction" and schedule.shift == 1:
+        return schedule.to_diffusers()
+    return _of_run(schedule.num_timesteps, schedule.shift, kind)
 
 
-def _last_usable_timestep(schedule: NoiseSchedule, prediction_type: str) -> int:
-    """At SNR 0 a network that predicts the noise says nothing about the image."""
-    ends_in_noise = schedule.log_snr[-1] == -math.inf
-    skipped = 1 if prediction_type == "epsilon" and ends_in_noise else 0
-    return schedule.num_timesteps - 1 - skipped
+def read_flow_scheduler(folder: Path, config: dict[str, Any]) -> FlowRunScheduler:
+    """The scheduler for a saved pipeline of a run on a flow, whichever scheduler was saved with it."""
+    from .flow_scheduler import FlowRunScheduler
+
+    FlowRunScheduler.load_config(folder, local_files_only=True)  # raises where it is damaged
+    return _of_run(config["num_timesteps"], config.get("shift", 1.0), config["prediction"])
+
+
+def _of_run(num_timesteps: int, shift: float, prediction: str) -> FlowRunScheduler:
+    from .flow_scheduler import FlowRunScheduler
+
+    return FlowRunScheduler(num_timesteps, shift, prediction)

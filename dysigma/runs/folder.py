@@ -38,9 +38,10 @@ class Run:
     def pipeline(self) -> DiffusionPipeline:
         """A diffusers DDPMPipeline with the EMA weights.
 
-        That of a flow has a FlowMatchEulerDiscreteScheduler that knows how the run calls its
-        network; opened with DDPMPipeline.from_pretrained, it is right for flow_prediction at
-        shift 1, to one timestep. Raises RunError if the run has not written one or it is damaged.
+        That of a flow has a FlowRunScheduler, which knows how the run calls its network. Opened with
+        DDPMPipeline.from_pretrained it is right as it is for flow_prediction without a shift; else
+        import dysigma.runs.flow_scheduler first, as diffusers says. Raises RunError if the run has
+        not written a pipeline yet, or it is damaged.
         """
         folder = self.path / "pipeline"
         if not (folder / "model_index.json").exists():

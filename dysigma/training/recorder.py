@@ -17,6 +17,7 @@ from ..bins import Bins
 from ..data.dataset import ImageData
 from ..images import save_grid
 from ..runs.files import RunError
+from ..runs.flow import pipeline_scheduler
 from .config import TrainConfig
 from .identity import identity
 from .measures import Measures
@@ -229,14 +230,7 @@ class Recorder:
         from diffusers import DDPMPipeline
 
         losses = self.measures.validate()["validation_losses"]
-        if self.state.schedule.is_flow:
-            scheduler = self.state.schedule.to_diffusers()
-        else:
-            # Sampling must start at the last timestep, where a zero-terminal-SNR model learned what
-            # pure noise is.
-            scheduler = self.state.schedule.to_diffusers(
-                prediction_type=self.config.prediction, timestep_spacing="trailing"
-            )
+        scheduler = pipeline_scheduler(self.state.schedule, self.config.prediction)
         with writing(self.out):
             pipeline = DDPMPipeline(self.measures.ema_model, scheduler)
             pipeline.save_pretrained(self.out / "pipeline")
