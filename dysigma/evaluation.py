@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .images import to_real
+from .images import check_bytes, to_real
 from .objective import predict, sample_losses
 from .randomness import generator
 
 # Samples belong to an evaluation; how they are drawn is a room of its own.
 from .sampling import SAMPLERS, check_sampling, sample_images
-from .schedule import NoiseSchedule
+from .schedule import NoiseSchedule, check_schedule
 
 __all__ = [
     "SAMPLERS",
@@ -78,6 +78,7 @@ def validation_losses(
     """
     from tqdm.auto import tqdm
 
+    check_bytes(images)
     x0, noise = next(_draws(images, seed, 1))
     was_training = model.training
     model.eval()
@@ -120,6 +121,7 @@ def check_elbo(
     schedule: NoiseSchedule, prediction_type: str, num_images: int, timesteps_per_image: int
 ) -> None:
     """Raise what elbo does for a schedule or numbers that allow none, before a network is there."""
+    check_schedule(schedule)
     kind = schedule.canonical(prediction_type)
     if kind == "epsilon" and schedule.log_snr[-1] == -math.inf:
         raise ValueError(
@@ -160,6 +162,7 @@ def elbo(
     images: (N, C, H, W) uint8. With one image the standard error is NaN.
     Raises ValueError for epsilon at zero terminal SNR, where x0_hat does not exist.
     """
+    check_bytes(images)
     check_elbo(schedule, prediction_type, len(images), timesteps_per_image)
     was_training = model.training
     model.eval()

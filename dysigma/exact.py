@@ -253,11 +253,12 @@ def gaussian_fields(
     return ImageData(to_uint8(x0), name="gaussian-fields")
 
 
-def x0_loss_factor(log_snr: Tensor, prediction_type: str) -> Tensor:
+def x0_loss_factor(log_snr: Tensor, prediction_type: str, is_flow: bool = False) -> Tensor:
     """What turns the squared error of x0 into that of another prediction at the same x_t, for log_snr (T,).
 
     1 for sample, SNR for epsilon, 1 + SNR for v_prediction, (1 + sqrt(SNR))^2 for flow_prediction: the errors are
-    sigma / alpha, 1 / sigma and, on the flow, 1 / s apart (Salimans, Ho 2022, appendix D).
+    sigma / alpha, 1 / sigma and, on the flow, 1 / s apart (Salimans, Ho 2022, appendix D). For v_prediction on the flow
+    it is (1 + SNR)^2 / (1 + sqrt(SNR))^2, because alpha^2 + sigma^2 is not 1 there.
 
     >>> x0_loss_factor(torch.tensor([0.0]), "v_prediction")
     tensor([2.])
@@ -269,7 +270,8 @@ def x0_loss_factor(log_snr: Tensor, prediction_type: str) -> Tensor:
     if kind == "epsilon":
         return snr
     if kind == "v_prediction":
-        return 1 + snr
+        of_flow = ((1 + snr) / (1 + snr.sqrt())) ** 2
+        return of_flow if is_flow else 1 + snr
     return (1 + snr.sqrt()) ** 2
 
 
@@ -280,4 +282,4 @@ def field_floor(schedule: NoiseSchedule, prediction_type: str = "epsilon", size:
     kind = canonical_prediction_type(prediction_type)
     if kind == "sample":
         return x0_loss
-    return x0_loss * x0_loss_factor(schedule.log_snr, kind)
+    return x0_loss * x0_loss_factor(schedule.log_snr, kind, schedule.is_flow)

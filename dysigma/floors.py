@@ -32,9 +32,9 @@ from torch import Tensor
 from .checks import check_timesteps
 from .data.dataset import ImageData
 from .exact import x0_loss_factor
-from .images import to_real
+from .images import check_pixels, to_real
 from .randomness import generator
-from .schedule import NoiseSchedule
+from .schedule import NoiseSchedule, check_schedule
 
 
 class FloorBounds(NamedTuple):
@@ -58,8 +58,7 @@ class FloorBounds(NamedTuple):
 def _as_points(images: Tensor | ImageData) -> Tensor:
     """Images (N, ...) as rows (N, D) float64 in [-1, 1]."""
     table = images.images if isinstance(images, ImageData) else images
-    if table.ndim < 2 or len(table) == 0:
-        raise ValueError(f"need images (N, ...), one or more; got shape {tuple(table.shape)}")
+    check_pixels(table)
     points = table.flatten(1)
     return to_real(points, torch.float64) if table.dtype == torch.uint8 else points.double()
 
@@ -145,6 +144,7 @@ def floor_bounds(
     """
     from tqdm import tqdm
 
+    check_schedule(schedule)
     points = _as_points(images)
     device = points.device
     kind = schedule.canonical(prediction_type)
@@ -175,7 +175,7 @@ def floor_bounds(
         errors.append(error.cpu())
     lower = torch.cat(variances, 1)
     others = torch.cat(errors, 1)
-    factor = x0_loss_factor(log_snr, kind)
+    factor = x0_loss_factor(log_snr, kind, schedule.is_flow)
     root = num_samples**0.5
     return FloorBounds(
         timesteps=timesteps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,44 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+
+
+def check_pixels(images: Any) -> None:
+    """Raise ValueError unless images are a tensor of uint8, or floating in about [-1, 1] and finite.
+
+    >>> check_pixels(torch.full((1, 3, 8, 8), 255.0))
+    Traceback (most recent call last):
+    ValueError: floating images must lie in about [-1, 1]; got values from 255 to 255: give them as uint8, or images / 127.5 - 1
+    """
+    if not isinstance(images, Tensor):
+        raise ValueError(
+            f"need images as a tensor (N, C, H, W); got {type(images).__name__}: torch.as_tensor(images)"
+        )
+    if images.ndim < 2 or 0 in images.shape:
+        raise ValueError(f"need images (N, C, H, W), one or more; got shape {tuple(images.shape)}")
+    if images.dtype == torch.uint8:
+        return
+    if not images.is_floating_point():
+        raise ValueError(
+            f"need uint8 or floating images; got {images.dtype}: images.to(torch.uint8)"
+        )
+    low, high = (float(end) for end in images.aminmax())
+    if not math.isfinite(low) or not math.isfinite(high):
+        raise ValueError("images hold values that are NaN or infinite: leave them out")
+    if low >= 0 and high > 32:
+        raise ValueError(
+            f"floating images must lie in about [-1, 1]; got values from {low:.3g} to {high:.3g}: give them as uint8, "
+            "or images / 127.5 - 1"
+        )
+
+
+def check_bytes(images: Any) -> None:
+    """Raise ValueError unless images are a tensor of uint8, whose 256 levels a bound or a loss counts on."""
+    check_pixels(images)
+    if images.dtype != torch.uint8:
+        raise ValueError(
+            f"need uint8 images, 0 to 255; got {images.dtype}: of images in [-1, 1] give dysigma.images.to_uint8(images)"
+        )
 
 
 def to_real(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

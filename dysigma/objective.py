@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .schedule import NoiseSchedule
+from .schedule import NoiseSchedule, check_schedule
 
 
 def _parameter_dtypes(model: nn.Module) -> list[torch.dtype]:
@@ -96,6 +96,13 @@ def sample_losses(
     Noising, target and error are float32 or better under any autocast and for weights of any precision. Raises
     ValueError for shapes or timesteps that do not fit, and for a schedule on another device than x0.
     """
+    check_schedule(schedule)
+    for name, values in {"x0": x0, "noise": noise}.items():
+        if not isinstance(values, Tensor) or not values.is_floating_point():
+            got = values.dtype if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"{name} must be a floating tensor; got {got}: of bytes give images / 127.5 - 1"
+            )
     if x0.shape != noise.shape:
         raise ValueError(
             f"x0 and noise must have one shape; got {tuple(x0.shape)} and {tuple(noise.shape)}"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .bins import Bins
 from .checks import check_name, check_timesteps
 from .parallel import over_ranks
-from .schedule import NoiseSchedule
+from .schedule import NoiseSchedule, check_schedule
 
 
 def _number(name: str, value: SupportsFloat, low: float = 0.0, high: float = math.inf) -> float:
@@ -279,7 +279,7 @@ class AdaptiveSampler(TimestepSampler):
     warmup: uniform until each bin has seen so many. uniform: the share that stays uniform, so that no
     importance exceeds 1 / uniform.
 
-    Values that are not finite are left out. Under DDP every rank must bring the same B.
+    Values that are not finite, or whose squares are beyond 1e30, are left out. Under DDP every rank must bring the same B.
     """
 
     moments: Tensor  # (3, K): how many were seen, and running sums of 1 and of what is rooted
@@ -321,8 +321,8 @@ class AdaptiveSampler(TimestepSampler):
             return
         values, steps = over_ranks(values, timesteps)
         squares = values**2 if self.observes == "losses" else values
-        # Without a branch, which would wait for the device.
-        is_good = squares.isfinite()
+        # Without a branch, which would wait for the device. Beyond 1e30 a sum of them could leave float32.
+        is_good = squares.abs() < 1e30
         squares = torch.where(is_good, squares, 0.0)
         one = is_good.to(squares.dtype)
         self.moments[1:] *= 0.5 ** (len(values) / self.half_life)
@@ -438,6 +438,7 @@ def make_sampler(
     tensor([ 92, 268, 569])
     """
     check_name("timestep sampler", name, TIMESTEP_SAMPLERS)
+    check_schedule(schedule)
     known = _parameter_names(name)
     unknown = sorted(set(params) - set(known))
     if unknown:
@@ -500,5 +501,6 @@ def equivalent_sampler(schedule: NoiseSchedule, weighting: nn.Module | Tensor) -
 
     Raises ValueError for weights of 0: such timesteps could not be drawn.
     """
+    check_schedule(schedule)
     weights = _weights_of(weighting, schedule.num_timesteps)
     return TimestepSampler(weights.to(schedule.log_snr.device))

@@ -16,7 +16,7 @@ from .devices import compile_problem, fast_kernels
 from .images import to_uint8
 from .objective import predict
 from .randomness import generator
-from .schedule import NoiseSchedule
+from .schedule import NoiseSchedule, check_schedule
 
 # Names of samplers -> schedulers of diffusers, without the word Scheduler.
 SAMPLERS = {
@@ -48,6 +48,7 @@ def check_sampling(schedule: NoiseSchedule, sampler: str, num_steps: int, count:
 
     >>> check_sampling(NoiseSchedule.linear(), "ddim", num_steps=50, count=16)
     """
+    check_schedule(schedule)
     if schedule.is_flow:
         if sampler in SAMPLERS and sampler not in FLOW_SAMPLERS:
             raise ValueError(

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -301,12 +302,16 @@ class NoiseSchedule(nn.Module):
             is_flow = bool(config.get("use_flow_sigmas"))
         if is_flow:
             return cls._from_flow(scheduler, config)
+        if isinstance(table, np.ndarray | list | tuple):
+            table = torch.as_tensor(table)
         if not isinstance(table, Tensor):
             raise ValueError(
                 f"{name} has no alphas_cumprod and is no plain flow matching: its training levels "
                 f"are unknown. {_HOW_TO_GIVE_LEVELS}"
             )
-        bar = _read_alphas_cumprod(table, getattr(scheduler, "betas", None), config)
+        betas = getattr(scheduler, "betas", None)
+        betas = None if betas is None else torch.as_tensor(betas)
+        bar = _read_alphas_cumprod(table, betas, config)
         return cls(bar, config=_config_that_makes(bar, config))
 
     @classmethod
@@ -573,6 +578,24 @@ def _parameters(scheduler_class: type) -> set[str]:
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return names
+
+
+def check_schedule(schedule: Any) -> None:
+    """Raise TypeError, with the way, unless schedule is a NoiseSchedule."""
+    if isinstance(schedule, NoiseSchedule):
+        return
+    need = "schedule must be a NoiseSchedule"
+    advice = "use NoiseSchedule.from_diffusers(scheduler)"
+    if isinstance(schedule, type):
+        raise TypeError(f"{need}; got the class {schedule.__name__}: make one, and {advice}")
+    if isinstance(schedule, str):
+        raise TypeError(
+            f"{need}; got the text {schedule!r}: for a name of SCHEDULES use make_schedule, for a model of diffusers "
+            "NoiseSchedule.from_diffusers(pipeline.scheduler)"
+        )
+    if isinstance(schedule, Mapping):
+        raise TypeError(f"{need}; got a configuration: make its scheduler, and {advice}")
+    raise TypeError(f"{need}; got {type(schedule).__name__}: {advice}")
 
 
 def _check_is_scheduler(scheduler: Any) -> None:

@@ -75,24 +75,37 @@ def test_what_diffusers_computes_for_epsilon_is_min_snr():
     assert found.agrees and found.nearest_off == 0
 
 
-def targets_of(schedule):
-    """Targets of a path, without epsilon where the last step has no signal."""
-    path = "flow_prediction" if schedule.is_flow else "v_prediction"
-    ends_in_noise = bool(schedule.log_snr[-1].isneginf())
-    return ["sample", path] if ends_in_noise else ["epsilon", "sample", path]
-
-
 # Split has two numbers that many other weights can be taken for; the rest is recognised as what it is.
 @pytest.mark.parametrize("name", sorted(set(PREDEFINED) - {"split"}))
-@pytest.mark.parametrize("schedule", [SHORT, NoiseSchedule.flow(100)], ids=["vp", "flow"])
-def test_every_named_weighting_agrees_with_itself_and_is_recognised(name, schedule):
-    target = targets_of(schedule)[-1]
+@pytest.mark.parametrize(
+    ("schedule", "target"),
+    [
+        (SHORT, "v_prediction"),
+        (NoiseSchedule.flow(100), "flow_prediction"),
+        (NoiseSchedule.flow(100, shift=3.0), "v_prediction"),
+    ],
+    ids=["vp", "flow", "v on a flow"],
+)
+def test_every_named_weighting_agrees_with_itself_and_is_recognised(name, schedule, target):
     weights = log_weight(name, schedule, target).exp()
 
     found = dysigma.audit(lambda t: 3 * weights[t], schedule, target, claims=name, as_="timesteps")
     assert found.agrees and found.total_variation < 1e-12 and found.nearest_off == 0
     unnamed = dysigma.audit(lambda t: weights[t], schedule, target, as_="timesteps")
     assert unnamed.agrees and unnamed.nearest_off == 0
+
+
+def test_v_on_a_flow_has_a_division_of_its_own():
+    # v = alpha noise - sigma x0 with alpha + sigma = 1: its error is (1 + S)^2 / (1 + sqrt(S))^2 that of x0.
+    schedule = NoiseSchedule.flow(100)
+    claim = {"target": "v_prediction", "claims": "min-snr"}
+    division = eval(f"lambda snr: {mistakes.FLOW_V_CODE}", {"sqrt": torch.sqrt})
+    right = dysigma.audit(lambda s: s.clamp(max=5) / division(s), schedule, **claim)
+    assert right.agrees and mistakes.FLOW_V_CODE in right.right_formula
+    copied = dysigma.audit(lambda s: s.clamp(max=5) / (s + 1), schedule, **claim)
+    assert not copied.agrees and "variance-preserving" in copied.diagnosis
+    plain = dysigma.audit(torch.ones_like, schedule, "v_prediction", "const-v")
+    assert not plain.agrees
 
 
 def test_the_numbers_are_those_of_a_calculation_by_hand():
@@ -154,7 +167,9 @@ def test_the_formula_as_code_gives_the_weight(name, target):
     values = [eval(code, {**known, "snr": float(level)}) for level in snr]
     log_values = torch.tensor(values, dtype=torch.float64).log()
     table = tables.log_x0_weight(name, schedule, {})[:49]
-    expected = table - tables.log_error_ratio(schedule.log_snr[:49], target)
+    expected = table - tables.log_error_ratio(
+        schedule.log_snr[:49], target, target, schedule.is_flow
+    )
     assert tables.share_off(log_values, expected, 1e-9) == 0
 
 
@@ -215,6 +230,7 @@ def test_a_preview_multiplies_density_and_weight():
 BAD = {
     "another shape": (lambda s: torch.ones(3), "shape|one weight"),
     "no tensor": (lambda s: "weights", "tensor"),
+    "complex": (lambda s: s * 1j, "complex"),
     "nan": (lambda s: s * math.nan, "finite"),
     "infinite": (lambda s: torch.where(s > 100, math.inf, s), "finite"),
     "negative": (lambda s: 1 - s, "negative"),
@@ -242,6 +258,9 @@ def test_a_function_that_gives_no_weights_is_refused_in_one_line(label):
         ({"claims": "minsnr"}, KeyError, "min-snr"),
         ({"params": {"gama": 3}}, ValueError, "gama"),
         ({"params": {"gamma": -3}}, ValueError, "gamma"),
+        ({"params": {"gamma": "five"}}, ValueError, "gamma = 'five'"),
+        ({"schedule": "scaled_linear"}, TypeError, "make_schedule"),
+        ({"schedule": DDPMScheduler()}, TypeError, "from_diffusers"),
         ({"claims": None, "params": {"gamma": 3}}, ValueError, "without a claim"),
         ({"as_": "lambda"}, ValueError, "unit"),
     ],
@@ -291,6 +310,19 @@ def test_the_command_prints_json_and_draws(trainer, capsys):
     assert keys <= set(answer)
     assert answer["nearest"] == {"name": "min-snr", "target": "epsilon", "params": {"gamma": 5.0}}
     assert (trainer.path / "figures" / "wrong.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("place", ["a.doc", "trainer", "a.png/b.png"])
+@pytest.mark.parametrize("command", ["audit", "show"])
+def test_a_figure_that_cannot_be_written_is_told_before_anything_else(
+    trainer, place, command, capsys
+):
+    (trainer.path / "trainer").mkdir()
+    (trainer.path / "a.png").write_text("")
+    words = {"audit": ["audit", "min-snr", "--target", "v", "--figure"], "show": ["show", "--out"]}
+    assert main([*words[command], place]) == 2
+    printed = capsys.readouterr()
+    assert not printed.out and printed.err.count("\n") == 1 and place in printed.err
 
 
 @pytest.mark.parametrize("sampler", ["weight", "sqrt-weight"])

@@ -17,12 +17,14 @@ import struct
 import tarfile
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,6 +33,8 @@ from dysigma import pareto
 from dysigma.bins import Bins
 from dysigma.cli.main import main
 from dysigma.data import ImageData, batch, cifar10, leaves, load_data
+from dysigma.evaluation import elbo, validation_losses
+from dysigma.floors import floor_bounds
 from dysigma.lab.convergence import load_races
 from dysigma.lab.race import Race
 from dysigma.models import EMA, make_model
@@ -44,7 +48,8 @@ from dysigma.runs import (
     save_checkpoint,
     write_json,
 )
-from dysigma.samplers import make_sampler
+from dysigma.samplers import equivalent_sampler, make_sampler
+from dysigma.sampling import sample_images
 from dysigma.schedule import NoiseSchedule, make_schedule
 from dysigma.training import TrainConfig
 from dysigma.weightings import fluctuation, make_weighting
@@ -230,6 +235,46 @@ def test_a_bad_call_is_told_in_one_line_with_the_words_that_help(
     message = str(raised.value.args[0])
     assert type(raised.value) is kind
     assert in_order(words, message) and "\n" not in message, message
+
+
+X0 = IMAGES.float()
+STEPS = torch.zeros(4, dtype=torch.int64)
+NEED_SCHEDULE: dict[str, Callable[[Any], Any]] = {
+    "make_sampler": lambda schedule: dysigma.make_sampler("uniform", schedule),
+    "equivalent_sampler": lambda schedule: equivalent_sampler(schedule, torch.ones(1000)),
+    "audit": lambda schedule: dysigma.audit("min-snr", schedule, "v"),
+    "sample_losses": lambda schedule: sample_losses(torch.nn.Flatten(), schedule, X0, X0, STEPS),
+    "conflicts": lambda schedule: dysigma.conflicts(torch.nn.Linear(8, 8), X0, schedule),
+    "validation_losses": lambda schedule: validation_losses(
+        torch.nn.Flatten(), IMAGES, schedule, timesteps=STEPS
+    ),
+    "elbo": lambda schedule: elbo(torch.nn.Flatten(), IMAGES, schedule),
+    "sample_images": lambda schedule: sample_images(torch.nn.Linear(8, 8), schedule, (4, 1, 8, 8)),
+    "floor_bounds": lambda schedule: floor_bounds(X0, schedule),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEED_SCHEDULE)
+def test_what_is_no_schedule_is_told_so_wherever_one_is_needed(name: str) -> None:
+    scheduler = DDPMScheduler()
+    for schedule in (scheduler, DDPMScheduler, scheduler.config, "linear", None):
+        with pytest.raises(TypeError, match="schedule must be a NoiseSchedule; got"):
+            NEED_SCHEDULE[name](schedule)
+
+
+@pytest.mark.parametrize("images", [X0, IMAGES.long(), IMAGES.numpy(), IMAGES[:0]])
+def test_losses_and_elbo_of_images_that_are_no_bytes_are_refused(images: Any) -> None:
+    """In [-1, 1] they would be scaled a second time."""
+    for call in (partial(validation_losses, timesteps=STEPS), elbo):
+        with pytest.raises(ValueError, match="need"):
+            call(torch.nn.Flatten(), images, dysigma.make_schedule("linear"))
+
+
+def test_bytes_are_no_x0_of_sample_losses() -> None:
+    schedule = dysigma.make_schedule("linear")
+    for x0 in (IMAGES, X0.numpy()):
+        with pytest.raises(ValueError, match=r"floating tensor.*127\.5"):
+            sample_losses(torch.nn.Flatten(), schedule, x0, X0, STEPS)
 
 
 def test_nesting_is_no_way_to_crash(folder: Path) -> None:

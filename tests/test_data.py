@@ -808,6 +808,7 @@ SPLIT_FOLDERS: dict[str, tuple[tuple[str, ...], list[int], list[int], tuple[str,
     "a class that sounds like one": (
         ("train_station/1.png", "train_station/2.png", "cat/3.png"), [2, 0], [1], ("cat", "train_station"),
     ),
+    "two classes that sound like one": (("strain/1.png", "contest/2.png"), [1], [0], ("contest", "strain")),
 }  # fmt: skip
 
 
@@ -838,6 +839,10 @@ REFUSED_FOLDERS = {
     "no training pictures": (("test/a/1.png", "test/b/2.png"), "train"),
     "testing beside classes": (("Testing/1.png", "cats/2.png"), "train"),
     "two for training": (("train/1.png", "Train_2/2.png", "test/3.png"), "several"),
+    "splits of another name": (("mnist_train/1.png", "mnist_test/2.png"), "sound like splits"),
+    "numbered splits": (("01_Train/a/1.png", "02_Test/a/2.png"), "sound like splits"),
+    "splits in a folder": (("set/split-train/1.png", "set/split-val/2.png"), "sound like splits"),
+    "pairs of splits": (("trainA/1.png", "trainB/2.png", "testA/3.png"), "sound like splits"),
 }
 
 
@@ -888,6 +893,10 @@ def test_symbolic_links_are_followed_once(tmp_path: Path) -> None:
     assert values(load_data(tmp_path / "files")) == [2, 2]
     (tmp_path / "files" / "0.png").unlink()
     (tmp_path / "files" / "0.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(ValueError, match=r"0\.png cannot be read"):
+        load_data(tmp_path / "files")
+    (tmp_path / "files" / "0.png").unlink()
+    (tmp_path / "files" / "0.png").symlink_to("0.png")  # to itself
     with pytest.raises(ValueError, match=r"0\.png cannot be read"):
         load_data(tmp_path / "files")
 
@@ -1069,6 +1078,15 @@ def test_labels_of_text_keep_their_names_and_mean_the_same_in_both_splits(
         [1, 0, 1, 2],
         [2, 3, 2, 0],
     ]
+
+
+@pytest.mark.parametrize("kind", [">i4", ">u2", ">i8"])
+def test_labels_may_have_their_bytes_in_either_order(tmp_path: Path, kind: str) -> None:
+    labels = np.array([300, 0, 2], dtype=kind)
+    np.savez(tmp_path / "a.npz", train_images=np.zeros((3, 8, 8), np.uint8), train_labels=labels,
+             test_images=np.zeros((1, 8, 8), np.uint8), test_labels=labels[:1])  # fmt: skip
+    data = load_data(tmp_path / "a.npz")
+    assert data.labels is not None and data.labels.tolist() == [300, 0, 2]
 
 
 def test_several_labels_an_image_are_passed_over_and_that_is_said(tmp_path: Path) -> None:

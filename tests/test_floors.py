@@ -112,18 +112,31 @@ def test_factors_are_those_of_the_targets():
         alpha, sigma = (c[timesteps, None].double() for c in (schedule.alpha, schedule.sigma))
         guess = x0 + change
         implied = (x_t - alpha * guess) / sigma
-        kinds = ["sample", "epsilon", "flow_prediction" if schedule.is_flow else "v_prediction"]
+        kinds = ["sample", "epsilon", "v_prediction"] + ["flow_prediction"] * schedule.is_flow
         for kind in kinds:
             right = schedule.target(x0, noise, timesteps, kind)
             wrong = schedule.target(guess, implied, timesteps, kind)
-            factor = x0_loss_factor(schedule.log_snr[timesteps], kind)
+            factor = x0_loss_factor(schedule.log_snr[timesteps], kind, schedule.is_flow)
             expected = factor[:, None] * change.square()
             torch.testing.assert_close((wrong - right).square(), expected, rtol=1e-4, atol=0)
+
+
+def test_the_floor_of_v_on_a_flow_is_that_of_x0_in_its_units():
+    schedule = NoiseSchedule.flow()
+    images = torch.randn(8, 1, 4, 4)
+    of_x0, of_v = (floor_bounds(images, schedule, kind, TIMESTEPS) for kind in ("x0", "v"))
+    s = schedule.sigma[TIMESTEPS].double()
+    # v = alpha noise - sigma x0 = (alpha x_t - (alpha^2 + sigma^2) x0) / sigma.
+    factor = (((1 - s) ** 2 + s**2) / s) ** 2
+    torch.testing.assert_close(of_v.upper(), factor * of_x0.upper(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"images": 255 * torch.rand(3, 3, 8, 8)}, "127.5"),
+        ({"images": torch.zeros(3, 3, 8, 8).long()}, "uint8"),
+        ({"images": torch.zeros(3, 3, 8, 8) / 0}, "NaN"),
         ({"images": torch.zeros(0, 3, 8, 8)}, "one or more"),
         ({"timesteps": torch.tensor([1000])}, r"\[0, 1000\)"),
         ({"prediction_type": "flow"}, "flow_prediction"),

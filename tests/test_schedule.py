@@ -4,6 +4,7 @@ import math
 import re
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers.training_utils import compute_snr
@@ -476,6 +477,15 @@ def test_published_flows_are_read_before_and_after_sampling(name, options, shift
         torch.testing.assert_close(schedule.sigma, NoiseSchedule.flow(shift=shift).sigma)
         dynamic = {"mu": 1.0} if options.get("use_dynamic_shifting") else {}
         scheduler.set_timesteps(8, **dynamic)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.Tensor.tolist, torch.Tensor.double])
+def test_a_table_of_another_type_is_the_table(kind):
+    scheduler = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    wanted = NoiseSchedule.from_diffusers(scheduler).alphas_cumprod
+    scheduler.alphas_cumprod = kind(scheduler.alphas_cumprod)
+    scheduler.betas = kind(scheduler.betas)
+    assert torch.equal(NoiseSchedule.from_diffusers(scheduler).alphas_cumprod, wanted)
 
 
 def test_levels_of_a_flow_edited_in_place_are_read():

@@ -50,12 +50,14 @@ def call(function: WeightFunction, level: Tensor) -> Tensor:
         answer = function(level.clone())
     except Exception as error:
         raise ValueError(f"the weight function raised {type(error).__name__}: {error}") from error
+    wanted = "the weight function must return a tensor of weights"
     try:
-        weights = torch.as_tensor(answer).detach().to("cpu", torch.float64)
+        found = torch.as_tensor(answer).detach()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"the weight function must return a tensor of weights; got {type(answer).__name__}"
-        ) from error
+        raise ValueError(f"{wanted}; got {type(answer).__name__}") from error
+    if found.is_complex():
+        raise ValueError(f"{wanted}; got {found.dtype}")
+    weights = found.to("cpu", torch.float64)
     if weights.shape != level.shape:
         raise ValueError(
             f"the weight function must return one weight for each level: {tuple(level.shape)} in, "

@@ -43,6 +43,9 @@ ERROR_CODE = {
     "flow_prediction": "(1 + sqrt(snr)) ** 2",
 }
 
+# That of v = alpha noise - sigma x0 on a rectified flow.
+FLOW_V_CODE = "((snr + 1) / (1 + sqrt(snr))) ** 2"
+
 _WORDS = {
     "epsilon": "epsilon",
     "sample": "x0",
@@ -56,13 +59,20 @@ def target_in_words(target: str) -> str:
     return _WORDS[target]
 
 
-def code_of(name: str, target: str, params: Mapping[str, float]) -> str:
+def error_code(target: str, is_flow: bool = False) -> str:
+    """The error of a target over the error of x0 as code; v's depends on the path."""
+    is_flow_v = is_flow and target == "v_prediction"
+    return FLOW_V_CODE if is_flow_v else ERROR_CODE[target]
+
+
+def code_of(name: str, target: str, params: Mapping[str, float], is_flow: bool = False) -> str:
     """The weight on the error of a target as a line of code, up to a factor.
 
     >>> code_of("min-snr", "v_prediction", {"gamma": 5})
     'min(snr, 5) / (snr + 1)'
     """
-    if PLAIN[target] == name:
+    division = error_code(target, is_flow)
+    if PLAIN[target] == name and division == ERROR_CODE[target]:
         return "1"
     if name not in X0_CODE:
         options = "".join(f", {key}={value:g}" for key, value in params.items())
@@ -71,7 +81,7 @@ def code_of(name: str, target: str, params: Mapping[str, float]) -> str:
     numerator = re.sub(r" \*\* 1(?![\d.])", "", X0_CODE[name].format(**values))
     if target == "sample":
         return numerator
-    return f"{numerator} / {ERROR_CODE[target]}"
+    return f"{numerator} / {division}"
 
 
 @dataclass
@@ -83,26 +93,40 @@ class Slip:
 
 
 class _Claim:
-    """The claimed formula, at levels of log_snr other than the schedule's own too."""
+    """The claimed formula for a target, at levels of log_snr other than the schedule's own too."""
 
-    def __init__(self, name: str, params: Mapping[str, float]) -> None:
+    def __init__(
+        self, name: str, params: Mapping[str, float], target: str, is_flow: bool = False
+    ) -> None:
         self.name = name
         self.params = dict(params)
+        self.target = target
+        self.is_flow = is_flow
 
     def on_x0(self, log_snr: Tensor) -> Tensor:
         return PREDEFINED[self.name](log_snr, **self.params)
 
-    def on(self, target: str, log_snr: Tensor) -> Tensor:
-        return self.on_x0(log_snr) - log_error_ratio(log_snr, target)
+    def division(self, used: str, log_snr: Tensor) -> Tensor:
+        return log_error_ratio(log_snr, used, self.target, self.is_flow)
+
+    def on(self, used: str, log_snr: Tensor) -> Tensor:
+        return self.on_x0(log_snr) - self.division(used, log_snr)
 
 
-def _slips(claim: _Claim, target: str, log_snr: Tensor) -> Iterator[Slip]:
+def _slips(claim: _Claim, log_snr: Tensor) -> Iterator[Slip]:
     """Slips in the order in which they are likely, with the given target's own formula before the others'."""
+    target = claim.target
     others = [each for each in PREDICTION_TYPES if each != target]
     wanted = target_in_words(target)
     name = claim.name
-    own_division = ERROR_CODE[target]
+    own_division = error_code(target, claim.is_flow)
 
+    if own_division == FLOW_V_CODE:
+        yield Slip(
+            f"the division by {ERROR_CODE[target]} is that of v on a variance-preserving path; on "
+            f"this flow it is {own_division}",
+            claim.on_x0(log_snr) - log_error_ratio(log_snr, target, target, is_flow=False),
+        )
     for other in others:
         table = claim.on(other, log_snr)
         if other == "sample":
@@ -114,6 +138,7 @@ def _slips(claim: _Claim, target: str, log_snr: Tensor) -> Iterator[Slip]:
     for used in (target, *others):
         of = f"{name} on {target_in_words(used)}"
         own = claim.on(used, log_snr)
+        code = error_code(used, claim.is_flow and used == target)
         plus_one = torch.nn.functional.softplus(log_snr)
         yield Slip(
             f"1 is added to the weight of {of}; the + 1 belongs to the SNR that divides",
@@ -124,10 +149,10 @@ def _slips(claim: _Claim, target: str, log_snr: Tensor) -> Iterator[Slip]:
         )
         yield Slip(
             f"SNR + 1 stands in the place of SNR above the division, in the formula of {of}",
-            claim.on_x0(plus_one) - log_error_ratio(log_snr, used),
+            claim.on_x0(plus_one) - claim.division(used, log_snr),
         )
         # gamma SNR / min(SNR, gamma) is max(SNR, gamma).
-        swapped = log_snr - claim.on_x0(log_snr) - log_error_ratio(log_snr, used)
+        swapped = log_snr - claim.on_x0(log_snr) - claim.division(used, log_snr)
         if "min" in name:
             words = f"max stands in the place of min in the formula of {of}"
         elif "max" in name or "truncated" in name:
@@ -136,8 +161,8 @@ def _slips(claim: _Claim, target: str, log_snr: Tensor) -> Iterator[Slip]:
             words = f"SNR is divided by the weight on x0 in the place of that weight, in {of}"
         yield Slip(words, swapped)
         yield Slip(
-            f"the weight of {of} is multiplied by {ERROR_CODE[used]} where it should be divided",
-            claim.on_x0(log_snr) + log_error_ratio(log_snr, used),
+            f"the weight of {of} is multiplied by {code} where it should be divided",
+            claim.on_x0(log_snr) + claim.division(used, log_snr),
         )
         yield Slip(f"the square root of the weight of {of} is taken", own / 2)
         yield Slip(f"the weight of {of} is squared, or a square root is missing", 2 * own)
@@ -151,7 +176,7 @@ def _slips(claim: _Claim, target: str, log_snr: Tensor) -> Iterator[Slip]:
         }
         for what, level in levels.items():
             yield Slip(f"{what}, in the formula of {of}", claim.on(used, level))
-            numerator = claim.on_x0(level) - log_error_ratio(log_snr, used)
+            numerator = claim.on_x0(level) - claim.division(used, log_snr)
             yield Slip(f"{what}, above the division, in the formula of {of}", numerator)
 
 
@@ -167,8 +192,9 @@ def find_slip(
         return None
     log_snr = schedule.log_snr.cpu()
     # A slip that changes nothing explains nothing.
-    right = log_x0_weight(name, schedule, params) - log_error_ratio(log_snr, target)
-    for slip in _slips(_Claim(name, params), target, log_snr):
+    claim = _Claim(name, params, target, schedule.is_flow)
+    right = log_x0_weight(name, schedule, params) - claim.division(target, log_snr)
+    for slip in _slips(claim, log_snr):
         if slip.table.isposinf().any() or float(distance(slip.table, right)) < _EXPLAINS:
             continue
         counted = (log_weights - slip.table).isfinite().double().mean()

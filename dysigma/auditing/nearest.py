@@ -58,7 +58,7 @@ def find_nearest(
     coarse = []
     for name in predefined_names():
         known = dict(params or {}) if name == claims else {}
-        coarse += _on_grid(name, log_weights, schedule, known)
+        coarse += _on_grid(name, log_weights, schedule, target, known)
     for fit in coarse:
         is_claimed = fit.name == claims
         fit.penalty = 0.0 if is_claimed else _PER_PARAMETER * len(fit.params)
@@ -68,7 +68,7 @@ def find_nearest(
         return best_first[0]
     of_target = [fit for fit in best_first[_POLISHED:] if fit.target == target]
     promising = [*best_first[:_POLISHED], *of_target]
-    polished = [_polish(fit, log_weights, schedule) for fit in promising]
+    polished = [_polish(fit, log_weights, schedule, target) for fit in promising]
     return min(polished + best_first, key=_by_score)
 
 
@@ -85,9 +85,9 @@ def _grid(name: str, schedule: NoiseSchedule, known: Mapping[str, float]) -> lis
     axes = []
     for key, default in defaults.items():
         if _must_be_positive(name, schedule, key):
-            axes.append([default * factor for factor in np.geomspace(1e-3, 1e3, size)])
+            axes.append([default * factor for factor in np.geomspace(1e-3, 1e3, size).tolist()])
         else:
-            axes.append([default + step for step in np.linspace(-12.0, 12.0, size)])
+            axes.append([default + step for step in np.linspace(-12.0, 12.0, size).tolist()])
     points = [dict(zip(defaults, values, strict=True)) for values in itertools.product(*axes)]
     return [defaults, {**defaults, **known}, *points]
 
@@ -101,24 +101,28 @@ def _must_be_positive(name: str, schedule: NoiseSchedule, key: str) -> bool:
 
 
 def _on_grid(
-    name: str, log_weights: Tensor, schedule: NoiseSchedule, known: Mapping[str, float]
+    name: str,
+    log_weights: Tensor,
+    schedule: NoiseSchedule,
+    target: str,
+    known: Mapping[str, float],
 ) -> list[Fit]:
-    """The best point of the grid for each target."""
+    """The best point of the grid for the audited target and for each of the others."""
     points = _grid(name, schedule, known)
     tables = torch.stack([log_x0_weight(name, schedule, point) for point in points])
     log_snr = schedule.log_snr.cpu()
     fits = []
-    for target in PREDICTION_TYPES:
-        candidates = tables - log_error_ratio(log_snr, target)
+    for used in PREDICTION_TYPES:
+        candidates = tables - log_error_ratio(log_snr, used, target, schedule.is_flow)
         distances = distance(log_weights, candidates)
         usable = torch.where(distances.isfinite(), distances, math.inf)
         # A point of the grid must be really better than the default, which comes first.
         best = int((usable > usable.min() + 1e-6).int().argmin())
-        fits.append(Fit(name, target, points[best], float(usable[best]), candidates[best]))
+        fits.append(Fit(name, used, points[best], float(usable[best]), candidates[best]))
     return fits
 
 
-def _polish(fit: Fit, log_weights: Tensor, schedule: NoiseSchedule) -> Fit:
+def _polish(fit: Fit, log_weights: Tensor, schedule: NoiseSchedule, target: str) -> Fit:
     """Minimise the distance over the parameters, from where the grid led, and round them if that costs nothing."""
     if not fit.params or fit.distance < _EXACT:
         return fit
@@ -126,7 +130,8 @@ def _polish(fit: Fit, log_weights: Tensor, schedule: NoiseSchedule) -> Fit:
 
     keys = list(fit.params)
     positive = {key: _must_be_positive(fit.name, schedule, key) for key in keys}
-    conversion = log_error_ratio(schedule.log_snr.cpu(), fit.target)
+    log_snr = schedule.log_snr.cpu()
+    conversion = log_error_ratio(log_snr, fit.target, target, schedule.is_flow)
 
     def params_at(point: np.ndarray) -> dict[str, float]:
         values = zip(keys, point.tolist(), strict=True)

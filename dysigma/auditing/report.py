@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checks import check_name, check_options
 from ..samplers import TimestepSampler
-from ..schedule import NoiseSchedule
+from ..schedule import NoiseSchedule, check_schedule
 from ..weightings import PREDEFINED, WEIGHTINGS, effective_sample_size, make_weighting
 from . import mistakes
 from .levels import WeightFunction, call, from_log_snr, read_weights
@@ -118,7 +118,7 @@ def audit(
     draws so, as a weight over uniform timesteps. A sampler that is corrected for its density changes nothing.
 
     Raises ValueError if the function returns another shape, values that are negative, NaN or infinite, or a weight that
-    depends on more than its own level; KeyError for an unknown name.
+    depends on more than its own level; KeyError for an unknown name; TypeError for what is no NoiseSchedule.
 
     >>> from dysigma import NoiseSchedule, audit
     >>> schedule = NoiseSchedule.scaled_linear()
@@ -126,8 +126,9 @@ def audit(
     >>> found.agrees, round(found.total_variation, 2), found.nearest["target"]
     (False, 0.4, 'epsilon')
     """
+    check_schedule(schedule)
     target = schedule.canonical(target)
-    values = {key: as_float(value) for key, value in (params or {}).items()}
+    values = {key: as_float(key, value) for key, value in (params or {}).items()}
     _check_claim(claims, values)
     weights = weights_of(function, schedule, target, as_)
     if sampler is not None and not sampler.corrected:
@@ -144,11 +145,12 @@ def audit(
             raise ValueError(
                 "epsilon has no weight where SNR = 0 (zero terminal SNR); audit v_prediction or sample there"
             )
-        reference = log_x0_weight(claims, schedule, values) - log_error_ratio(log_snr, target)
+        conversion = log_error_ratio(log_snr, target, target, schedule.is_flow)
+        reference = log_x0_weight(claims, schedule, values) - conversion
     off = share_off(log_weights, reference)
     agrees = off == 0 and (claims is not None or nearest.target == target)
     right_formula = mistakes.code_of(
-        claims or nearest.name, target, values if claims else nearest.params
+        claims or nearest.name, target, values if claims else nearest.params, schedule.is_flow
     )
     return Audit(
         target=target,

@@ -6,11 +6,12 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ..checks import plain_number
 from ..schedule import NoiseSchedule
-from ..weightings import PLAIN, PREDEFINED, WEIGHTINGS, log_weight, make_weighting
+from ..weightings import PREDEFINED, WEIGHTINGS, log_weight, make_weighting
+from ..weightings.formulas import log_error_factor
 
 # A weight agrees with its claim where it is within 10 per cent, after the median ratio has been taken out.
 TOLERANCE = 0.1
@@ -50,9 +51,13 @@ def log_x0_weight(name: str, schedule: NoiseSchedule, params: Mapping[str, float
     return log_weight(name, schedule, "sample", **params).cpu()
 
 
-def log_error_ratio(log_snr: Tensor, target: str) -> Tensor:
-    """Log of the error of a target over the error of x0; a weight on the target's error is divided by this ratio."""
-    return PREDEFINED[PLAIN[target]](log_snr)
+def log_error_ratio(log_snr: Tensor, used: str, target: str, is_flow: bool) -> Tensor:
+    """Log of the error of a target over the error of x0; a weight on the target's error is divided by this ratio.
+
+    used: the target whose formula is meant. The audited one has the formula of its own path. Of the others it is the
+    published one, because that is what people copy: v's is that of a variance-preserving path.
+    """
+    return log_error_factor(log_snr, used, is_flow and used == target)
 
 
 def log_ratio(log_weights: Tensor, reference: Tensor) -> Tensor:
@@ -85,6 +90,9 @@ def distance(log_weights: Tensor, reference: Tensor) -> Tensor:
     return (limited - mean).square().nanmean(-1).sqrt()
 
 
-def as_float(value: object) -> float:
-    """A number given in Python, NumPy or torch, as a float."""
-    return float(torch.as_tensor(value))
+def as_float(name: str, value: object) -> float:
+    """A number given in Python, NumPy or torch, as a float; ValueError for anything else."""
+    number = plain_number(value)
+    if not isinstance(number, int | float) or isinstance(number, bool):
+        raise ValueError(f"parameters of a claim are numbers; got {name} = {value!r}")
+    return float(number)

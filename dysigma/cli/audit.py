@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import add_command, read_pairs
+from .common import add_command, prepare_figure, read_pairs
 from .schedules import _add_sampler, _add_schedule, _read_schedule
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     from ..samplers import make_sampler
     from ..weightings import WEIGHTINGS
 
+    if args.figure:
+        prepare_figure(args.figure)
     schedule = _read_schedule(args, args.target)
     function = args.function
     if function not in WEIGHTINGS:
@@ -83,7 +85,6 @@ def run(args: argparse.Namespace) -> int:
     if args.figure:
         from ..plots import audit_figure
 
-        args.figure.parent.mkdir(parents=True, exist_ok=True)
         audit_figure(found).savefig(args.figure, dpi=110)
     print(json.dumps(found.to_dict(), indent=1) if args.json else found)
     return 0 if found.agrees else 1

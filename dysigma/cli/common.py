@@ -130,6 +130,13 @@ def prepare_output(path: Path, *endings: str) -> Path:
     return path
 
 
+def prepare_figure(path: Path) -> Path:
+    """As prepare_output, for a file that matplotlib is to write."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    return prepare_output(path, *(f".{kind}" for kind in FigureCanvasBase.filetypes))
+
+
 def write_record(folder: Path, name: str, record: dict[str, Any], figure: Figure) -> None:
     """Write a record as JSON and its figure beside it, and say where."""
     from ..runs.files import write_json

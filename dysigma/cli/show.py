@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import add_command, read_pairs
+from .common import add_command, prepare_figure, read_pairs
 from .schedules import _add_sampler, _add_schedule, _read_schedule
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
     from ..samplers import make_sampler
     from ..weightings import make_weighting
 
+    if args.out:
+        prepare_figure(args.out)
     schedule = _read_schedule(args, args.prediction)
     weighting = make_weighting(
         args.weighting, schedule, args.prediction, **read_pairs(args.weighting_params)
@@ -64,7 +66,6 @@ def run(args: argparse.Namespace) -> None:
     if args.out:
         from ..plots import preview_figure
 
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         weighting_label = " ".join([args.weighting, *args.weighting_params])
         sampler_label = " ".join([name, *args.sampler_params])
         preview_figure(shown, weighting_label, sampler_label).savefig(args.out, dpi=110)

@@ -46,7 +46,7 @@ def read_npz(file: Path, split: str) -> ImageData:
         labels, class_names = _read_labels(archive, names, source, len(images), file)
         exact = None
         if (source, "exact") in names:
-            exact = torch.from_numpy(_read(archive, names[source, "exact"], file))
+            exact = torch.from_numpy(_native(_read(archive, names[source, "exact"], file)))
     data = ImageData(images, labels, file.name, class_names, exact)
     if not is_whole:
         return data
@@ -160,7 +160,7 @@ def _read_labels(
         )
         return None, None
     if labels.dtype.kind not in "US":
-        tensor = torch.from_numpy(labels)
+        tensor = torch.from_numpy(_native(labels))
         return (tensor if tensor.is_floating_point() else tensor.long()), None
     texts = set()
     for (split, what), name in names.items():  # of all splits, so that labels mean the same in each
@@ -169,6 +169,11 @@ def _read_labels(
     classes = sorted(texts)
     number = {text: index for index, text in enumerate(classes)}
     return torch.tensor([number[text] for text in _texts(labels)]), tuple(classes)
+
+
+def _native(array: Array) -> Array:
+    """The array in this machine's order of bytes, as torch wants it; FITS and IDX files are big-endian."""
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _column(labels: Array) -> Array:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .dataset import ImageData
 from .pictures import is_picture, picture_endings, read_picture, resize
-from .splits import choose_split, held_out, split_named
+from .splits import choose_split, held_out, named_like_splits, split_named
 
 # Files that often lie beside pictures and are none.
 _NOTES = {".caption", ".csv", ".db", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".pdf"}
@@ -107,9 +107,10 @@ def _walk(
         if entry.name.startswith("."):
             continue
         parts = (*above, entry.name)
-        if entry.is_dir():
-            _walk(Path(entry.path), parts, ancestors | {here}, files)
-        elif entry.is_file() or entry.is_symlink():  # a link to nowhere is told when it is read
+        path = Path(entry.path)
+        if path.is_dir():  # of a link to itself, which os.DirEntry raises at, False
+            _walk(path, parts, ancestors | {here}, files)
+        elif path.is_file() or entry.is_symlink():  # a link to nowhere is told when it is read
             files.append(parts)
 
 
@@ -121,6 +122,7 @@ def _sort_into_splits(files: Sequence[Parts], folder: Path) -> list[_Picture]:
     if _are_classes_of_splits(files):  # cat/train/1.png
         return [_Picture(parts, split_named(parts[1]), parts[0]) for parts in files]
     _refuse_test_without_train(files, folder)
+    _refuse_names_like_splits(files, folder)
     return [_Picture(parts, None, _folder_at(parts, 0)) for parts in files]
 
 
@@ -187,6 +189,21 @@ def _refuse_test_without_train(files: Sequence[Parts], folder: Path) -> None:
         raise ValueError(
             f"{folder} has a folder {held_out_alone[0]!r} and none called train: name the folder of the "
             "training pictures train"
+        )
+
+
+def _refuse_names_like_splits(files: Sequence[Parts], folder: Path) -> None:
+    """Refuse mnist_train beside mnist_test: as classes, the network would train on the test pictures."""
+    depth = 0
+    names = {_folder_at(parts, depth) for parts in files}
+    while len(names) == 1 and None not in names:
+        depth += 1
+        names = {_folder_at(parts, depth) for parts in files}
+    found = named_like_splits(name for name in names if name)
+    if found:
+        raise ValueError(
+            f"{folder} has the folders {found[0]!r} and {found[1]!r}, which sound like splits: call them "
+            "train and test if they are, and give them other names if they are classes"
         )
 
 

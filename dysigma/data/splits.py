@@ -16,6 +16,8 @@ _WORDS = {
     "validation": "validation",
 }
 
+_WORD = re.compile("|".join(sorted(_WORDS, key=len, reverse=True)), re.IGNORECASE)
+
 # "Train", "test_set", "val2017" and "train_64x64" name splits; "train_station" is a class.
 _SPLIT = re.compile(r"([a-z]+?)[\W_]*(?:set|split|data|images?|imgs|\d[\dx]*)?")
 
@@ -28,6 +30,31 @@ def split_named(name: str) -> str | None:
     """
     found = _SPLIT.fullmatch(name.casefold())
     return _WORDS.get(found.group(1)) if found else None
+
+
+def named_like_splits(names: Iterable[str]) -> tuple[str, str] | None:
+    """Two names that differ in the word for a split alone, one for training first; None if there are none.
+
+    >>> named_like_splits(["dataset-train", "dataset-test"]), named_like_splits(["train_station", "cats"])
+    (('dataset-train', 'dataset-test'), None)
+    """
+    found: dict[str, dict[str, str]] = {}
+    for name in sorted(names):
+        word = _WORD.search(name)
+        if word is None:
+            continue
+        rest = _without_number(f"{name[: word.start()]}*{name[word.end() :]}".casefold())
+        found.setdefault(rest, {})[_WORDS[word.group().casefold()]] = name
+    for by_split in found.values():
+        if "train" in by_split and len(by_split) > 1:
+            other = by_split.get("test") or by_split["validation"]
+            return by_split["train"], other
+    return None
+
+
+def _without_number(name: str) -> str:
+    """The name without the digits that it begins with: 01_train and 02_test are splits too."""
+    return name.lstrip("0123456789")
 
 
 def choose_split(wanted: str, there: Iterable[str | None]) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Mapping
 from itertools import pairwise
@@ -13,11 +12,11 @@ from torch import Tensor, nn
 
 from ..bins import Bins
 from ..data.dataset import ImageData
-from ..images import to_real
+from ..images import check_pixels, to_real
 from ..objective import sample_losses
 from ..pareto import MAX_OBJECTIVES
 from ..randomness import generator
-from ..schedule import NoiseSchedule
+from ..schedule import NoiseSchedule, check_schedule
 
 Images = Tensor | ImageData
 
@@ -70,26 +69,7 @@ def check_count(name: str, value: Any, least: int) -> int:
 def image_table(images: Images) -> Tensor:
     """The images as one tensor (N, ...): uint8, or floating in about [-1, 1]. ValueError for anything else."""
     table = images.images if isinstance(images, ImageData) else images
-    if not isinstance(table, Tensor):
-        raise ValueError(
-            f"need images as a tensor (N, C, H, W) or ImageData; got {type(table).__name__}: torch.as_tensor(images)"
-        )
-    if table.ndim < 2 or 0 in table.shape:
-        raise ValueError(f"need images (N, C, H, W), one or more; got shape {tuple(table.shape)}")
-    if table.dtype == torch.uint8:
-        return table
-    if not table.is_floating_point():
-        raise ValueError(
-            f"need uint8 or floating images; got {table.dtype}: images.to(torch.uint8)"
-        )
-    low, high = (float(end) for end in table.aminmax())
-    if not math.isfinite(low) or not math.isfinite(high):
-        raise ValueError("images hold values that are NaN or infinite: leave them out")
-    if low >= 0 and high > 32:
-        raise ValueError(
-            f"floating images must lie in about [-1, 1]; got values from {low:.3g} to {high:.3g}: give them as uint8, "
-            "or images / 127.5 - 1"
-        )
+    check_pixels(table)
     return table
 
 
@@ -114,11 +94,7 @@ def check_model(model: nn.Module, schedule: NoiseSchedule, table: Tensor) -> Non
     """Raise unless model and schedule are what their names say and on the device of the images."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(
-            f"schedule must be a NoiseSchedule; got {type(schedule).__name__}: for a scheduler of diffusers, "
-            "NoiseSchedule.from_diffusers(scheduler)"
-        )
+    check_schedule(schedule)
     tensors = [table, schedule.log_snr, *model.parameters()]
     devices = {str(tensor.device) for tensor in tensors}
     if len(devices) > 1:

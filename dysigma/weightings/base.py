@@ -393,7 +393,11 @@ class Weighting(nn.Module):
             raise ValueError(f"{type(self).__name__} uses no Gramian (needs_gramian is False)")
         size = self.bins.num_bins
         if gramian.shape != (size, size) or not bool(torch.isfinite(gramian).all()):
-            raise ValueError(f"gramian must be ({size}, {size}) and finite; got {gramian}")
+            bad = int((~torch.isfinite(gramian)).sum())
+            raise ValueError(
+                f"gramian must be ({size}, {size}) and finite; got {tuple(gramian.shape)} with {bad} "
+                "entries that are not: leave this measurement out"
+            )
         if not self.training:
             return
         self.gramians_seen += 1

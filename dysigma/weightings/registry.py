@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..checks import check_options, find_named, keyword_parameters, plain_number
-from ..schedule import NoiseSchedule
+from ..schedule import NoiseSchedule, check_schedule
 from .adaptive import LossBalance, Predefined, RandomWeighting, VarianceAware
 from .base import Setting, Weighting
 from .dy_sigma import DySigma, Uncertainty
@@ -59,7 +59,7 @@ def make_weighting(
             f"name must be a name of WEIGHTINGS, a function or a class; got a {type(name).__name__} as an object"
         )
     found = find_named(name, WEIGHTINGS, "weighting")
-    _check_schedule(schedule)
+    check_schedule(schedule)
     function = PREDEFINED.get(name, found) if isinstance(name, str) else found
     params = {key: plain_number(value) for key, value in params.items()}
     check_options(str(name), params, function)
@@ -70,23 +70,6 @@ def make_weighting(
     weighting.name = name if isinstance(name, str) else getattr(made, "__name__", str(made))
     weighting.params = _all_parameters(function, params)
     return weighting.to(schedule.log_snr.device)
-
-
-def _check_schedule(schedule: Any) -> None:
-    if isinstance(schedule, NoiseSchedule):
-        return
-    need = "schedule must be a NoiseSchedule"
-    advice = "use NoiseSchedule.from_diffusers(scheduler)"
-    if isinstance(schedule, type):
-        raise TypeError(f"{need}; got the class {schedule.__name__}: make one, and {advice}")
-    if isinstance(schedule, str):
-        raise TypeError(
-            f"{need}; got the text {schedule!r}: for a name of SCHEDULES use make_schedule, for a model of diffusers "
-            "NoiseSchedule.from_diffusers(pipeline.scheduler)"
-        )
-    if isinstance(schedule, Mapping):
-        raise TypeError(f"{need}; got a configuration: make its scheduler, and {advice}")
-    raise TypeError(f"{need}; got {type(schedule).__name__}: {advice}")
 
 
 def _all_parameters(function: Callable[..., Any], params: Mapping[str, Any]) -> dict[str, Any]:
