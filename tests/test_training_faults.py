@@ -442,8 +442,7 @@ def test_a_flow_trains_to_samples_and_its_pipeline_gives_the_same(tmp_path, pred
         torch.testing.assert_close(x, expected.to(x), rtol=1e-4, atol=1e-5)
     images = samples_of(pipeline)
     assert images.shape == (2, 8, 8, 3) and np.isfinite(images).all()
-    # As diffusers opens it, with the module imported that it asks for.
-    assert "dysigma.runs.flow_scheduler" in sys.modules
+    # As diffusers opens it where dysigma is imported.
     opened = DDPMPipeline.from_pretrained(run.path / "pipeline")
     is_plain = type(opened.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
     close = 0.05 if is_plain else 1e-6  # to one of 50 timesteps
@@ -470,11 +469,11 @@ def test_diffusers_alone_never_samples_a_flow_wrongly_in_silence(
     schedule = NoiseSchedule.flow(50, shift=shift)
     scheduler = pipeline_scheduler(schedule, prediction)
     DDPMPipeline(make_model("micro", 8), scheduler).save_pretrained(tmp_path)
-    monkeypatch.delitem(sys.modules, "dysigma.runs.flow_scheduler", raising=False)
+    monkeypatch.delitem(sys.modules, "dysigma.runs.flow")
     try:
         opened = DDPMPipeline.from_pretrained(tmp_path).scheduler
     except ValueError as error:
-        assert not is_plain and "import dysigma.runs.flow_scheduler" in str(error)
+        assert not is_plain and "import dysigma.runs.flow" in str(error)
         return
     # Old versions of diffusers import what a file names.
     wanted = "FlowMatchEulerDiscreteScheduler" if is_plain else "FlowRunScheduler"

@@ -39,8 +39,9 @@ class Run:
         """A diffusers DDPMPipeline with the EMA weights.
 
         That of a flow has a FlowRunScheduler, which knows how the run calls its network. Opened with
-        DDPMPipeline.from_pretrained it is right as it is for flow_prediction without a shift; else
-        import dysigma.runs.flow_scheduler first, as diffusers says. Raises RunError if the run has
+        DDPMPipeline.from_pretrained it is the same, after `import dysigma`; without that import
+        diffusers says that it is missing, except for flow_prediction without a shift, which needs
+        nothing of ours and is right to one timestep. Raises RunError if the run has
         not written a pipeline yet, or it is damaged.
         """
         folder = self.path / "pipeline"
