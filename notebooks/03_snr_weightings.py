@@ -10,433 +10,800 @@
 # ---
 
 # %% [markdown]
-# # 03 · Derive the SNR weightings on one scale
+# # 03 · SNR weightings, derived
 #
-# > **Claim.** Min-SNR, P2, soft-min-SNR, EDM and the rest are one-line functions of the log-SNR once all are written as weights on the
-# > *same* error. Written that way, three of them turn out to be the same, and the bugs that circulate in training scripts become visible.
+# > **Claim.** A loss weight means nothing until you say on which error it acts. Put on the error of $x_0$, the published
+# > weightings are one-line functions of the signal-to-noise ratio. Some of them are the same function under two names.
 #
 # **You will be able to**
 #
-# - convert a loss or a weight between $x_0$-, $\epsilon$- and $v$-prediction, and say why a weight table without its target is meaningless;
-# - derive each weighting and write it so that it stays finite where the SNR is 0;
-# - compute how many timesteps a weighting really uses, and what that costs in noise;
-# - recognise the wrong Min-SNR formulas that sit in published code, and measure what they do.
+# - convert a loss or a weight between networks that predict $x_0$, the noise $\epsilon$, or $v$;
+# - derive Min-SNR, P2, the sigmoid, debiased, truncated and EDM weightings, and see them on one chart;
+# - say in which measure a weight is stated, and why that matters;
+# - compute how many timesteps a weighting really uses;
+# - predict which noise levels a weighting serves, and check it on a network that is solved exactly.
 #
-# **You need** [01](01_forward_process_and_snr.ipynb) (log-SNR, the floor of the loss). [00](00_start_here.ipynb) shows the weightings at work.
+# **You need** [01](01_forward_process_and_snr.ipynb): log-SNR, and the floor of the loss.
 #
-# **Time** reading 35 min · running about 15 s (short run 10 s) on two CPU cores · memory under 1 GB.
+# **Time** reading 35 min · running about 20 s (short run 12 s) on one CPU core · memory under 1 GB.
 #
-# **Functions introduced** `dysigma.weightings.make_weighting`, `log_conversion`, `effective_sample_size`, `share_changed`,
-# `dysigma.exact.LinearDenoiser`.
+# **Functions introduced** `dysigma.weightings.effective_sample_size`, `dysigma.weightings.share_changed`,
+# `dysigma.exact.LinearDenoiser`; all names of `dysigma.make_weighting`.
 
 # %%
 import math
 
 import matplotlib.pyplot as plt
-import numpy as np
+import pandas as pd
 import torch
-from torch.nn.functional import softplus
 
-from dysigma import plots
-from dysigma.course.lessons import banner, check, exercise, fast, predict, reveal, watermark
-from dysigma.exact import GaussianMixture, LinearDenoiser
+from dysigma import NoiseSchedule, make_weighting, plots
+from dysigma.course.lesson import Lesson
+from dysigma.data import shapes
+from dysigma.exact import GaussianMixture, LinearDenoiser, field_variances
 from dysigma.randomness import generator
-from dysigma.schedule import NoiseSchedule
-from dysigma.weightings import effective_sample_size, log_conversion, make_weighting, share_changed
+from dysigma.schedule import make_schedule
+from dysigma.weightings import effective_sample_size, share_changed
 
-NOTEBOOK = "03_snr_weightings"
-plots.use_style()
-banner(NOTEBOOK)
+lesson = Lesson("03_snr_weightings")
 
 # %% [markdown]
-# ## 1 · One error, three losses
+# ## One mistake, three losses
 #
-# A network sees $x_t=\alpha x_0+\sigma\epsilon$. Knowing $x_t$, a guess at $x_0$ *is* a guess at $\epsilon$, and at any mixture of them. So one and the
-# same guess has three losses, depending on the target we compare with. Here is a denoiser that misses every value of $x_0$ by exactly
-# 0.1, a squared error of 0.01.
-
-# %%
-schedule = NoiseSchedule.linear(1000)
-draw = generator(0, 0, "noise")
-timesteps = torch.tensor([20, 100, 258, 500, 900])
-x0, noise = torch.randn(5, 4096, generator=draw), torch.randn(5, 4096, generator=draw)
-x_t = schedule.add_noise(x0, noise, timesteps)
-alpha, sigma = schedule.alpha[timesteps, None], schedule.sigma[timesteps, None]
-
-x0_guess = x0 + 0.1
-noise_guess = (x_t - alpha * x0_guess) / sigma  # the same guess, said differently
-v_guess = alpha * noise_guess - sigma * x0_guess
-guesses = {"sample": x0_guess, "epsilon": noise_guess, "v_prediction": v_guess}
-
-losses = {}
-for kind, guess in guesses.items():
-    losses[kind] = (guess - schedule.target(x0, noise, timesteps, kind)).square().mean(1)
-print(f"{'t':>5s}{'SNR':>10s}{'loss x0':>10s}{'loss eps':>10s}{'loss v':>10s}")
-for i, t in enumerate(timesteps):
-    snr = schedule.log_snr[t].exp()
-    print(
-        f"{t:5d}{snr:10.3g}{losses['sample'][i]:10.3g}{losses['epsilon'][i]:10.3g}{losses['v_prediction'][i]:10.3g}"
-    )
-
-# %% [markdown]
-# **Where the factors come from.** $x_t$ is given, so the guesses obey $x_t=\alpha\hat x_0+\sigma\hat\epsilon$ too. Subtract the true one:
-# $\hat\epsilon-\epsilon=-\tfrac{\alpha}{\sigma}(\hat x_0-x_0)$. Put that into $v=\alpha\epsilon-\sigma x_0$:
-# $\hat v-v=-\big(\tfrac{\alpha^2}{\sigma}+\sigma\big)(\hat x_0-x_0)=-\tfrac1\sigma(\hat x_0-x_0)$. With $S=\alpha^2/\sigma^2$,
-#
-# $$L^\epsilon=S\,L^{x},\qquad L^{v}=(1+S)\,L^{x}.$$
-#
-# A weight moves the other way: $w^xL^x=w^\epsilon L^\epsilon=w^vL^v$. In logarithms, with $\lambda=\ln S$,
-#
-# $$\ln w^\epsilon=\ln w^x-\lambda,\qquad \ln w^v=\ln w^x-\mathrm{softplus}(\lambda).$$
+# A network sees a noisy image $x_t=\alpha x_0+\sigma\epsilon$. We may ask it for the image $x_0$, for the noise $\epsilon$, or for
+# the mixture $v=\alpha\epsilon-\sigma x_0$. This is its **target**. As $x_t$ is known, an answer to one of the three questions
+# also answers the other two.
 #
 # | symbol | in the code | shape | meaning |
 # |---|---|---|---|
-# | $S,\ \lambda$ | `snr`, `log_snr` | `(T,)` | signal-to-noise ratio and its natural logarithm |
-# | $L^x, L^\epsilon, L^v$ | `losses` | `(B,)` | mean squared error against $x_0$, $\epsilon$, $v$ |
-# | $w^x, w^\epsilon, w^v$ | `weighting.weights()` | `(T,)` | the weight for that loss; the package calls the targets `sample`, `epsilon`, `v_prediction` |
-# | $\gamma$ | `gamma` | number | where a weighting changes its mind |
-
+# | $S,\ \lambda$ | `snr`, `log_snr` | `(T,)` | signal-to-noise ratio $\alpha^2/\sigma^2$ and its natural logarithm |
+# | $L^x, L^\epsilon, L^v$ | `loss_x0`, `loss_noise`, `loss_v` | `(T,)` | mean squared error of $x_0$, of $\epsilon$, of $v$ |
+# | $w^x, w^\epsilon, w^v$ | `on_x0`, `on_noise`, `on_v` | `(T,)` | the weight on each of these errors |
+# | $\gamma$ | `GAMMA` | number | the SNR above which Min-SNR stops to grow |
+#
+# Imagine a network that makes every image a little too bright. It adds 0.1 to each pixel, at every timestep. Its squared
+# error of $x_0$ is then 0.01 at every timestep. Now score the same answers as predictions of the *noise*. By which factor
+# does that loss differ between timestep 20, which is nearly clean, and timestep 900, which is nearly noise?
 
 # %%
-def conversion(log_snr, target):
-    """What to add to ln w on x0 to get ln w on the target."""
-    return {"sample": 0 * log_snr, "epsilon": -log_snr, "v_prediction": -softplus(log_snr)}[target]
+QUESTION_FACTOR = "Noise loss at t = 20 divided by noise loss at t = 900?"
+lesson.predict(QUESTION_FACTOR, None)
 
+# %%
+SCHEDULE = "linear"
+GAMMA = 5.0
+is_default = SCHEDULE == "linear" and GAMMA == 5.0
 
-snr = schedule.log_snr[timesteps].exp().float()
-torch.testing.assert_close(losses["epsilon"], snr * losses["sample"], rtol=1e-3, atol=0)
-torch.testing.assert_close(losses["v_prediction"], (1 + snr) * losses["sample"], rtol=1e-3, atol=0)
-for target in guesses:
-    torch.testing.assert_close(
-        conversion(schedule.log_snr, target), log_conversion(schedule.log_snr, target)
-    )
-print("the three losses differ by S and 1 + S; the conversion equals the package's")
+schedule = make_schedule(SCHEDULE)
+log_snr = schedule.log_snr
+snr = log_snr.exp()
+alpha = schedule.alphas_cumprod.sqrt()[:, None]
+sigma = (1 - schedule.alphas_cumprod).sqrt()[:, None]
 
 # %% [markdown]
-# ## 2 · Every weighting in one line
-#
-# Fix the scale: $\ln w$ **on the $x_0$ error**, as a function of $\lambda$. What do people want from it?
-#
-# - **const-x0**, $w^x=1$: count every pixel error alike. **const-eps**, $w^x=S$: the plain noise loss of DDPM. **const-v**, $w^x=1+S$.
-# - **min-snr**, $w^x=\min(S,\gamma)$: const-eps lets the clean timesteps ($S$ in the thousands) rule the shared weights; const-x0 neglects the details they
-#   hold. Take const-eps, but stop raising the weight at $\gamma=5$ (Hang et al. 2023). **max-snr** and **truncated-snr** take the maximum instead:
-#   const-eps, but never less than $\gamma$ (1 for truncated), so that an $x_0$-network still learns at the noisy end.
-# - **soft-min-snr**, $w^x=\gamma S/(S+\gamma)$: half the harmonic mean of $S$ and $\gamma$, a minimum without the corner.
-# - **p2**, $w^x=S/(k+S)^\gamma$: const-eps, damped at large $S$ where only imperceptible detail is left (Choi et al. 2022).
-# - **debiased**, $w^x=\sqrt S$: the geometric mean of const-x0 and const-eps.
-# - **edm**, $w^x=S+1/\sigma_d^2$: the reciprocal of the error that the best *linear* denoiser makes on data of standard deviation $\sigma_d$; section 5 derives it.
-#
-# In logarithms a minimum is a minimum, a power is a factor, and a sum is `logaddexp`. No division anywhere, so nothing breaks at $S=0$.
+# One image, at all 1000 noise levels, and one answer in three forms:
 
 # %%
-lam, ln5, ln4 = schedule.log_snr, math.log(5), math.log(4)
-log_w = {
-    "const-x0": 0 * lam,
-    "const-eps": lam,
-    "const-v": softplus(lam),
-    "truncated-snr": lam.clamp(min=0),
-    "min-snr": lam.clamp(max=ln5),
-    "max-snr": lam.clamp(min=ln5),
-    "soft-min-snr": lam + ln4 - torch.logaddexp(lam, torch.full_like(lam, ln4)),
-    "p2": lam - softplus(lam),
-    "debiased": lam / 2,
-    "edm": torch.logaddexp(lam, torch.full_like(lam, ln4)),
-}
-for name, mine in log_w.items():
-    for target in guesses:
-        theirs = make_weighting(name, schedule, target, normalize=False).weights()
-        torch.testing.assert_close(
-            (mine + conversion(lam, target)).exp().float(), theirs, msg=f"{name} for {target}"
-        )
-print(f"{len(log_w)} weightings × 3 targets: all equal to make_weighting")
+x0 = shapes(1).images.flatten().double() / 127.5 - 1
+noise = torch.randn(len(x0), generator=generator(0, 0, "noise"), dtype=torch.float64)
+v = alpha * noise - sigma * x0
+x_t = alpha * x0 + sigma * noise  # (1000, pixels): a row for each timestep
+
+guess_x0 = (x0 + 0.1).expand_as(x_t)
+guess_noise = (x_t - alpha * guess_x0) / sigma
+guess_v = alpha * guess_noise - sigma * guess_x0
+
+# %%
+loss_x0 = (guess_x0 - x0).square().mean(1)
+loss_noise = (guess_noise - noise).square().mean(1)
+loss_v = (guess_v - v).square().mean(1)
+
+lesson.reveal(QUESTION_FACTOR, float(loss_noise[20] / loss_noise[900]))
+
+# %%
+fig, ax = plt.subplots(figsize=(7.5, 3.6))
+ax.plot(log_snr, loss_v, color="C2", linewidth=5, alpha=0.35)
+ax.plot(log_snr, loss_noise, color="C0", linewidth=2)
+ax.plot(log_snr, loss_x0, color="C3", linewidth=2)
+ax.text(-2.2, 4e-5, "error of the noise", color="C0")
+ax.text(3.2, 0.0028, "error of x0", color="C3")
+ax.text(0.2, 0.3, "error of v (wide)", color="C2", ha="right")
+ax.set(xlabel="log-SNR (noisy → clean)", ylabel="mean squared error", yscale="log")
+lesson.show(
+    fig,
+    "03_three_losses",
+    title="The same answers have three losses",
+    caption="Every image is 0.1 too bright, at every noise level. The error of x0 is constant; that of the noise is a "
+    "straight line, and that of v follows the larger of the two.",
+    alt="Three curves against log-SNR, logarithmic. The x0 error is a horizontal line, the noise error a rising straight "
+    "line that crosses it in the middle, and the v error bends from the first to the second.",
+)
 
 # %% [markdown]
-# The picture needs one unit. We take the noise loss and scale every curve to mean 1, as `normalize=True` does.
+# You should see one horizontal line, one straight slope, and one curve that bends from the first to the second. So "the
+# loss is large at clean timesteps" is not yet a statement about the network. It also depends on the target.
+#
+# ## Where the factors come from
+#
+# **Step 1, the noise.** The true pair and the guessed pair both add up to the same $x_t$:
+#
+# $$\alpha x_0+\sigma\epsilon=x_t,\qquad \alpha\hat x_0+\sigma\hat\epsilon=x_t .$$
+#
+# Subtract the two equations:
+#
+# $$\hat\epsilon-\epsilon=-\frac\alpha\sigma\,(\hat x_0-x_0).$$
 
 # %%
-families = {
-    "Bounded at the noisy end": ("const-eps", "min-snr", "soft-min-snr", "p2"),
-    "Growing without bound": ("const-x0", "debiased", "truncated-snr", "edm"),
+error_x0 = guess_x0 - x0
+error_noise = guess_noise - noise
+torch.testing.assert_close(error_noise, -alpha / sigma * error_x0)
+
+# %% [markdown]
+# **Step 2, $v$.** Put this into $v=\alpha\epsilon-\sigma x_0$, and use $\alpha^2+\sigma^2=1$:
+#
+# $$\hat v-v=-\Big(\frac{\alpha^2}\sigma+\sigma\Big)(\hat x_0-x_0)=-\frac1\sigma\,(\hat x_0-x_0).$$
+
+# %%
+error_v = guess_v - v
+torch.testing.assert_close(error_v, -1 / sigma * error_x0)
+
+# %% [markdown]
+# **Step 3, square.** With $\alpha^2/\sigma^2=S$ and $1/\sigma^2=1+S$ the losses are
+#
+# $$L^\epsilon=S\,L^x,\qquad L^v=(1+S)\,L^x .$$
+
+# %%
+torch.testing.assert_close(loss_noise, snr * loss_x0)
+torch.testing.assert_close(loss_v, (1 + snr) * loss_x0)
+
+# %% [markdown]
+# **Step 4, weights go the other way.** The product of weight and loss shall be the same for every target:
+# $w^xL^x=w^\epsilon L^\epsilon=w^vL^v$. Hence
+#
+# $$w^\epsilon=\frac{w^x}{S},\qquad w^v=\frac{w^x}{1+S}.$$
+#
+# Try it on Min-SNR (Hang et al. 2023). Its weight on the error of $x_0$ is $\min(S,\gamma)$.
+
+# %%
+on_x0 = snr.clamp(max=GAMMA)
+on_noise = on_x0 / snr
+on_v = on_x0 / (1 + snr)
+
+torch.testing.assert_close(on_noise * loss_noise, on_x0 * loss_x0)
+torch.testing.assert_close(on_v * loss_v, on_x0 * loss_x0)
+
+by_hand = {"sample": on_x0, "epsilon": on_noise, "v_prediction": on_v}
+for target, weight in by_hand.items():
+    made = make_weighting("min-snr", schedule, target, gamma=GAMMA, normalize=False)
+    torch.testing.assert_close(made.weights(), weight.float())
+
+# %%
+fig, ax = plt.subplots(figsize=(7.5, 3.4))
+ax.plot(log_snr, on_x0 / on_x0.max(), color="C3", linewidth=2)
+ax.plot(log_snr, on_noise / on_noise.max(), color="C0", linewidth=2)
+ax.plot(log_snr, on_v / on_v.max(), color="C2", linewidth=2)
+ax.text(6.5, 1.04, "on the error of x0", color="C3", ha="center")
+ax.text(-6, 1.04, "on the error of the noise", color="C0", ha="center")
+ax.text(-1.6, 0.3, "on the error of v", color="C2", ha="right")
+ax.set(
+    xlabel="log-SNR (noisy → clean)",
+    ylabel="weight, largest value 1",
+    ylim=(0, 1.15),
+)
+lesson.show(
+    fig,
+    "03_three_curves",
+    title="Three curves, one weighting: Min-SNR",
+    caption="The same objective for a network that predicts x0, the noise or v. Each curve is divided by its maximum.",
+    alt="Three curves against log-SNR. The one for x0 rises to a plateau on the clean side, the one for the noise "
+    "falls from a plateau on the noisy side, and the one for v is a hump between them.",
+)
+
+# %% [markdown]
+# One rises, one falls, one is a hump. They are one weighting. So a table of weights says nothing without its target.
+#
+# **From here on every weight is on the error of $x_0$**, unless a sentence says otherwise. The package does the conversion:
+# `make_weighting(name, schedule, target)`.
+#
+# ## Three plain losses, three weightings
+#
+# "No weighting" is a weighting too. Which one depends on the target:
+#
+# | training | weight on its own error | weight on the error of $x_0$ | name |
+# |---|---|---|---|
+# | predict $x_0$, plain loss | 1 | $1$ | `const-x0` |
+# | predict the noise, plain loss: DDPM | 1 | $S$ | `const-eps` |
+# | predict $v$, plain loss | 1 | $1+S$ | `const-v` |
+
+# %%
+plain = {"const-x0": torch.ones_like(snr), "const-eps": snr, "const-v": 1 + snr}
+for name, weight in plain.items():
+    made = make_weighting(name, schedule, "sample", normalize=False)
+    torch.testing.assert_close(made.weights(), weight.float())
+
+clean_over_noisy = float(plain["const-eps"][0] / plain["const-eps"][-1])
+print(f"const-eps: weight on x0 at the cleanest timestep is {clean_over_noisy:.0e} times the last")
+
+# %% [markdown]
+# This is the first design question. On the error of $x_0$, the loss of DDPM weighs the cleanest timestep many orders of magnitude
+# more than the noisiest. On the error of the noise it weighs all alike. Both sentences describe the same training. Neither
+# says which timesteps end up well served. The last section measures that.
+#
+# ## Min-SNR: follow S, then stop
+#
+# Hang et al. (2023) start from `const-eps` and stop the growth: $w^x=\min(S,\gamma)$ with $\gamma=5$. At high noise it is
+# DDPM's loss. At clean timesteps it is the plain loss on $x_0$, times 5.
+#
+# Two relatives use the maximum, $w^x=\max(S,\gamma)$. With $\gamma=1$ it is the **truncated SNR** of Salimans and Ho
+# (2022). They wanted a network that predicts $x_0$ to keep some weight where $S$ goes to 0. Hang et al. compare with
+# `max-snr`, the same with $\gamma=5$.
+#
+# In logarithms a minimum stays a minimum: $\ln w^x=\min(\lambda,\ln\gamma)$. This form needs no division. The form
+# $\min(S,\gamma)/S$ for the noise error does, and fails at $S=0$:
+
+# %%
+few_snr = torch.tensor([1e4, 5.0, 0.01, 0.0])
+print("min(S, 5) / S at SNR 10000, 5, 0.01 and 0:", few_snr.clamp(max=5) / few_snr)
+
+zero_terminal = NoiseSchedule.linear(1000, zero_terminal_snr=True)
+for_v = make_weighting("min-snr", zero_terminal, "v_prediction", normalize=False).weights()
+print("weight on v at the last timestep of a schedule that ends at S = 0:", float(for_v[-1]))
+assert for_v.isfinite().all(), "in logarithms nothing breaks at S = 0"
+assert for_v[-1] == 0, "Min-SNR has no weight where there is no signal"
+
+# %% [markdown]
+# The 0 in the last line is what the formula says. Is it what one wants? Sampling *starts* at that timestep. One position is
+# that Min-SNR, converted correctly, gives it no weight. The other is that the first step of every sample must have some
+# weight, so another formula is needed for $v$. This is **contested**, and [04](04_weightings_in_the_wild.ipynb) gives both
+# sides with links. We have not measured which gives better samples.
+#
+# ## Soft corners: three names, one function
+#
+# Min-SNR has a corner at $S=\gamma$. Three other weightings bend smoothly:
+#
+# | name | weight on the error of $x_0$ | source |
+# |---|---|---|
+# | soft Min-SNR | $\gamma S/(S+\gamma)$ | Crowson et al. 2024 |
+# | P2 | $S/(k+S)^{p}$ | Choi et al. 2022 |
+# | sigmoid | $S\cdot\mathrm{sigmoid}(b-\lambda)$ | Kingma and Gao 2023 |
+#
+# (Choi et al. call the exponent $\gamma$, too. We call it $p$ here.) Take $\gamma=4$, $k=4$, $p=1$, $b=\ln 4$, and divide each by its mean, since
+# the learning rate absorbs a factor. How much do they differ at most, in per cent, over all timesteps?
+
+# %%
+QUESTION_SAME = "Largest difference of the three weightings, in per cent?"
+lesson.predict(QUESTION_SAME, None)
+
+# %%
+SOFT_GAMMA = 4.0
+bias = math.log(SOFT_GAMMA)
+
+soft = make_weighting("soft-min-snr", schedule, "sample", gamma=SOFT_GAMMA).weights()
+p2 = make_weighting("p2", schedule, "sample", k=SOFT_GAMMA, gamma=1.0).weights()
+sigmoid = make_weighting("sigmoid", schedule, "sample", bias=bias).weights()
+
+from_p2 = float((p2 / soft - 1).abs().max())
+from_sigmoid = float((sigmoid / soft - 1).abs().max())
+largest_difference = round(100 * max(from_p2, from_sigmoid), 3)
+lesson.reveal(QUESTION_SAME, largest_difference)
+assert largest_difference < 0.01, "the three must be the same function"
+
+# %% [markdown]
+# Why? Divide soft Min-SNR by $\gamma$: that is P2 with $k=\gamma$ and $p=1$. And
+#
+# $$\frac{\gamma}{S+\gamma}=\frac1{1+S/\gamma}=\frac1{1+e^{\lambda-\ln\gamma}}=\mathrm{sigmoid}(\ln\gamma-\lambda).$$
+#
+# So a comparison of the three at matching parameters, *in this package*, compares nothing. The next section says why
+# three words stand in italics.
+#
+# ## The measure: per timestep or per log-SNR
+#
+# All weights of this course multiply the loss of a timestep that is **drawn uniformly**. P2 and Min-SNR are stated like
+# that in their papers. Kingma and Gao state the sigmoid **per unit of log-SNR**: their loss is an integral over
+# $\mathrm d\lambda$. The slope of the schedule converts one into the other:
+#
+# $$\int w^\epsilon(\lambda)\,L^\epsilon\,\mathrm d\lambda=\int w^\epsilon(\lambda_t)\,\Big|\frac{\mathrm d\lambda}{\mathrm dt}\Big|\,L^\epsilon\,\mathrm dt .$$
+#
+# So per timestep, their weighting is ours times the slope. Call the **share that sits elsewhere** the part of the total weight
+# that one must move to turn one into the other (both with mean 1, on the noise error). It is 0 if the measure does not
+# matter. What is it on the linear schedule?
+
+# %%
+QUESTION_MEASURE = "Share of the weight that sits elsewhere, linear schedule (0 to 1)?"
+lesson.predict(QUESTION_MEASURE, None)
+
+# %%
+elsewhere = {}
+for name in ["linear", "scaled-linear", "cosine"]:
+    lam = make_schedule(name).log_snr
+    slope = torch.gradient(lam)[0].abs()  # |dλ/dt|
+    ours = torch.sigmoid(bias - lam)
+    of_paper = ours * slope
+    difference = of_paper / of_paper.mean() - ours / ours.mean()
+    elsewhere[name] = float(difference.abs().mean() / 2)
+
+lesson.reveal(QUESTION_MEASURE, elsewhere["linear"])
+measures = pd.DataFrame({"share that sits elsewhere": elsewhere}).rename_axis("schedule")
+lesson.table(measures, caption="One formula, stated per timestep and per log-SNR")
+assert min(elsewhere.values()) > 0.05, "the measure must matter on all three schedules"
+assert max(elsewhere, key=elsewhere.get) == "cosine", "and most on the cosine one"
+
+# %% [markdown]
+# The two differ on every schedule, most on the cosine one, whose slope is steep at both ends. So **the sigmoid of the paper
+# is not P2**. It is P2 times the slope of the schedule. The package's `sigmoid` is per timestep, and says so. A weight needs
+# three things beside its formula: the target, the measure, and the density from which timesteps are drawn.
+#
+# ## A compromise: debiased
+#
+# On the error of $x_0$, `const-x0` weighs by $1$ and `const-eps` by $S$. Yu et al. (2023) take $w^x=\sqrt S$: the geometric mean
+# of the two. On the error of the noise this is $1/\sqrt S$, which grows slowly towards high noise. They call it *debiased*.
+
+# %%
+debiased = make_weighting("debiased", schedule, "sample", normalize=False).weights()
+geometric_mean = (plain["const-x0"] * plain["const-eps"]).sqrt()
+torch.testing.assert_close(debiased, geometric_mean.float())
+
+# %% [markdown]
+# ## EDM: the inverse of the smallest error
+#
+# Here is a different idea. Divide each loss by the smallest value that it can have. Then every timestep ends at 1, and none
+# is large for the only reason that it is hard.
+#
+# For Gaussian data of standard deviation $\sigma_d$ the smallest error is known. Before $x_t$ is seen, the precision
+# (inverse variance) of a pixel is $1/\sigma_d^2$. The observation adds precision $S$. The error that remains is the inverse of
+# the sum:
+#
+# $$L^\star=\frac1{S+1/\sigma_d^2}\quad\Longrightarrow\quad w^x=\frac1{L^\star}=S+\frac1{\sigma_d^2}.$$
+#
+# This is the weight of EDM (Karras et al. 2022). Learned uncertainty (Kendall et al. 2018) also ends at one over the loss, as
+# [05](05_learnable_weightings.ipynb) shows. So EDM's weight is where learning ends, *if the data are Gaussian*.
+#
+# Images are not. Take the other extreme, pixels that are $+\frac12$ or $-\frac12$. These data have $\sigma_d=\frac12$ as well. By which factor
+# does $1/L^\star$ exceed EDM's weight at SNR 20?
+
+# %%
+QUESTION_EDM = "1/L* of two-point data divided by EDM's weight, at SNR = 20 exactly?"
+lesson.predict(QUESTION_EDM, None)
+
+# %% [markdown]
+# For two points the best guess is a $\tanh$ ([01](01_forward_process_and_snr.ipynb)), and its error is an integral over one
+# Gaussian number $z$:
+#
+# $$L^\star=\sigma_d^2\,\Big(1-\mathbb E_z\tanh\big(\sigma_d^2S+\sigma_d\sqrt S\,z\big)\Big).$$
+
+# %%
+SIGMA_DATA = 0.5
+z = torch.linspace(-12, 12, 20_001, dtype=torch.float64)
+probability = torch.exp(-(z**2) / 2)
+probability = probability / probability.sum()
+
+
+def floor_of_two_points(at_snr):
+    argument = SIGMA_DATA**2 * at_snr + SIGMA_DATA * math.sqrt(at_snr) * z
+    return SIGMA_DATA**2 * float((probability * (1 - torch.tanh(argument))).sum())
+
+
+def edm_weight(at_snr):
+    return at_snr + 1 / SIGMA_DATA**2
+
+
+ratio_at_20 = 1 / floor_of_two_points(20.0) / edm_weight(20.0)
+lesson.reveal(QUESTION_EDM, ratio_at_20)
+if SIGMA_DATA == 0.5:
+    assert abs(ratio_at_20 - 4.33) < 0.01, "at SNR 20 the factor must be 4.33"
+
+# %% [markdown]
+# Two checks: the formula against random draws, and `edm` of the package against ours.
+
+# %%
+two_points = GaussianMixture(
+    torch.tensor([0.5, 0.5]),
+    torch.tensor([[-SIGMA_DATA], [SIGMA_DATA]]),
+    torch.zeros(2),
+)
+snr_of_check = torch.tensor([20.0, 1.0], dtype=torch.float64)
+levels_of_check = NoiseSchedule(snr_of_check / (1 + snr_of_check))
+drawn, standard_error = two_points.irreducible(
+    levels_of_check, "sample", num_samples=lesson.fast(200_000, 50_000)
+)
+for i in range(2):
+    by_integral = floor_of_two_points(float(snr_of_check[i]))
+    print(f"SNR {snr_of_check[i]:g}: drawn {drawn[i]:.5f} ± {2 * standard_error[i]:.5f}", end=", ")
+    print(f"integral {by_integral:.5f}")
+    tolerance = 4 * standard_error[i] + 1e-4
+    assert abs(drawn[i] - by_integral) < tolerance, "draws must agree with the integral"
+
+edm = make_weighting("edm", schedule, "sample", sigma_data=SIGMA_DATA, normalize=False)
+torch.testing.assert_close(edm.weights(), edm_weight(snr).float())
+
+# %%
+snr_axis = torch.logspace(-2, 2, 200, dtype=torch.float64)
+inverse_floor = [1 / floor_of_two_points(float(value)) for value in snr_axis]
+
+fig, ax = plt.subplots(figsize=(7.5, 3.6))
+ax.plot(snr_axis.log(), edm_weight(snr_axis), color="C0", linewidth=2)
+ax.plot(snr_axis.log(), inverse_floor, color="C3", linewidth=2)
+ax.axvline(math.log(20), color="0.4", linewidth=1, linestyle=":")
+ax.text(math.log(20) - 0.1, 2000, "SNR 20", color="0.3", ha="right")
+ax.text(3.1, 14, "EDM's weight", color="C0")
+ax.text(2.4, 150, "1/L* of two points", color="C3", ha="right")
+ax.set(
+    xlabel="log-SNR (noisy → clean)",
+    ylabel="weight on the error of x0",
+    yscale="log",
+    ylim=(2, 5000),
+)
+lesson.show(
+    fig,
+    "03_inverse_floor",
+    title="Structure in the data makes the ideal weight explode at clean levels",
+    caption="One over the smallest reachable error, for Gaussian data (EDM's weight) and for data of two points with the "
+    "same standard deviation. They agree at high noise.",
+    alt="Two curves against log-SNR, logarithmic. They coincide on the noisy left; on the clean right the one for two "
+    "points rises far more steeply than EDM's.",
+)
+
+# %% [markdown]
+# At high noise all data look Gaussian, and the two curves agree. At clean levels the structure shows: the two points can be
+# told apart without doubt, the error vanishes, and its inverse explodes. Images lie in between. That gap is what a
+# *learned* weight can add to a *predefined* one. [06](06_dy_sigma_derived.ipynb) combines both.
+#
+# ## All on one chart
+#
+# For the chart we change the unit once: the weights are now on the error of the **noise**, where DDPM's loss is a
+# horizontal line.
+
+# %%
+LOWERING = {  # where each name stands on the chart: log-SNR, weight
+    "min-snr": (4.6, 0.12),
+    "p2": (0.8, 0.012),
 }
-fig, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
-for ax, (title, names) in zip(axes, families.items(), strict=True):
-    curves = {name: make_weighting(name, schedule, "epsilon").weights() for name in names}
-    plots.weight_curves(ax, schedule.log_snr, curves).set(title=title, ylim=(1e-4, 100))
-axes[0].set_ylabel("weight of the noise-prediction loss")
-axes[1].set_ylabel("")
-plots.show(
+RAISING = {
+    "const-x0": (-9.6, 1200),
+    "debiased": (-9.6, 12),
+    "edm": (-3.5, 500),
+    "truncated-snr": (3.4, 1.6),
+}
+
+
+def draw_family(ax, family):
+    ax.axhline(1, color="0.7", linewidth=5)
+    for number, (name, place) in enumerate(family.items()):
+        weight = make_weighting(name, schedule, "epsilon", normalize=False).weights()
+        ax.plot(log_snr, weight, color=f"C{number}", linewidth=2)
+        ax.text(*place, name, color=f"C{number}")
+    ax.set(xlabel="log-SNR (noisy → clean)", yscale="log", ylim=(5e-4, 1e5))
+
+
+# %%
+fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4), sharey=True)
+draw_family(left, LOWERING)
+draw_family(right, RAISING)
+left.text(-9.6, 1.8, "const-eps (grey): DDPM's loss", color="0.4")
+left.set(ylabel="weight on the error of the noise", title="Lower the clean end only")
+right.set(title="Raise the noisy end without bound")
+lesson.show(
     fig,
     "03_weightings",
-    title="The static weightings in one unit (linear schedule)",
-    caption="Two families. The left one only turns down clean timesteps and suits a noise-predicting network; the right one grows "
-    "like 1/SNR, or its root, towards pure noise. Three of the four on the right coincide there.",
-    alt="Weights against log-SNR on logarithmic axes. Left: four curves flat at the noisy end; const-eps stays flat, the others fall towards clean. "
-    "Right: const-x0 falls in a straight line, debiased half as steeply, edm and truncated-snr follow const-x0 and then level off.",
-    notebook=NOTEBOOK,
+    title="Two families: some lower clean timesteps, the others raise noisy ones",
+    caption="Formulas with the defaults of the package, not divided by their mean. The grey line is DDPM's loss, weight 1.",
+    alt="Two panels of weight against log-SNR, logarithmic. Left: min-snr and p2 are flat at one on the noisy side and "
+    "fall on the clean side. Right: const-x0, debiased, edm and truncated-snr rise towards the noisy side; edm and "
+    "truncated-snr are level at one on the clean side.",
 )
 
 # %% [markdown]
-# ## 3 · How many timesteps does a weighting use?
-#
-# Suppose every timestep's gradient is about as noisy. A weighted mean over a batch then has variance proportional to $\mathbb E[w^2]/(\mathbb E w)^2$. Its
-# reciprocal, the **effective sample size**, says which share of the batch does the work:
-#
-# $$\mathrm{ESS}=\frac{(\sum_t w_t)^2}{T\sum_t w_t^2}\in(0,1].$$
-#
-# It is 1 for equal weights and $1/T$ if a single timestep has all the weight. Guess it for `const-x0` on a network that predicts noise.
+# Left: `min-snr` and `p2` are DDPM's loss at high noise and less than it at clean timesteps. Right: the other four raise the
+# noisy timesteps, by $1/S$ or by its root. `debiased` and `const-x0` lower the clean ones as well. From left to right no
+# curve rises: none of these weightings asks for more clean detail than DDPM's loss does.
 
 # %%
-QUESTION_ESS = "Effective sample size of const-x0 (linear schedule, noise loss)?"
-predict(QUESTION_ESS, 0.5)
-
-# %%
-schedules = {"linear": schedule, "cosine": NoiseSchedule.cosine(1000)}
-print(f"{'weighting':15s}{'ESS linear':>12s}{'cosine':>9s}{'changed, linear':>18s}{'cosine':>9s}")
-for name in ("const-eps", "min-snr", "soft-min-snr", "p2", "debiased", "edm", "const-x0"):
-    ess, changed = [], []
-    for s in schedules.values():
-        w = make_weighting(name, s).weights().double()
-        ess.append(w.sum() ** 2 / (len(w) * (w * w).sum()))
-        assert torch.isclose(ess[-1], effective_sample_size(w)), (
-            "the formula must agree with the package"
-        )
-        changed.append(share_changed(w, torch.ones(1000)))
-    print(f"{name:15s}{ess[0]:12.3f}{ess[1]:9.3f}{changed[0]:18.0%}{changed[1]:9.0%}")
-reveal(QUESTION_ESS, round(float(ess[0]), 2))
+for name in [*LOWERING, *RAISING]:
+    weight = make_weighting(name, schedule, "epsilon", normalize=False).weights()
+    towards_noise = weight.diff()  # timesteps run from clean to noisy
+    assert (towards_noise >= -1e-6).all(), f"{name} must never fall from clean to noisy"
 
 # %% [markdown]
-# Two things to take away. Min-SNR changes 13 % of the timesteps of the linear schedule and 26 % of the cosine one: on noise prediction its room to help (or harm) is limited
-# from the start. And `const-x0` on a noise-predicting network works with a tenth of every batch, or a thousandth.
+# ## How many timesteps does a weighting use?
 #
-# Does the formula hold? Draw timesteps, give each a unit of noise, and compare the variance of the weighted mean with that of the plain mean, for five
-# seeds. `const-eps` is the baseline; the **negative control** is Min-SNR's weights in shuffled order: ESS does not care *which* timesteps are
-# heavy, so it must stay the same.
-
+# A batch of 32 draws 32 timesteps. If a few of them have most of the weight, the gradient is a mean over a few, and noisy.
+# Suppose each timestep contributes noise of the same size. The variance of the weighted mean is then proportional to
+# $\mathbb E[w^2]$, for weights of mean 1. Its inverse is the **effective sample size** (ESS), the share of the batch that
+# does the work:
+#
+# $$\mathrm{ESS}=\frac{(\sum_t w_t)^2}{T\sum_t w_t^2}.$$
+#
+# It is 1 for equal weights and $1/T$ if one timestep has all the weight. What is it for `const-x0` on a network that
+# predicts the noise?
 
 # %%
-def measured_ess(w, seed):
-    rng, repeats, batch = np.random.default_rng(seed), fast(20_000, 4_000), 32
-    weighted = np.asarray(w)[rng.integers(0, 1000, (repeats, batch))] * rng.standard_normal(
-        (repeats, batch)
-    )
-    return 1 / (batch * weighted.mean(1).var())
-
-
-shuffled = make_weighting("min-snr", schedule).weights()[
-    torch.randperm(1000, generator=generator(0, 0, "shuffle"))
-]
-cases = {
-    name: make_weighting(name, schedule).weights()
-    for name in ("const-eps", "min-snr", "p2", "debiased")
-}
-for name, w in {**cases, "min-snr shuffled": shuffled}.items():
-    values = [measured_ess(w, seed) for seed in range(5)]
-    mean, half = plots.t_interval(values)
-    print(f"{name:17s} measured {mean:.3f} ± {half:.3f}, formula {effective_sample_size(w):.3f}")
-    assert abs(mean / effective_sample_size(w) - 1) < 0.06, (
-        f"{name}: variance must follow the effective sample size"
-    )
-
-# %% [markdown]
-# ## 4 · Three names, one weighting
-#
-# Divide soft-min-SNR by $S$ to get its weight on the noise loss: $\gamma/(S+\gamma)$. Divide by $\gamma$ and compare:
-#
-# $$\frac{1}{S+\gamma}\;\;\text{(P2 with } k=\gamma,\ \text{exponent } 1),\qquad \frac{\gamma}{S+\gamma}=\frac1{1+e^{\lambda-\ln\gamma}}=\mathrm{sigmoid}(\ln\gamma-\lambda).$$
-#
-# Soft-min-SNR, P2 with exponent 1, and the sigmoid weighting with bias $\ln\gamma$ are the same function up to a constant. Three papers, three names; an
-# ablation that compares them at matching parameters compares nothing.
+QUESTION_ESS = "ESS of const-x0 on the noise loss, linear schedule (0 to 1)?"
+lesson.predict(QUESTION_ESS, None)
 
 # %%
-gamma = 4.0
-soft = make_weighting("soft-min-snr", schedule, gamma=gamma).weights()
-torch.testing.assert_close(
-    soft, make_weighting("sigmoid", schedule, bias=math.log(gamma)).weights()
+NAMES = ["const-eps", "min-snr", "soft-min-snr", "p2", "debiased", "edm", "const-x0"]
+linear = NoiseSchedule.linear(1000)
+cosine = NoiseSchedule.cosine(1000)
+everywhere = torch.ones(1000)
+
+uses = pd.DataFrame()
+for name in NAMES:
+    weight = make_weighting(name, linear, "epsilon").weights().double()
+    ess = weight.sum() ** 2 / (1000 * weight.square().sum())
+    torch.testing.assert_close(ess, effective_sample_size(weight))
+    on_cosine = make_weighting(name, cosine, "epsilon").weights()
+    uses.loc[name, "ESS, linear"] = float(ess)
+    uses.loc[name, "ESS, cosine"] = float(effective_sample_size(on_cosine))
+    uses.loc[name, "changed by > 1 %"] = float(share_changed(weight, everywhere, 0.01))
+    uses.loc[name, "changed by > 10 %"] = float(share_changed(weight, everywhere, 0.10))
+
+lesson.reveal(QUESTION_ESS, float(uses.loc["const-x0", "ESS, linear"]))
+lesson.table(
+    uses,
+    caption="Shares of the 1000 timesteps, weights on the noise error (last two columns: linear schedule)",
+    mark="const-x0",
 )
-torch.testing.assert_close(soft, make_weighting("p2", schedule, k=gamma, gamma=1.0).weights())
-print("soft-min-snr(γ = 4) = sigmoid(bias = ln 4) = p2(k = 4, γ = 1), all three with mean 1")
 
 # %% [markdown]
-# ## 5 · EDM's weight is learned uncertainty, for the simplest data
+# The first two columns say how many timesteps do the work. `const-x0` on a noise network works with a small part of every
+# batch on the linear schedule. On the cosine one it works with a single timestep: the last one, where the schedule's cap on $\beta$ makes the
+# SNR extremely small.
 #
-# *Uncertainty weighting* (Kendall et al. 2018) gives each task a learned variance $\varsigma^2$ and minimises $L/\varsigma^2+\ln\varsigma^2$. Set the derivative with respect to
-# $\ln\varsigma^2$ to zero: $\varsigma^2=L$, so the task ends up with weight $1/L$. [05](05_learnable_weightings.ipynb) trains such weights. Here we ask what they would be for **white
-# Gaussian data** of standard deviation $\sigma_d$. The posterior of $x_0$ is Gaussian, precisions add, and the smallest error is the posterior variance:
-#
-# $$L^{x,\star}=\Big(S+\frac1{\sigma_d^2}\Big)^{-1}\quad\Longrightarrow\quad w^x=\frac1{L^{x,\star}}=S+\frac{1}{\sigma_d^2},$$
-#
-# which is exactly the weight EDM uses (Karras et al. 2022). So EDM's weight *is* uncertainty weighting, at the solution for data without structure. Before we measure: on data that are *not*
-# Gaussian, say the two points $\pm\sigma_d$ from notebook 01, by which factor does $1/L^\star$ exceed EDM's weight at SNR = 20?
+# The last two columns say how many timesteps have a weight other than the plain loss, after a common factor is taken out.
+# They need a **tolerance**. Min-SNR is the same at both: it has a corner. Soft Min-SNR is not: it differs from the plain
+# loss by a little almost everywhere, and by more than 10 % on a third of the timesteps.
 
 # %%
-QUESTION_EDM = "1/L* divided by EDM's weight, two-point data, SNR = 20?"
-predict(QUESTION_EDM, 1.0)
+soft_row = uses.loc["soft-min-snr"]
+assert soft_row["changed by > 1 %"] > 0.85, "at 1 % most timesteps count as changed"
+assert 0.25 < soft_row["changed by > 10 %"] < 0.40, "at 10 % a third does"
+min_snr_row = uses.loc["min-snr"]
+assert min_snr_row["changed by > 1 %"] - min_snr_row["changed by > 10 %"] < 0.02, "a corner"
+assert uses.loc["const-x0", "ESS, cosine"] < 0.002, "one timestep in a thousand"
+
+# %% [markdown]
+# Does the formula predict the noise of a mean? We draw batches, give each timestep a unit of noise, and measure the
+# variance. The last row is a control: Min-SNR's weights in shuffled order. ESS does not care *which* timesteps are heavy.
 
 # %%
-few = NoiseSchedule(schedule.alphas_cumprod[20::40])  # 25 of the 1000 levels
-edm = make_weighting("edm", few, "sample", normalize=False, sigma_data=0.5).weights()
-one, half_ = torch.tensor([1.0]), torch.tensor([0.5])
-kinds = {
-    "Gaussian data": GaussianMixture(one, torch.zeros(1, 1), half_),
-    "two points (control)": GaussianMixture(
-        torch.tensor([0.5, 0.5]), torch.tensor([[-0.5], [0.5]]), torch.zeros(2)
-    ),
-}
-ratio = {}
-for name, kind in kinds.items():
-    floors = [
-        kind.irreducible(few, "sample", num_samples=fast(20_000, 5_000), seed=seed)[0]
-        for seed in range(5)
+BATCH = 32
+REPEATS = lesson.fast(20_000, 6_000)
+
+
+def measured_ess(weight, seed):
+    draw = generator(seed, 0, "ess")
+    drawn_timesteps = torch.randint(0, 1000, (REPEATS, BATCH), generator=draw)
+    unit_noise = torch.randn(REPEATS, BATCH, generator=draw)
+    weighted_means = (weight[drawn_timesteps] * unit_noise).mean(1)
+    return float(1 / (BATCH * weighted_means.var()))
+
+
+# %%
+tested = {}
+for name in ["min-snr", "p2", "debiased"]:
+    tested[name] = make_weighting(name, linear, "epsilon").weights()
+order = torch.randperm(1000, generator=generator(0, 0, "shuffle"))
+tested["min-snr, shuffled"] = tested["min-snr"][order]
+
+comparison = pd.DataFrame(columns=["measured", "± (95 %)", "formula"])
+for name, weight in tested.items():
+    of_seeds = [measured_ess(weight, seed) for seed in range(5)]
+    mean, half_width = plots.t_interval(of_seeds)
+    comparison.loc[name] = [mean, half_width, float(effective_sample_size(weight))]
+lesson.table(comparison, caption="Effective sample size, measured in five seeds")
+
+error = (comparison["measured"] / comparison["formula"] - 1).abs()
+assert error.max() < 0.06, "the variance must follow the effective sample size"
+
+# %% [markdown]
+# It does. Keep the assumption in mind: the noise of the *noise loss* is the same at every timestep. For a real network
+# it is not, and [08](08_gradient_conflicts.ipynb) measures it.
+#
+# ## Which noise levels does a weighting serve?
+#
+# So far we looked at weights. What do they do to a network? We take one that can be solved exactly. It predicts the noise
+# in each Fourier mode of an image as *one coefficient* times the noisy input. All timesteps share this coefficient, so they
+# must compromise. The images are Gaussian with the spectrum of photographs. The minimiser of the weighted loss is then a
+# linear solve, and the floor of each timestep is known.
+#
+# `const-eps` gives all timesteps the same weight on the noise error. Which end is served worse? Guess the ratio: excess
+# loss (loss above the floor) of the cleanest fifth of the timesteps, divided by that of the noisiest fifth.
+
+# %%
+QUESTION_SERVED = "const-eps: excess loss of the cleanest fifth over the noisiest fifth?"
+lesson.predict(QUESTION_SERVED, None)
+
+# %%
+DEGREE = 1
+
+variances = field_variances(8, std=0.5).flatten()
+denoiser = LinearDenoiser(schedule, variances, degree=DEGREE)
+
+
+def excess_after_training(weight_on_noise):
+    theta = denoiser.minimiser(weight_on_noise.double())
+    return denoiser.losses(theta) - denoiser.irreducible()
+
+
+# %%
+wrong_for_v = snr.clamp(max=GAMMA) / snr + 1  # a 1 in the wrong place, see page 04
+
+weights = {}
+for name in ["const-eps", "min-snr", "p2", "const-v", "const-x0"]:
+    weights[name] = make_weighting(name, schedule, "epsilon").weights()
+weights["wrong Min-SNR for v"] = wrong_for_v * (1 + snr) / snr
+
+excess = {}
+for name, weight in weights.items():
+    excess[name] = excess_after_training(weight / weight.mean())
+
+clean = slice(0, 200)
+noisy = slice(800, 1000)
+served = pd.DataFrame(columns=["cleanest fifth", "noisiest fifth", "all timesteps"])
+for name, losses in excess.items():
+    served.loc[name] = [
+        float(losses[clean].mean()),
+        float(losses[noisy].mean()),
+        float(losses.mean()),
     ]
-    ratio[name] = (1 / torch.stack(floors)) / edm
-    shown = " ".join(f"{v:8.3g}" for v in ratio[name].mean(0)[[24, 12, 6, 3, 1, 0]])
-    print(f"{name:22s} 1/L* over EDM's weight, noisy to clean: {shown}")
 
-assert ((ratio["Gaussian data"].mean(0) - 1).abs() < 0.05).all(), (
-    "on Gaussian data 1/L* must be EDM's weight"
-)
-at_snr_20 = int((few.log_snr - math.log(20)).abs().argmin())
-assert ratio["two points (control)"].mean(0)[at_snr_20] > 1.5, "on structured data it must not be"
-reveal(QUESTION_EDM, round(float(ratio["two points (control)"].mean(0)[at_snr_20]), 1))
-
-# %% [markdown]
-# The last value stands for infinity: the floor is 0 there. With structure in the data the floor drops much faster as the noise recedes, and uncertainty weighting would pile weight on the clean end far beyond EDM's.
-# That gap is what a *learned* weight can add to a *predefined* one, and it is the idea behind combining the two: EDM2 does it, and so does Dy-Sigma as far as its
-# abstract tells (what we build in notebook [06](06_dy_sigma_derived.ipynb) is an independent reconstruction from that abstract).
-#
-# ## 6 · Failures on purpose: the bugs in the wild
-#
-# None of these is exotic. Each has been in a widely used repository, some for years; the links are in the references.
-#
-# | | what was written | what it does |
-# |---|---|---|
-# | B1 | noise added in bfloat16 | several timesteps get no noise at all ([01](01_forward_process_and_snr.ipynb), section 6) |
-# | B2 | $v$-weight $\min(1,\gamma/S)+1$, or $\min(S+1,\gamma)/(S+1)$, instead of $\min(S,\gamma)/(S+1)$ | the clean or the noisy end keeps weight it should lose |
-# | B3 | $\max(S,\gamma)/S$ instead of $\min$ | raises the noisy end instead of lowering the clean one |
-# | B4 | $\min(S,\gamma)/S$ at $S=0$ | 0/0: NaN, and with it the whole batch |
-# | B5 | $x_0$-loss multiplied by $S$ | *not* a bug: it is the plain noise loss, as section 1 shows; only undocumented |
-#
-# At SNR 10,000, the cleanest timestep of the linear schedule, by which factor is the first wrong form of B2 too large?
-
-# %%
-QUESTION_BUG = "B2 at SNR = 10,000: wrong weight / right weight?"
-predict(QUESTION_BUG, 2.0)
-
-# %%
-snr = torch.tensor([1e4, 100.0, 5.0, 1.0, 0.01, 0.0])
-right_v = snr.clamp(max=5) / (snr + 1)
-forms = {
-    "v: min(S,5)/(S+1), right": right_v,
-    "v: min(1,5/S) + 1, wrong": (5 / snr).clamp(max=1) + 1,
-    "v: min(S+1,5)/(S+1), wrong": (snr + 1).clamp(max=5) / (snr + 1),
-    "eps: min(S,5)/S, NaN at 0": snr.clamp(max=5) / snr,
-    "eps: max(S,5)/S, wrong": snr.clamp(min=5) / snr,
-}
-print(f"{'SNR':28s}", *(f"{v:10.4g}" for v in snr))
-for name, weights in forms.items():
-    print(f"{name:28s}", *(f"{v:10.4g}" for v in weights))
-reveal(QUESTION_BUG, round(float(forms["v: min(1,5/S) + 1, wrong"][0] / right_v[0])))
-
-zero = NoiseSchedule.linear(1000, zero_terminal_snr=True)
-package = make_weighting("min-snr", zero, "v_prediction", normalize=False).weights()
-assert package.isfinite().all() and package[-1] == 0, (
-    "with zero terminal SNR the v-weight must end at 0, not at NaN"
-)
-try:
-    make_weighting("min-snr", zero, "epsilon")
-except ValueError as refusal:
-    print("\nepsilon at SNR 0 is refused:", refusal)
-
-# %% [markdown]
-# ## 7 · Who pays? An exact answer
-#
-# Everything so far was about the weights. What do they do to a trained network? For one small problem there is no need to train: a *linear* denoiser $\hat\epsilon=c(t)\,x_t$, coordinate by coordinate, on independent Gaussian
-# coordinates. Every weighted sum of its losses is a quadratic form, so its minimiser is a linear solve, and the floor is known too. `LinearDenoiser` has a knob, its
-# `degree`: with 1, all timesteps share one $c$ and must compromise; with $T$, each has its own.
-#
-# The **baseline** is const-eps. The **negative control** is full degree: if timesteps share nothing, a weighting must not matter at all. We add the wrong $v$-weight of B2,
-# converted to the noise loss, beside the right one.
-
-# %%
-levels = NoiseSchedule(schedule.alphas_cumprod[12::25])  # 40 levels
-variances = torch.tensor([4.0, 1.0, 0.25, 0.06, 0.015])  # a steep spectrum, as images have
-s40 = levels.log_snr.exp()
-bug_eps = ((5 / s40).clamp(max=1) + 1) * (1 + s40) / s40
-arms = {
-    name: make_weighting(name, levels).weights().double()
-    for name in ("const-eps", "min-snr", "p2", "const-x0")
-}
-arms["min-snr for v, bug B2"] = bug_eps / bug_eps.mean()
-
-excess, control = {}, {}
-for degree, store in ((1, excess), (40, control)):
-    denoiser = LinearDenoiser(levels, variances, degree=degree)
-    for name, w in arms.items():
-        store[name] = denoiser.losses(denoiser.minimiser(w)) - denoiser.irreducible()
-
-worst = max(float(e.abs().max()) for e in control.values())
-assert worst < 1e-9, "without sharing, every weighting must reach every floor"
-means = {name: float(e.mean()) for name, e in excess.items()}
-assert min(means, key=means.get) == "const-eps", (
-    "const-eps minimises the mean noise loss by definition"
-)
-assert (
-    excess["min-snr"][0] > excess["const-eps"][0]
-    and excess["min-snr"][-1] < excess["const-eps"][-1]
-), "min-snr trades clean for noisy"
-print(
-    f"full degree: largest excess {worst:.0e}. One shared c: mean excess",
-    {k: round(v, 3) for k, v in means.items()},
+of_const_eps = served.loc["const-eps"]
+lesson.reveal(QUESTION_SERVED, of_const_eps["cleanest fifth"] / of_const_eps["noisiest fifth"])
+lesson.table(
+    served,
+    caption="Excess loss of the exact minimisers, one shared coefficient",
+    mark="const-eps",
+    digits=4,
 )
 
 # %%
-fig, ax = plt.subplots(figsize=(7, 4))
-shown = {name: e.clamp(min=1e-5) for name, e in excess.items()}
-plots.trajectories(ax, levels.log_snr, shown, log=True)
-ax.set(xlabel="log-SNR λ (noisy → clean)", ylabel="loss above the floor", ylim=(8e-5, 2))
-plots.show(
+fig, ax = plt.subplots(figsize=(8, 4.2))
+ax.plot(log_snr, excess["const-x0"], color="0.75", linewidth=7)
+ax.plot(log_snr, excess["const-v"], color="C2", linewidth=3)
+ax.plot(log_snr, excess["wrong Min-SNR for v"], color="k", linewidth=1, linestyle="--")
+ax.plot(log_snr, excess["p2"], color="C1", linewidth=2)
+ax.plot(log_snr, excess["min-snr"], color="C3", linewidth=2)
+ax.plot(log_snr, excess["const-eps"], color="C0", linewidth=2)
+ax.text(-10, 0.0135, "const-eps", color="C0")
+ax.text(-10, 0.0056, "min-snr", color="C3")
+ax.text(-10, 0.0020, "p2", color="C1")
+ax.text(
+    -4.0,
+    3.2e-4,
+    "const-v, and const-x0 (grey)\nand a wrong Min-SNR (dashed)",
+    color="C2",
+    ha="right",
+)
+ax.set(
+    xlabel="log-SNR (noisy → clean)",
+    ylabel="noise loss above the floor",
+    yscale="log",
+    ylim=(1e-4, 0.5),
+)
+lesson.show(
     fig,
-    "03_who_pays",
-    title="One shared coefficient: every weighting makes somebody pay",
-    caption="The exact minimiser under five weightings, on one problem. Min-SNR and P2 move the compromise towards noise, const-x0 all the way, and the wrong "
-    "v-weight lands on top of const-x0. Gains on one side are paid on the other. With a coefficient per timestep all curves are 0.",
-    alt="Loss above the floor against log-SNR, logarithmic. Const-eps dips near log-SNR minus 1, min-snr a little further left, p2 near minus 2; left of the dip "
-    "p2 is lowest of the three, right of it highest. Const-x0 and the bug coincide: near zero at the noisy end, about 1 at the clean end.",
-    notebook=NOTEBOOK,
+    "03_who_is_served",
+    title="A weighting moves the compromise between clean and noisy; it does not end it",
+    caption="Loss above the floor of the network that minimises each weighted loss exactly. All timesteps share one "
+    "coefficient per Fourier mode. The lowest curve on the noisy side is the highest on the clean side.",
+    alt="Loss above the floor against log-SNR, logarithmic. On the noisy left const-eps is highest, then min-snr, then p2; "
+    "const-v, const-x0 and the wrong formula are one curve far below. On the clean right the order is reversed.",
 )
 
 # %% [markdown]
-# **Try it yourself.** `degree=2` or `3` in the cell above: more capacity, less conflict. `NoiseSchedule.cosine` in section 1. `gamma=1` or `20` for Min-SNR: where does the dip go?
+# Read the table and the figure together.
+#
+# - **`const-eps` serves the clean timesteps worst**, although on the error of $x_0$ its weight is largest there. Equal
+#   weights on the noise error do not give equal service. One reason is their number: on the linear schedule three
+#   quarters of the timesteps have an SNR below 1, and the sum counts each of them.
+# - **Min-SNR and P2 go further in the same direction.** They lower the weight of clean timesteps, and the noisy ones gain.
+# - **The mean over all timesteps is least for `const-eps`.** It must be: the mean noise loss is what it minimises. So the
+#   mean noise loss cannot say which weighting is better.
+# - **`const-v`, `const-x0` and the dashed curve coincide.** The dashed one is a formula from public trainers, $\min(S,\gamma)/S+1$ for
+#   $v$, which is meant to be Min-SNR. It trains the network of the plain $v$ loss. [04](04_weightings_in_the_wild.ipynb) is about such formulas.
+
+# %%
+assert served["all timesteps"].idxmin() == "const-eps", "it minimises the mean noise loss"
+
+if is_default and DEGREE == 1:
+    means = served["all timesteps"]
+    wrong_to_plain_v = means["wrong Min-SNR for v"] / means["const-v"]
+    x0_to_plain_v = means["const-x0"] / means["const-v"]
+    assert 0.7 < (snr < 1).double().mean() < 0.8, "three quarters of the timesteps are noisy"
+    assert of_const_eps["cleanest fifth"] > 5 * of_const_eps["noisiest fifth"], "clean is worst"
+    assert abs(wrong_to_plain_v - 1) < 0.01, "the wrong formula must train the plain v network"
+    assert abs(x0_to_plain_v - 1) < 0.01, "const-x0 must be close to it as well"
+    assert served["noisiest fifth"]["p2"] < served["noisiest fifth"]["min-snr"], "p2 goes further"
+    assert served["cleanest fifth"]["p2"] > served["cleanest fifth"]["min-snr"], "and costs more"
+
+# %% [markdown]
+# **Control.** Give each timestep its own coefficient. Nothing is shared, nothing must be compromised, and no weighting may
+# matter. We use 40 of the levels.
+
+# %%
+few_levels = NoiseSchedule(schedule.alphas_cumprod[12::25])
+alone = LinearDenoiser(few_levels, variances, degree=40)
+for name in ["const-eps", "min-snr", "p2"]:
+    weight = make_weighting(name, few_levels, "epsilon").weights().double()
+    excess_alone = alone.losses(alone.minimiser(weight)) - alone.irreducible()
+    largest = float(excess_alone.abs().max())
+    print(f"{name}: largest excess without sharing {largest:.0e}")
+    assert largest < 1e-8, "without sharing no weighting must matter"
+
+# %% [markdown]
+# So a weighting is an answer to a shortage: of capacity, as here, or of training time. Real networks share far more than one
+# coefficient and are never trained to the end. Whether a weighting helps them is a matter of experiments
+# ([12](12_the_convergence_race.ipynb)).
+#
+# **Try it yourself.** `SCHEDULE = "cosine"`, or `GAMMA = 1.0` or `20.0`, in the third code cell: what happens to the hump of Min-SNR?
+# `DEGREE = 2` or `3`, above the last table: more capacity, less conflict. `SIGMA_DATA = 1.0`: where do EDM's weight and
+# $1/L^\star$ part?
 #
 # ## Exercises
 #
 # Replace each `...` and run the cell; the check says what is wrong. Solutions are collapsed below.
-#
-# **3.1** (●●○, 6 min) The P2 weight (k = 1, exponent 1) for a network that predicts $v$, as a function of `S`, before scaling. Start from the list in section 2.
+
+# %%
+# What the checks expect; there is no need to read this cell.
+p2_made = make_weighting("p2", schedule, "v_prediction", normalize=False)
+lesson.exercise(
+    "3.1",
+    expected=p2_made.weights(),
+    mistakes={
+        "That is the weight on the x0 error; it still has to be converted.": snr / (1 + snr),
+        "That is the weight on the noise error: you divided by S.": 1 / (1 + snr),
+        "A weight is divided by what the loss is multiplied by.": snr,
+    },
+)
+lesson.exercise(
+    "3.2",
+    expected=math.log(9),
+    mistakes={
+        "That is k itself; the bias is on the scale of log-SNR.": 9.0,
+        "The sign is wrong: a larger k keeps more weight on clean timesteps.": -math.log(9),
+    },
+)
+exercise_log_snr = torch.tensor([9.0, 3.0, 1.0, -2.0, -math.inf])
+lesson.exercise(
+    "3.3",
+    expected=torch.tensor([5 * math.exp(-9), 5 * math.exp(-3), 1.0, 1.0, 1.0]),
+    mistakes={
+        "That is the weight on the x0 error, min(S, 5).": exercise_log_snr.exp().clamp(max=5),
+        "That takes the maximum.": (math.log(5) - exercise_log_snr).clamp(min=0).exp(),
+    },
+)
+
+# %% [markdown]
+# **3.1** (●●○, 6 min) Write the P2 weight ($k=1$, $p=1$) for a network that predicts $v$, as a function of the tensor `snr`,
+# before any division by the mean.
 #
 # <details><summary>Hint</summary>
 #
-# On $x_0$ it is $S/(1+S)$. Section 1 says what a weight on $x_0$ must be divided by to become one on $v$.
+# Take the row of P2 in the table of soft corners. By which factor is the error of $v$ larger than that of $x_0$?
 #
 # </details>
 
 # %%
-S = schedule.log_snr.exp()
-exercise(
-    "3.1",
-    expected=make_weighting("p2", schedule, "v_prediction", normalize=False).weights(),
-    mistakes={
-        "That is the weight on the x0 error; it still has to be converted.": S / (1 + S),
-        "That is the weight for a network that predicts the noise: you divided by S.": 1 / (1 + S),
-        "You multiplied by 1 + S; a weight is divided by what the loss is multiplied by.": S,
-    },
-)
 p2_for_v = ...
-check("3.1", p2_for_v)
+lesson.check("3.1", p2_for_v)
 
 # %% [markdown]
-# **3.2** (●●○, 8 min) Write the Min-SNR weight (γ = 5) on the *noise* loss as a function of `log_snr` so that it gives 1 where the SNR is 0 (`log_snr` is minus infinity there). The obvious
-# `snr.clamp(max=5) / snr` gives NaN.
+# **3.2** (●○○, 3 min) A paper uses P2 with $k=9$ and $p=1$. Your trainer has the sigmoid weighting per timestep, and nothing
+# else. Which bias $b$ do you give it?
+#
+# <details><summary>Hint</summary>
+#
+# The section on soft corners writes $\gamma/(S+\gamma)$ as a sigmoid.
+#
+# </details>
+
+# %%
+bias_for_k_9 = ...
+lesson.check("3.2", bias_for_k_9)
+
+# %% [markdown]
+# **3.3** (●●○, 8 min) The tensor `exercise_log_snr` holds values of $\lambda$. The last one is $-\infty$: no signal. Compute the Min-SNR
+# weight on the *noise* error ($\gamma=5$) from it, so that the last value is 1 and not NaN.
 #
 # <details><summary>Hint</summary>
 #
@@ -445,60 +812,62 @@ check("3.1", p2_for_v)
 # </details>
 
 # %%
-log_snr = torch.tensor([9.0, 3.0, 1.0, -2.0, -math.inf])
-exercise(
-    "3.2",
-    expected=torch.tensor([5 * math.exp(-9), 5 * math.exp(-3), 1.0, 1.0, 1.0]),
-    mistakes={
-        "That is the weight on the x0 error, min(S, 5).": log_snr.exp().clamp(max=5),
-        "The maximum, not the minimum: this is bug B3.": (ln5 - log_snr).clamp(min=0).exp(),
-    },
-)
 finite_everywhere = ...
-check("3.2", finite_everywhere)
+lesson.check("3.3", finite_everywhere)
 
 # %% [markdown]
 # ### Solutions
 
 # %% tags=["solution"]
-p2_for_v = S / (1 + S) / (1 + S)
-check("3.1", p2_for_v)
+p2_on_x0 = snr / (1 + snr)
+p2_for_v = p2_on_x0 / (1 + snr)
+lesson.check("3.1", p2_for_v)
 
 # %% tags=["solution"]
-finite_everywhere = (ln5 - log_snr).clamp(max=0).exp()
-check("3.2", finite_everywhere)
+bias_for_k_9 = math.log(9)
+lesson.check("3.2", bias_for_k_9)
+
+# %% tags=["solution"]
+log_ratio = math.log(5) - exercise_log_snr
+finite_everywhere = log_ratio.clamp(max=0).exp()
+lesson.check("3.3", finite_everywhere)
 
 # %% [markdown]
 # ## What you can now do
 #
-# - Read any weighting in a paper or a script, ask "on which error?", and put it on the common scale.
-# - Tell names from functions: three of the weightings are one.
-# - Say before training how many timesteps a weighting uses and how many it changes on your schedule.
-# - Check a training script for five known bugs.
+# You can take a weighting from a paper or a script, ask on which error and in which measure it acts, and put it on a common
+# scale. You know which names stand for the same function. Before training, you can say how many timesteps a weighting uses,
+# and which ones it will serve.
 #
 # ## Limitations
 #
-# - The effective sample size assumes gradients of equal size at all timesteps *of the noise loss*. In another unit it is another number.
-# - The linear denoiser shows the trade-off at the *end* of training. Weightings also change the speed of getting there, for deep networks
-#   perhaps mainly that.
-# - Weights here are per uniformly drawn timestep. Papers that write weights against $\mathrm d\lambda$ mean something else; multiply by the density of
-#   notebook 01 to compare.
+# - The effective sample size assumes equal noise of the noise loss at all timesteps. On another error it is another number.
+# - The linear network shows the compromise at the *end* of training. Weightings also change the speed of getting there.
+# - All weights here are for uniformly drawn timesteps. A sampler that prefers some of them is a weighting too.
+# - EDM also draws its levels from a density of its own. Only its weight is treated here.
 #
 # ## References
 #
-# - Hang et al., *Efficient Diffusion Training via Min-SNR Weighting Strategy*, 2023, [arXiv:2303.09556](https://arxiv.org/abs/2303.09556).
-# - Choi et al., *Perception Prioritized Training of Diffusion Models*, 2022, [arXiv:2204.00227](https://arxiv.org/abs/2204.00227): P2.
-# - Karras, Aittala, Aila, Laine, *Elucidating the Design Space of Diffusion-Based Generative Models*, 2022, [arXiv:2206.00364](https://arxiv.org/abs/2206.00364): EDM.
-# - Kingma, Gao, *Understanding Diffusion Objectives as the ELBO with Simple Data Augmentation*, 2023, [arXiv:2303.00848](https://arxiv.org/abs/2303.00848):
-#   weights against $\mathrm d\lambda$, and the sigmoid weighting.
-# - Kendall, Gal, Cipolla, *Multi-Task Learning Using Uncertainty to Weigh Losses*, 2018, [arXiv:1705.07115](https://arxiv.org/abs/1705.07115).
-# - The bugs: [B1, diffusers pull request 9004](https://github.com/huggingface/diffusers/pull/9004);
-#   [B2, diffusers issue 5654](https://github.com/huggingface/diffusers/issues/5654);
-#   [B3, denoising-diffusion-pytorch pull request 363](https://github.com/lucidrains/denoising-diffusion-pytorch/pull/363);
-#   [B4, Min-SNR pull request 4](https://github.com/TiankaiHang/Min-SNR-Diffusion-Training/pull/4);
-#   [B5, diffusers issue 1733](https://github.com/huggingface/diffusers/issues/1733).
+# - Ho, Jain, Abbeel (2020), *Denoising diffusion probabilistic models*, [arXiv:2006.11239](https://arxiv.org/abs/2006.11239): `const-eps`.
+# - Salimans, Ho (2022), *Progressive distillation for fast sampling of diffusion models*,
+#   [arXiv:2202.00512](https://arxiv.org/abs/2202.00512): $v$, `const-v` ("SNR + 1") and truncated SNR.
+# - Hang, Gu, Li, Bao, Chen, Hu, Geng, Guo (2023), *Efficient diffusion training via Min-SNR weighting strategy*,
+#   [arXiv:2303.09556](https://arxiv.org/abs/2303.09556).
+# - Choi, Lee, Shin, Kim, Kim, Yoon (2022), *Perception prioritized training of diffusion models*,
+#   [arXiv:2204.00227](https://arxiv.org/abs/2204.00227): P2.
+# - Crowson, Baumann, Birch, Abraham, Kaplan, Shippole (2024), *Scalable high-resolution pixel-space image synthesis with
+#   hourglass diffusion transformers*, [arXiv:2401.11605](https://arxiv.org/abs/2401.11605): soft Min-SNR.
+# - Kingma, Gao (2023), *Understanding diffusion objectives as the ELBO with simple data augmentation*,
+#   [arXiv:2303.00848](https://arxiv.org/abs/2303.00848): the sigmoid, per log-SNR.
+# - Yu, Shen, Huang, H. Li, Zhao and others (2023), *Debias the training of diffusion models*,
+#   [arXiv:2310.08442](https://arxiv.org/abs/2310.08442): debiased. A later version has the title *Unmasking bias in diffusion
+#   model training*.
+# - Karras, Aittala, Aila, Laine (2022), *Elucidating the design space of diffusion-based generative models*,
+#   [arXiv:2206.00364](https://arxiv.org/abs/2206.00364): EDM.
+# - Kendall, Gal, Cipolla (2018), *Multi-task learning using uncertainty to weigh losses*,
+#   [arXiv:1705.07115](https://arxiv.org/abs/1705.07115).
 #
 # **Next:** [04, weightings in the wild](04_weightings_in_the_wild.ipynb). Back to the [map](00_start_here.ipynb).
 
 # %%
-watermark()
+lesson.end()
