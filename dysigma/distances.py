@@ -75,6 +75,10 @@ class Features:
                 f"{self.name} returns {found.dtype} {shape} for {len(images)} images: give a network "
                 f"from {_WANTED}"
             )
+        if not bool(found.isfinite().all()):
+            raise ValueError(
+                f"{self.name} returns features that are NaN or infinite: give a network from {_WANTED}"
+            )
         return found
 
 

@@ -174,6 +174,28 @@ def test_one_seed_has_no_interval_and_says_not_reached(tmp_path):
     assert "not reached" in text and "[" not in text and "nan" not in text
 
 
+def test_a_place_that_cannot_be_written_is_told_before_runs_are_read(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["compare", "none", "none", "--out", str(tmp_path / "file" / "new")]) == 2
+    assert "is a file, not a folder" in capsys.readouterr().err
+
+
+def test_images_that_moved_between_two_runs_are_the_same_images(tmp_path):
+    """Runs on the images of another place are compared if both recorded what the images are."""
+    runs = [a_run(tmp_path, data="old"), a_run(tmp_path, "min-snr", factor=0.5, data="new")]
+    with pytest.raises(RunError, match="differ in data old, new"):
+        compare(runs)
+    images = {"images": 3, "shape": [3, 8, 8], "sha256": "0"}
+    for run in runs:
+        write_json(run.path / "summary.json", {"status": "done", "data": {"train": images}})
+    result = compare([load_run(run.path) for run in runs])
+    assert list(result.table.index) == ["const-eps", "min-snr"]
+    other = {"train": {**images, "sha256": "1"}}
+    write_json(runs[1].path / "summary.json", {"status": "done", "data": other})
+    with pytest.raises(RunError, match="differ in data old, new"):
+        compare([load_run(run.path) for run in runs])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -183,6 +205,7 @@ def test_one_seed_has_no_interval_and_says_not_reached(tmp_path):
             "differ in schedule linear, cosine; num_timesteps 1000, 500",
         ),
         ({"data": "cifar10"}, "differ in data leaves, cifar10"),
+        ({"schedule": "flow", "shift": 3.0, "prediction": "sample"}, "shift 1.0, 3.0"),
         ({"validation_images": 32}, "differ in validation_images 64, 32"),
         ({"status": "interrupted"}, r"is not finished \(status: interrupted\)"),
         ({"weighting": "const-eps"}, "are the same training: arm and seed 0"),

@@ -393,6 +393,11 @@ class GivesClasses(TakesFloat):
         return self.convolution(images.float()).mean((2, 3)).argmax(1)
 
 
+class GivesNothing(TakesFloat):
+    def forward(self, images):
+        return self.convolution(images.float()).mean((2, 3)) / 0
+
+
 PICTURES = torch.randint(256, (30, 3, 8, 8), generator=generator(0, 0, "fit"), dtype=torch.uint8)
 
 
@@ -413,6 +418,7 @@ def test_features_in_another_container_are_unpacked(tmp_path, network):
         (GivesDict, "returns a dict"),
         (GivesPositions, r"returns torch.float32 \(2, 8, 6, 6\) for 2 images"),
         (GivesOneForAll, r"returns torch.float32 \(1, 8\) for 2 images"),
+        (GivesNothing, "returns features that are NaN"),
         (GivesClasses, r"returns torch.int64 \(2,\) for 2 images"),
     ],
 )

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import add_command
+from .common import add_command, prepare_output
 
 if TYPE_CHECKING:
     from .common import Commands
@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from ..lab.benchmark import benchmark
 
+    if args.out:
+        prepare_output(args.out, ".json")
     benchmark(
         args.model,
         args.image_size,

@@ -112,6 +112,18 @@ def draw_samples(
     )
 
 
+def check_folder(folder: Path) -> Path:
+    """Raise ValueError unless files can be written into a folder, which need not be there yet."""
+    there = folder.resolve()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise ValueError(f"cannot write to {folder}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"cannot write to {folder}: {there} is not writable")
+    return folder
+
+
 def prepare_output(path: Path, *endings: str) -> Path:
     """Make the folder of a file that is to be written at the end, so that no work is lost for want of it.
 
@@ -121,12 +133,10 @@ def prepare_output(path: Path, *endings: str) -> Path:
         raise ValueError(f"{path} must end in {' or '.join(endings)}")
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a file in it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from error
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    check_folder(path.parent)
+    if path.exists() and not os.access(path, os.W_OK):
         raise ValueError(f"cannot write {path}: it is not writable")
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 

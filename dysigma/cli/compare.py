@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import add_command, write_record
+from .common import add_command, check_folder, write_record
 
 if TYPE_CHECKING:
     from .common import Commands
@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
     from ..runs.folder import load_run
     from ..runs.provenance import provenance
 
+    if args.out:
+        check_folder(args.out)
     result = compare([load_run(path) for path in args.runs])
     seeds = ", ".join(map(str, result.seeds))
     intervals = "one seed, so no intervals"

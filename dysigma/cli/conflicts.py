@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import add_command, add_draw_options, open_run, write_record
+from .common import add_command, add_draw_options, check_folder, open_run, write_record
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -246,7 +246,9 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     if not 2 <= args.bins <= MOST_BINS:
         raise ValueError(f"--bins must be from 2 to {MOST_BINS}; got {args.bins}")
-    out = _output(args)
+    if args.transfer and args.transfer_steps < 1:
+        raise ValueError(f"--transfer-steps must be 1 or more; got {args.transfer_steps}")
+    out = check_folder(_output(args))
 
     from ..bins import Bins
     from ..devices import resolve_device

@@ -122,5 +122,6 @@ def _read(
     if path.is_file():
         raise ValueError(f"{path} is a file, and no .npz: give the folder that holds the pictures")
     raise ValueError(
-        f"no data {str(source)!r}; have {[*_DRAWN]}, 'cifar10', .npz files, folders of pictures"
+        f"no data {str(source)!r}; have {[*_DRAWN]}, 'cifar10', .npz files, folders of pictures. If "
+        "images moved, name the place where they lie now (--data)"
     )

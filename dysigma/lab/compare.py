@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +32,7 @@ COMMON = (
     "data",
     "image_size",
     "schedule",
+    "shift",
     "num_timesteps",
     "zero_terminal_snr",
     "prediction",
@@ -137,6 +138,14 @@ def _check_comparable(runs: Sequence[Run], configs: Sequence[TrainConfig]) -> No
         raise RunError("need two validation timesteps or more, for two halves; these runs have one")
 
 
+def _without_places(runs: Sequence[Run], configs: Sequence[TrainConfig]) -> list[TrainConfig]:
+    """Configurations with one place of the images, if all runs recorded the same images, wherever they lay."""
+    recorded = [run.summary.get("data") for run in runs]
+    if recorded[0] is None or any(found != recorded[0] for found in recorded):
+        return [*configs]
+    return [replace(config, data=configs[0].data) for config in configs]
+
+
 def _label(config: TrainConfig, varied: Iterable[str]) -> str:
     """The name of an arm: its weighting, with parameters, and what else differs between arms."""
     words = [config.weighting]
@@ -150,7 +159,7 @@ def _label(config: TrainConfig, varied: Iterable[str]) -> str:
 
 def _arms(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
     """{label: {seed: run}} in the order given; RunError for runs that cannot be compared."""
-    configs = [TrainConfig.from_dict(run.config) for run in runs]
+    configs = _without_places(runs, [TrainConfig.from_dict(run.config) for run in runs])
     _check_comparable(runs, configs)
     between_arms = [name for name in configs[0].to_dict() if name not in WITHIN_ARM]
     varied = _differing(configs, between_arms)
