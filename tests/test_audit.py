@@ -322,7 +322,7 @@ def test_a_figure_that_cannot_be_written_is_told_before_anything_else(
     words = {"audit": ["audit", "min-snr", "--target", "v", "--figure"], "show": ["show", "--out"]}
     assert main([*words[command], place]) == 2
     printed = capsys.readouterr()
-    assert not printed.out and printed.err.count("\n") == 1 and place in printed.err
+    assert not printed.out and printed.err.count("\n") == 1 and place.split("/")[0] in printed.err
 
 
 @pytest.mark.parametrize("sampler", ["weight", "sqrt-weight"])
