@@ -706,3 +706,21 @@ def test_two_ranks_report_as_one(tmp_path: Path):
     )
     assert report.stationarity == pytest.approx(alone.stationarity, rel=1e-4)
     assert gramian.shape == (4, 4) and float(grad) == 72
+
+
+class Inference(nn.Module):
+    """A network made for inference, which takes no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(1, 1, 1)
+
+    @torch.no_grad()
+    def forward(self, x, timesteps):
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("measure", [conflicts, negative_transfer])
+def test_a_network_without_a_gradient_is_told_so(measure):
+    with pytest.raises(ValueError, match=r"detached.*no_grad"):
+        measure(Inference(), torch.randn(8, 1, 4, 4), NoiseSchedule.linear(), 2, progress=False)

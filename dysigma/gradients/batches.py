@@ -145,11 +145,20 @@ def batch_losses(
     prediction_type: str,
     model_kwargs: ModelKwargs,
 ) -> Tensor:
-    """``sample_losses`` (B,) of one bin; every image keeps its own row of model_kwargs."""
+    """``sample_losses`` (B,) of one bin; every image keeps its own row of model_kwargs.
+
+    Raises ValueError where a gradient is wanted and the model's output has none.
+    """
     device = batch.x0.device
     own = {}
     for name, table in (model_kwargs or {}).items():
         own[name] = table[batch.rows.to(table.device)].to(device)
-    return sample_losses(
+    losses = sample_losses(
         model, schedule, batch.x0, batch.noise, batch.timesteps, prediction_type, **own
     )
+    if torch.is_grad_enabled() and not losses.requires_grad:
+        raise ValueError(
+            "the model's output does not depend on its parameters: it was detached, or the model calls "
+            "torch.no_grad() itself, as one made for inference does"
+        )
+    return losses
