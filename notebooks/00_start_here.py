@@ -259,6 +259,7 @@ assert samples_along[f"after {IMAGES:,} images"].shape == (20, 3, 16, 16), "twen
 # | [10 Pareto trade-offs](10_pareto_trade_offs.ipynb) | what is the best any weighting could do? |
 # | [12 The convergence race](12_the_convergence_race.ipynb) | is it 3.7 times faster, and than what? |
 # | [13 Your own loop](13_your_own_loop.ipynb) | your own training loop, data and weighting |
+# | [14 Text-guided adaptation, and the capstone](14_text_guided_and_capstone.ipynb) | faster at a new task, or everywhere? Then a project of your own |
 #
 # **Three routes.** *The 45-minute tour:* this page, sections 1 to 4 of 01, sections 1 and 2 of 03, then 12. *The full
 # course:* in order; each page says what it needs and how long it takes. *Only the package:* the loop above, then 13.

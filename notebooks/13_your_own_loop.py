@@ -653,7 +653,7 @@ check_weighting(cosmap)
 # - Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, 2021, [arXiv:2106.09685](https://arxiv.org/abs/2106.09685): the adapters of section 6.
 # - Ho, Salimans, *Classifier-Free Diffusion Guidance*, 2022, [arXiv:2207.12598](https://arxiv.org/abs/2207.12598): why a tenth of the captions is dropped.
 #
-# Back to the [map](00_start_here.ipynb).
+# **Next:** [14, text-guided adaptation and the capstone](14_text_guided_and_capstone.ipynb). Back to the [map](00_start_here.ipynb).
 
 # %%
 watermark()

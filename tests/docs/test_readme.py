@@ -48,7 +48,12 @@ JOBS = [
     if "*ready*" in entry
     for job in re.findall(r"`(dysigma [^`]+)`", entry)
 ]
-COMMANDS = [line for line in SHELL if line.startswith("dysigma ")] + INLINE + JOBS
+CAPSTONE = re.findall(
+    r"^# (dysigma .*)$",
+    (ROOT / "notebooks/14_text_guided_and_capstone.py").read_text(),
+    re.M,
+)
+COMMANDS = [line for line in SHELL if line.startswith("dysigma ")] + INLINE + JOBS + CAPSTONE
 
 
 def test_every_block_is_python_or_shell_and_every_python_block_runs_as_printed():
