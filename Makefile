@@ -25,7 +25,7 @@ LOG := $(VENV)/pip.log
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test quick check-docs lowest lab notebooks docs browser bench faults mutants coverage
+.PHONY: help setup run test slow quick check-docs lowest lab notebooks docs browser bench faults mutants coverage
 
 help:  ## list the targets
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -39,15 +39,18 @@ test: $(STAMP)  ## lint, format check, types, tests of the code and of the examp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q $(PYTEST_FLAGS) --ignore=tests/docs
+	$(BIN)/python -m pytest -q $(PYTEST_FLAGS) -m "not slow" --ignore=tests/docs
 	@$(MAKE) --no-print-directory check-docs
+
+slow: $(STAMP)  ## the tests that train, race, compile or kill whole runs; before a release, and in CI after make test
+	$(BIN)/python -m pytest -q $(PYTEST_FLAGS) -m slow
 
 quick: $(STAMP)  ## lint, and the tests of the core without the slow ones: for the time between two edits
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q $(PYTEST_FLAGS) -m "not slow" $(QUICK)
 
 check-docs: $(STAMP)  ## rules of documents: commands of the README run, pages and sources agree, figures and links exist
-	$(BIN)/python -m pytest -q $(PYTEST_FLAGS) tests/docs
+	$(BIN)/python -m pytest -q $(PYTEST_FLAGS) -m "not slow" tests/docs
 
 lowest:  ## the tests with the lowest versions that pyproject.toml allows, in .venv-lowest (with python3.11)
 	$(PY) -m venv .venv-lowest

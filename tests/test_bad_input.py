@@ -128,6 +128,7 @@ def in_order(words: str, message: str) -> bool:
     return re.search(pattern, message, re.IGNORECASE | re.DOTALL) is not None
 
 
+@pytest.mark.slow
 def test_bad_commands_are_told_one_line_and_leave_nothing(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -86,6 +86,7 @@ def test_what_is_not_installed_is_no_contender(monkeypatch):
     assert "denoising-diffusion-pytorch" not in contenders.contenders(CPU)
 
 
+@pytest.mark.slow
 def test_a_batch_larger_than_the_number_of_timesteps_is_timed_too(monkeypatch):
     monkeypatch.setattr(benchmark, "MICRO_BATCHES", 6)
     config = TrainConfig(
@@ -114,6 +115,7 @@ def fails(config, data):
     raise RuntimeError("no such thing here\nand more")
 
 
+@pytest.mark.slow
 def test_the_record_holds_what_ran_and_why_the_rest_did_not(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(benchmark, "MICRO_BATCHES", 6)
     monkeypatch.setattr(
@@ -143,6 +145,7 @@ def test_the_record_holds_what_ran_and_why_the_rest_did_not(monkeypatch, tmp_pat
     assert "fails: RuntimeError" in said and "2 FLOP per multiply-add" in said
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_written_though_our_step_and_a_part_fail(monkeypatch, tmp_path):
     def full(config, data):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -39,6 +39,7 @@ QUICK = [
 ] + ["--quiet"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_train_sample_evaluate_on_ones_own_images(tmp_path, capsys):
     """Distances by pixels and by another network stand beside the losses in one file."""
     images = np.random.default_rng(0).integers(0, 256, (24, 12, 12, 3), dtype=np.uint8)
@@ -103,6 +104,7 @@ def test_train_sample_evaluate_on_ones_own_images(tmp_path, capsys):
     assert "compare it at equal numbers alone" in said
 
 
+@pytest.mark.slow
 def test_evaluate_brackets_the_floor_from_training_images(tmp_path, capsys):
     run = tmp_path / "run"
     assert main(["train", "--out", str(run), *QUICK]) == 0
@@ -156,6 +158,7 @@ def test_the_reference_leaves_out_images_that_are_not_exact_and_holds_out_what_i
     assert "has 60 training images; --samples holds 45 of them out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_options_come_from_a_file_and_flags_win(tmp_path):
     (tmp_path / "c.toml").write_text(
         'weighting = "min-snr"\nseed = 3\n[weighting_params]\ngamma = 2.0\n'
@@ -277,6 +280,7 @@ def test_sample_makes_the_folder_of_its_files(a_run, tmp_path):
     assert out.exists() and np.load(npz)["images"].shape == (2, 8, 8, 3)
 
 
+@pytest.mark.slow
 def test_evaluate_keeps_losses_when_sampling_is_stopped(a_run, tmp_path, monkeypatch):
     def stopped(*args, **kwargs):
         raise KeyboardInterrupt
@@ -341,6 +345,7 @@ def test_help_of_train_shows_common_options_first_and_every_field_once(capsys):
     assert text.index("--weighting STR") < text.index("--data-root") < text.index("--grad-clip")
 
 
+@pytest.mark.slow
 def test_a_used_folder_is_refused_and_untouched(tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["train", "--out", str(out), *QUICK]) == 0
@@ -401,6 +406,7 @@ def same(read, expected):
             assert kept == value, name
 
 
+@pytest.mark.slow
 def test_conflicts_of_a_pipeline_are_those_of_its_network(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     scheduler = DDIMScheduler(
@@ -458,6 +464,7 @@ def test_conflicts_of_a_pipeline_are_those_of_its_network(tmp_path, monkeypatch,
     assert "Mean cosine of " in text or "Undetermined: 3 of 3 pairs" in text
 
 
+@pytest.mark.slow
 def test_conflicts_of_a_run_are_on_its_images_and_averaged_weights(a_run, tmp_path, capsys):
     assert main(["conflicts", a_run, *SMALL, "--weighting=min-snr"]) == 0
     run = dysigma.load_run(a_run)
@@ -722,6 +729,7 @@ def test_conflicts_refuses_other_pipelines_with_the_reason(tmp_path, capsys):
         assert error.startswith(f"dysigma: {tmp_path / name}") and reason in error, name
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_where_its_images_lie_now(tmp_path, capsys):
     draw = np.random.default_rng(0)
     images = draw.integers(0, 256, (2, 24, 8, 8, 3), dtype=np.uint8)

@@ -100,6 +100,7 @@ def test_power_laws_give_their_ratio_speedup_and_bits(tmp_path, factor):
         assert row.reached == 0 and math.isnan(row.reach) and math.isnan(row.speedup)
 
 
+@pytest.mark.slow
 def test_a_trained_comparison_is_what_ttest_and_speedup_say(trained):
     result = compare([load_run(path) for path in trained])
     row, (base, arm) = result.table.loc["uncertainty"], result.losses.values()

@@ -74,6 +74,7 @@ def test_a_route_that_fails_or_errs_is_listed_with_its_reason_and_not_timed(
     assert "no rule for this layer" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_without_torchjd_its_rows_say_so_and_the_others_stand(one_process, monkeypatch):
     for module in ("torchjd", "torchjd.autogram", "torchjd.autojac"):
         monkeypatch.setitem(sys.modules, module, None)

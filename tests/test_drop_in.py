@@ -461,6 +461,7 @@ def run_rank(rank, folder):
     torch.save(results, f"{folder}/{rank}.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_of_accelerate_do_what_one_does_with_the_whole_batch(tmp_path):
     torch.multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]

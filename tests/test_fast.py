@@ -46,6 +46,7 @@ def gradient(config):
     return torch.cat([p.grad.flatten() for p in state.model.parameters()])
 
 
+@pytest.mark.slow
 def test_gradients_of_the_fast_path_agree(graphs):
     slow, fast = gradient(SLOW), gradient(FAST)
     assert 1e-6 < float((fast - slow).norm() / slow.norm()) < 1e-2
@@ -65,6 +66,7 @@ def test_loss_curves_agree_and_nothing_is_compiled_twice(graphs):
     assert graphs.frame_count == 1
 
 
+@pytest.mark.slow
 def test_a_compiled_run_leaves_what_any_run_leaves_and_resumes_as_one(tmp_path, graphs):
     """No name of the compiled wrapper in checkpoint or pipeline; a resume restores every memory format."""
     config = dataclasses.replace(FAST, images=64)
@@ -118,6 +120,7 @@ def test_every_convolution_reads_channels_last_and_gives_the_same(preset, size, 
     assert model.state_dict().keys() == plain.state_dict().keys()
 
 
+@pytest.mark.slow
 def test_no_number_of_a_step_crosses_to_the_host(monkeypatch):
     """Tensors on the device "meta" have shapes and no numbers: whoever asks for one gets an error."""
     real = draws.generator

@@ -61,6 +61,7 @@ def assert_same_end(out, folders):
     assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
 
 
+@pytest.mark.slow
 def test_the_comparison_of_ends_tells_runs_apart(folders):
     (tensors, rows), (others, other_rows) = outcome(folders / "whole"), outcome(folders / "other")
     assert sum(not torch.equal(tensors[name], others[name]) for name in tensors) > 300
@@ -122,6 +123,7 @@ def full_disk(limit):
         signal.signal(signal.SIGXFSZ, handler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [900, 100_000])  # of metrics.jsonl, of the tensors
 def test_a_full_disk_stops_the_run_and_loses_nothing(folders, half, limit):
     before = load_checkpoint(half / "checkpoint")
@@ -143,6 +145,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(folders, half, limit):
     assert_same_end(half, folders)
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_the_very_end_costs_the_pipeline_alone(folders, half, monkeypatch):
     finish = training.recorder.Recorder.finish
 

@@ -99,6 +99,7 @@ def test_equal_populations_are_told_from_others(classifier, pictures):
     assert compare_features(other, b)["kid"] > 10 * error
 
 
+@pytest.mark.slow
 def test_the_script_trains_and_writes_such_a_file(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("train_features", FOLDER / "train.py")
     script = importlib.util.module_from_spec(spec)

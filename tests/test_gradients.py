@@ -134,6 +134,7 @@ def test_parts_are_multiplied_with_each_other_only():
     torch.testing.assert_close(gramian, (a @ b.T + b @ a.T) / 2, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_the_training_gramian_is_unbiased():
     exact, repeats = Linear(), 200
     bins = Bins.uniform(10, 10)
@@ -154,6 +155,7 @@ def test_the_training_gramian_is_unbiased():
     torch.testing.assert_close(torch.stack(plain).mean(0).diagonal(), inflated, rtol=0.15, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("paired", [False, True])
 def test_the_report_is_unbiased_and_its_intervals_cover(paired):
     """Also where bins share images and noise: there the naive cosines are wrong by something else than shrinkage."""
@@ -193,6 +195,7 @@ def test_the_report_is_unbiased_and_its_intervals_cover(paired):
     )
 
 
+@pytest.mark.slow
 def test_stationarity_is_free_of_the_noise_floor():
     exact = Linear(
         shrink=1.0, dimension=1000, num_images=5000

@@ -54,6 +54,7 @@ fig, ax = plt.subplots(figsize=(1, 1))
 plots.show(fig, "07_dot", title="T", caption="C", alt="An empty square.", notebook="07_tiny")"""
 
 
+@pytest.mark.slow
 def test_build_writes_page_and_figures_beside_the_source_and_the_same_bytes_again(
     project, tmp_path
 ):
@@ -83,6 +84,7 @@ def test_build_writes_page_and_figures_beside_the_source_and_the_same_bytes_agai
     assert source.with_suffix(".ipynb").read_bytes() == first
 
 
+@pytest.mark.slow
 def test_fast_and_student_builds_leave_the_published_page_alone(project, tmp_path):
     show = "# %%\nimport os\nprint(os.environ['DYSIGMA_FAST'])"
     source = project("07_tiny", show, PICTURE, '# %% tags=["solution"]\nprint("secret")')
@@ -113,6 +115,7 @@ def test_a_kernel_that_dies_is_a_failure_like_others(project):
         build([project("07_dies", "# %%\nimport os\nos._exit(1)")])
 
 
+@pytest.mark.slow
 def test_an_interrupt_stops_the_kernel_and_says_where(project, tmp_path):
     source = project(
         "07_slow", "# %%\nimport pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(600)"
@@ -134,6 +137,7 @@ def test_an_interrupt_stops_the_kernel_and_says_where(project, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_page_that_is_too_large_is_refused(project):
     source = project("07_large", f"# %%\nprint('x\\n' * {MAX_BYTES})")
     with pytest.raises(NotebookError, match=str(MAX_BYTES)):

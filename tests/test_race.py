@@ -59,6 +59,7 @@ def test_a_race_records_every_entry_once_and_goes_on_where_it_stopped(tmp_path):
     assert rerun == again
 
 
+@pytest.mark.slow
 def test_one_process_gives_the_records_that_several_give_and_reads_the_data_once(
     tmp_path, monkeypatch
 ):
@@ -153,6 +154,7 @@ def test_targets_weightings_and_samplers_are_raced_on_a_flow(tmp_path):
     assert weights["velocity", "density"] == weights["velocity", "min-snr"]
 
 
+@pytest.mark.slow
 def test_an_entry_that_fails_ends_the_race_and_the_others_wait_for_the_next_call(tmp_path):
     spec = Race.from_dict(SPEC | {"seeds": [0, 1, 2, 3]})
     foreign = tmp_path / "entries" / "0001"
@@ -186,6 +188,7 @@ def test_stopping_a_race_leaves_other_processes_of_the_caller_alone(tmp_path, mo
         own.kill()
 
 
+@pytest.mark.slow
 def test_a_stopped_race_saves_and_the_workers_of_a_killed_one_end_with_it(tmp_path):
     (tmp_path / "spec.json").write_text(
         json.dumps(SPEC | {"base": SPEC["base"] | {"images": 10**7}})

@@ -79,6 +79,7 @@ def run_ranks(count, out, stop=None):
     ), "ranks drifted"
 
 
+@pytest.mark.slow
 def test_1_2_and_4_ranks_agree_and_go_on_with_another_number(tmp_path):
     train(CONFIG, tmp_path / "one", progress=False, finish=False)
     run_ranks(4, tmp_path / "four", stop=STOP)

@@ -252,6 +252,7 @@ def own_module(tmp_path, monkeypatch):
     sys.modules.pop("my_weightings", None)
 
 
+@pytest.mark.slow
 def test_own_weightings_are_short_and_keep_the_laws(own_module):
     formula, learnable = OWN.strip().split("\n\n")[1:]
     assert (
@@ -278,6 +279,7 @@ def test_an_own_formula_is_a_log_weight_on_the_x0_error(own_module):
     torch.testing.assert_close(prior.weights(), by_object)
 
 
+@pytest.mark.slow
 def test_dysigma_train_takes_it_by_name_and_resumes(own_module, tmp_path, capsys):
     options = [
         "--model",

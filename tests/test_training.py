@@ -44,6 +44,7 @@ def data():
     return load_split(TINY, "train", torch.device("cpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "changes"),
     [
@@ -122,6 +123,7 @@ def test_stopping_the_loop_leaves_a_whole_step(data):
     assert state.step == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 def test_training_lowers_the_validation_loss(tmp_path, prediction):
     weighting = {"epsilon": "const-eps", "sample": "const-x0", "v_prediction": "const-v"}[
@@ -135,6 +137,7 @@ def test_training_lowers_the_validation_loss(tmp_path, prediction):
     assert curve[-1] < 0.8 * curve[0]
 
 
+@pytest.mark.slow
 def test_conflicts_and_distances_are_measured_at_the_averaged_weights_and_change_nothing(tmp_path):
     plain = train(TINY, tmp_path / "plain", progress=False, finish=False)
     config = with_(conflicts_from=24, distance_images=8, distance_steps=2)
@@ -168,6 +171,7 @@ def test_conflicts_and_distances_are_measured_at_the_averaged_weights_and_change
     assert rows.distance.iloc[-1] == pytest.approx(frechet_distance(*map(moments, pixels)))
 
 
+@pytest.mark.slow
 def test_a_finished_run_opens_in_diffusers_and_in_a_table(tmp_path):
     run = train(with_(conditional=True), tmp_path / "run", progress=False)
     assert run.summary["status"] == "done" and run.summary["images"] == 192
@@ -204,6 +208,7 @@ def test_a_network_destroyed_by_its_last_step_is_not_called_done(tmp_path):
     assert not (tmp_path / "run" / "pipeline").exists()
 
 
+@pytest.mark.slow
 def test_the_adaptive_sampler_learns_from_weighted_losses(data):
     config = with_(
         weighting="const-x0",
@@ -240,6 +245,7 @@ def test_labels_that_the_training_images_lack_are_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
     out = tmp_path / "run"
     command = [
@@ -324,6 +330,7 @@ def files(tmp_path, monkeypatch):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RIGHT)
 def test_unusual_settings_train(tmp_path, files, name):
     config = with_(**(MICRO | RIGHT[name]))
@@ -376,6 +383,7 @@ def test_settings_without_a_meaning_are_refused_and_leave_no_folder(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "what"),
     [

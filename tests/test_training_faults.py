@@ -136,6 +136,7 @@ def test_auto_never_takes_a_device_without_float64(monkeypatch):
 # Signals and errors
 
 
+@pytest.mark.slow
 def test_a_signal_during_the_final_sampling_saves_and_a_resume_finishes(tmp_path, monkeypatch):
     def interrupted(*_, **__):
         os.kill(os.getpid(), signal.SIGINT)
@@ -245,6 +246,7 @@ def test_a_recorded_run_of_an_early_version_opens(tmp_path):
     assert run.metrics.images.iloc[-1] == config.images
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_early_version_goes_on(tmp_path, monkeypatch):
     whole = quick(SHORT, tmp_path / "whole")
     stop_at(monkeypatch, 3)
@@ -266,6 +268,7 @@ def test_a_checkpoint_of_an_early_version_goes_on(tmp_path, monkeypatch):
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+@pytest.mark.slow
 def test_a_compact_run_keeps_the_groups_it_was_begun_with(tmp_path):
     config = with_(model="compact", image_size=16, batch_size=2, images=2, validation_images=1)
     run = quick(config, tmp_path / "run")
@@ -289,6 +292,7 @@ def test_small_work_takes_one_thread_and_a_resumed_run_its_own_number(tmp_path):
     assert number_of_threads(SHORT, large) == torch.get_num_threads()
 
 
+@pytest.mark.slow
 def test_the_number_of_threads_is_recorded_and_left_as_it_was(tmp_path):
     before = torch.get_num_threads()
     run = quick(with_(threads=2), tmp_path / "run")
@@ -299,6 +303,7 @@ def test_the_number_of_threads_is_recorded_and_left_as_it_was(tmp_path):
 # Compilation and number formats
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_costs_a_line(tmp_path, monkeypatch):
     def no_compiler(model, **options):
         def forward(*inputs):
@@ -338,6 +343,7 @@ def test_auto_takes_bfloat16_only_where_it_is_native(monkeypatch, native, dtype)
     assert found == (getattr(torch, dtype) if dtype else None)
 
 
+@pytest.mark.slow
 def test_float16_skips_a_step_that_overflows_and_goes_on(tmp_path):
     config = with_(precision="float16", weighting="uncertainty", log_every=1)
     data = load_split(config, "train", CPU)
@@ -382,6 +388,7 @@ def test_a_budget_too_small_says_what_is_enough(monkeypatch):
         fit_to_minutes(SHORT, 1)
 
 
+@pytest.mark.slow
 def test_a_tracker_gets_every_line_and_its_absence_is_told(tmp_path, monkeypatch):
     sent = []
 
@@ -416,6 +423,7 @@ def test_a_tracker_gets_every_line_and_its_absence_is_told(tmp_path, monkeypatch
 # Flows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prediction", "shift"),
     [("flow_prediction", 1.0), ("flow_prediction", 3.0), ("sample", 3.0), ("v_prediction", 1.0)],

@@ -1025,6 +1025,7 @@ def shares_of(weighting):
     return each / each.mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", SCALARIZATION_RULES)
 def test_scalarizations_keep_the_laws(rule):
     pytest.importorskip("torchjd")
@@ -1302,6 +1303,7 @@ def run_rank(rank, folder):
     torch.save(results, f"{folder}/{rank}.pt")
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_what_one_rank_learns_from_the_whole_batch(tmp_path):
     torch.multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
@@ -1388,6 +1390,7 @@ def test_fluctuation_by_hand():
             fluctuation(short)
 
 
+@pytest.mark.slow
 def test_learned_weights_fluctuate_less_the_more_they_are_anchored():
 
     def late(**params):

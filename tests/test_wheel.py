@@ -101,6 +101,7 @@ assert main("sample run --num-images 2 --steps 2".split()) == 0
 """
 
 
+@pytest.mark.slow
 def test_the_installed_wheel_trains_outside_the_checkout(built, tmp_path):
     target, work = tmp_path / "site", tmp_path / "work"
     work.mkdir()
