@@ -133,7 +133,9 @@ model = small_unet()
 # And this is your loop, as in the examples of diffusers. The three marked lines are new.
 
 # %%
-weighting = make_weighting("dy-sigma", schedule, scheduler.config.prediction_type)  # 1
+NAME = "dy-sigma"
+
+weighting = make_weighting(NAME, schedule, scheduler.config.prediction_type)  # 1
 groups = [{"params": model.parameters(), "lr": 2e-3}, *weighting.parameter_groups()]  # 2
 optimizer = torch.optim.AdamW(groups)
 
@@ -170,13 +172,14 @@ if lesson.fast(True, False):
 # Dy-Sigma has learned while the network did:
 
 # %%
-start = make_weighting("dy-sigma", schedule, "v_prediction").weights()
+start = make_weighting(NAME, schedule, "v_prediction").weights()
 learned = weighting.weights()
-table = pd.DataFrame(index=pd.Index([10, 300, 600, 900], name="timestep"))
+table = pd.DataFrame(index=pd.Index([10, 130, 300, 600, 900], name="timestep"))
 table["at the start"] = start[table.index]
 table["now"] = learned[table.index]
-lesson.table(table, caption="Weights of Dy-Sigma", digits=2)
-assert (learned - start).abs().max() > 0.01, "the weights must have moved"
+lesson.table(table, caption=f"Weights of {NAME}")
+if NAME == "dy-sigma":
+    assert (learned - start).abs().max() > 0.01, "the weights must have moved"
 
 # %% [markdown]
 # ## Check it: write the formula out
@@ -484,12 +487,14 @@ for _ in range(lesson.fast(200, 15)):
 
 first = np.mean(edm_curve[:20])
 last = np.mean(edm_curve[-20:])
-print(f"mean loss of the first twenty steps {first:.2f}, of the last twenty {last:.2f}")
+print(f"mean loss of the first twenty steps {first:.3g}, of the last twenty {last:.3g}")
 if lesson.fast(True, False):
     assert last < first, "the loss must fall"
 
 # %% [markdown]
-# The check by formula: the gradient of the loss in each error is its weight, over the batch size.
+# The numbers are small because the weights were divided by their mean, and the cleanest levels have very large ones. Now the
+# check by formula. The gradient of the loss in each error is its weight, over the batch size. Without the division by the
+# mean (`normalize=False`) it must be the weight of the paper.
 
 # %%
 sigma = torch.tensor([0.02, 0.1, 0.5, 2.0, 10.0])
@@ -640,8 +645,8 @@ assert after < before, "the loss must fall"
 # %% [markdown]
 # ## Which noise levels of your network conflict?
 #
-# The network of the first loop was trained here in a loop that is not ours. `conflicts` needs the network, images, and
-# schedule. It measures the gradients of four bins of timesteps, and takes the noise of minibatches out
+# The network of the first loop was trained outside this package. `conflicts` needs three things: the network, images and
+# the schedule. Here it measures the gradients of four bins of timesteps, and takes the noise of minibatches out
 # ([08](08_gradient_conflicts.ipynb)).
 
 # %%
@@ -667,10 +672,14 @@ for span in spans:
 lesson.table(
     shown, caption="Cosines between the gradients of bins of timesteps, with standard errors"
 )
+if NAME == "dy-sigma" and len(spans) == 4 and lesson.fast(True, False):
+    assert report.sure_conflict_rate == 0, "in our run, no pair must conflict"
+    assert cosines.iloc[0, -1] == cosines.min().min(), "the two ends must agree least"
 
 # %% [markdown]
-# Read a cell with its standard error. A cosine below zero by more than two of them is a conflict. *Undetermined* means that
-# the gradient of a bin does not stand out of its noise: use more `micro_batches`.
+# Read a cell with its standard error. A cosine below zero by more than two of them is a conflict. In our full run there is
+# none: bins that are close agree, and the cleanest and the noisiest bin are nearly unrelated. In a short run some cells
+# may say *undetermined*. Then the gradient of a bin does not stand out of its noise: use more `micro_batches`.
 #
 # Two more options. For a network with conditions, `model_kwargs={"class_labels": labels}` holds one row for each image.
 # If you train only some parameters (adapters, say), only those that require a gradient are measured. A network that was
@@ -690,8 +699,8 @@ flow_report = dysigma.conflicts(
 print(flow_report.sentences()[0])
 
 # %% [markdown]
-# **Try it yourself.** In the first loop, `"uncertainty"` or `"p2"` in place of `"dy-sigma"`. In the cell of `gentle`, a
-# `power` of 0.2 or 1. In the conflicts of the first network, `bins=6`.
+# **Try it yourself.** In the first loop, `NAME = "uncertainty"` or `"p2"`. In the cell of `gentle`, call the check with
+# `power=0.2` or `power=1.0`. In the conflicts of the first network, `bins=6`.
 #
 # ## Exercises
 #
