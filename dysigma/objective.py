@@ -173,22 +173,36 @@ class OutputLayerGradients:
         """|dL_i/dW|^2 + |dL_i/db|^2 (B,) of the layer's input and of the gradient in its output."""
         with torch.autocast(features.device.type, enabled=False):
             if isinstance(self.layer, nn.Conv2d):
-                features = F.unfold(
-                    features,
-                    self.layer.kernel_size,
-                    self.layer.dilation,
-                    self.layer.padding,  # type: ignore[arg-type]
-                    self.layer.stride,
-                )
+                features, gradient_rows = self._patches(features, gradient)
                 gradient = gradient.flatten(2)
             else:
                 features = features.reshape(len(features), -1, features.shape[-1]).mT
                 gradient = gradient.reshape(len(gradient), -1, gradient.shape[-1]).mT
-            of_weight = gradient @ features.mT  # (B, out, in), summed over positions
+                gradient_rows = gradient
+            of_weight = gradient_rows @ features.mT  # (B, out, in), summed over positions
             squares = of_weight.square().sum((1, 2))
             if self.layer.bias is not None:
                 squares = squares + gradient.sum(2).square().sum(1)
         return squares
+
+    def _patches(self, features: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and output gradient of the convolution as (B, rows, positions), one of them in patches.
+
+        The product of the two is the gradient of the weight, in some order. Where the output is as
+        large as the input, patches of the gradient do as well, and an output has fewer channels.
+        """
+        layer = self.layer
+        assert isinstance(layer, nn.Conv2d)
+        padding = layer.padding
+        if isinstance(padding, str):  # "same" may pad one side more than the other
+            features = F.pad(features, layer._reversed_padding_repeated_twice)
+            padding = (0, 0)
+        shape = (layer.kernel_size, layer.dilation, padding, layer.stride)
+        spans = [d * (k - 1) for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+        is_same = [2 * p for p in padding] == spans and layer.stride == (1, 1)
+        if is_same and layer.out_channels < layer.in_channels:
+            return features.flatten(2), F.unfold(gradient, *shape)
+        return F.unfold(features, *shape), gradient.flatten(2)
 
     def squared_norms(self, losses: Tensor) -> Tensor:
         """(B,): of the gradient of each loss alone, whatever weight it had in what was minimised.

@@ -142,6 +142,30 @@ def conv_network():
     return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 2, 3, padding=1))
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(6, 3, 3, padding=1),  # by patches of the gradient
+        nn.Conv2d(6, 2, 3, padding=2, dilation=2, bias=False),
+        nn.Conv2d(4, 3, 1),
+        nn.Conv2d(2, 5, 3, padding=1),  # by patches of the input
+        nn.Conv2d(6, 3, 3, padding=1, stride=2),
+        nn.Conv2d(6, 3, 3, padding="same"),
+        nn.Conv2d(6, 3, (3, 1)),
+    ],
+    ids=str,
+)
+def test_squares_of_a_last_convolution_are_those_of_autograd(layer):
+    features = torch.randn(3, layer.in_channels, 8, 8)
+    output = layer(features)
+    gradient = torch.randn_like(output)
+    found = OutputLayerGradients(layer).squares(features, gradient)
+    for i in range(3):
+        one = (output[i] * gradient[i]).sum()
+        gradients = torch.autograd.grad(one, list(layer.parameters()), retain_graph=True)
+        torch.testing.assert_close(found[i], sum(g.square().sum() for g in gradients))
+
+
 def token_network():
     return nn.Sequential(nn.Linear(8, 6), nn.SiLU(), nn.Linear(6, 8, bias=False))
 
