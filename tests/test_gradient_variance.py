@@ -1,6 +1,7 @@
 """The variance of the gradient under each sampler: the formula by hand, and one small network from end to end."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -57,3 +58,20 @@ def test_one_network_from_training_to_intervals(monkeypatch):
     # A constant weight has nothing for its own root to follow.
     assert rows["const-flow"]["sqrt-weight"][0] == pytest.approx(1.0)
     assert rows["min-snr"]["sqrt-weight"][0] < 0.9
+
+
+def test_the_table_of_the_results_is_that_of_the_record():
+    root = FOLDER.parent
+    record = json.loads((root / "runs/gradient-variance/variance.json").read_text())
+    text = (root / "RESULTS.md").read_text(encoding="utf-8")
+    section = text.split("## Variance of the gradient")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    samplers = (
+        "sqrt-weight", "weight", "loss-second-moment", "gradient-norm", "dy-sigma density", "stratified",
+    )  # fmt: skip
+    measured = [found for network in record["networks"] for found in network["objectives"].values()]
+    assert len(rows) == len(measured) >= 6
+    for row, found in zip(rows, measured, strict=True):
+        cells = row.strip("| ").split(" | ")[2:]
+        shown = [float(cell.split(" ")[0]) for cell in cells]
+        assert shown == [pytest.approx(found[name][0], abs=0.0051) for name in samplers]
