@@ -293,8 +293,8 @@ assert largest_difference < 0.01, "the three must be the same function"
 #
 # $$\frac{\gamma}{S+\gamma}=\frac1{1+S/\gamma}=\frac1{1+e^{\lambda-\ln\gamma}}=\mathrm{sigmoid}(\ln\gamma-\lambda).$$
 #
-# So a comparison of the three at matching parameters, *in this package*, compares nothing. The next section says why
-# three words stand in italics.
+# So in this package a comparison of the three at matching parameters compares nothing. Between the papers it is not so,
+# as the next section shows.
 #
 # ## The measure: per timestep or per log-SNR
 #
@@ -304,9 +304,9 @@ assert largest_difference < 0.01, "the three must be the same function"
 #
 # $$\int w^\epsilon(\lambda)\,L^\epsilon\,\mathrm d\lambda=\int w^\epsilon(\lambda_t)\,\Big|\frac{\mathrm d\lambda}{\mathrm dt}\Big|\,L^\epsilon\,\mathrm dt .$$
 #
-# So per timestep, their weighting is ours times the slope. Call the **share that sits elsewhere** the part of the total weight
-# that one must move to turn one into the other (both with mean 1, on the noise error). It is 0 if the measure does not
-# matter. What is it on the linear schedule?
+# So per timestep, their weighting is ours times the slope. How different are the two? We count the **share of the weight
+# that sits elsewhere**: how much of the total weight (on the noise error) one must move to turn one into the other. It is
+# 0 if the measure does not matter. What is it on the linear schedule?
 
 # %%
 QUESTION_MEASURE = "Share of the weight that sits elsewhere, linear schedule (0 to 1)?"
@@ -346,8 +346,8 @@ torch.testing.assert_close(debiased, geometric_mean.float())
 # %% [markdown]
 # ## EDM: the inverse of the smallest error
 #
-# Here is a different idea. Divide each loss by the smallest value that it can have. Then every timestep ends at 1, and none
-# is large for the only reason that it is hard.
+# Here is a different idea. Divide each loss by the smallest value that it can have. Then every timestep ends at 1, and no
+# loss is large only because its timestep is hard.
 #
 # For Gaussian data of standard deviation $\sigma_d$ the smallest error is known. Before $x_t$ is seen, the precision
 # (inverse variance) of a pixel is $1/\sigma_d^2$. The observation adds precision $S$. The error that remains is the inverse of
@@ -459,8 +459,8 @@ LOWERING = {  # where each name stands on the chart: log-SNR, weight
     "p2": (0.8, 0.012),
 }
 RAISING = {
-    "const-x0": (-9.6, 1200),
-    "debiased": (-9.6, 12),
+    "const-x0": (-10.3, 350),
+    "debiased": (-10.3, 12),
     "edm": (-3.5, 500),
     "truncated-snr": (3.4, 1.6),
 }
@@ -470,7 +470,8 @@ def draw_family(ax, family):
     ax.axhline(1, color="0.7", linewidth=5)
     for number, (name, place) in enumerate(family.items()):
         weight = make_weighting(name, schedule, "epsilon", normalize=False).weights()
-        ax.plot(log_snr, weight, color=f"C{number}", linewidth=2)
+        width = 4 - number  # where two coincide, both show
+        ax.plot(log_snr, weight, color=f"C{number}", linewidth=width)
         ax.text(*place, name, color=f"C{number}")
     ax.set(xlabel="log-SNR (noisy → clean)", yscale="log", ylim=(5e-4, 1e5))
 
@@ -486,7 +487,8 @@ lesson.show(
     fig,
     "03_weightings",
     title="Two families: some lower clean timesteps, the others raise noisy ones",
-    caption="Formulas with the defaults of the package, not divided by their mean. The grey line is DDPM's loss, weight 1.",
+    caption="Formulas with the defaults of the package, not divided by their mean. The grey line is DDPM's loss, weight 1. "
+    "On the noisy side truncated-snr (thin) lies on const-x0.",
     alt="Two panels of weight against log-SNR, logarithmic. Left: min-snr and p2 are flat at one on the noisy side and "
     "fall on the clean side. Right: const-x0, debiased, edm and truncated-snr rise towards the noisy side; edm and "
     "truncated-snr are level at one on the clean side.",
@@ -550,7 +552,7 @@ lesson.table(
 # SNR extremely small.
 #
 # The last two columns say how many timesteps have a weight other than the plain loss, after a common factor is taken out.
-# They need a **tolerance**. Min-SNR is the same at both: it has a corner. Soft Min-SNR is not: it differs from the plain
+# They need a **tolerance**. Min-SNR gives nearly the same share at both, because it has a corner. Soft Min-SNR does not: it differs from the plain
 # loss by a little almost everywhere, and by more than 10 % on a third of the timesteps.
 
 # %%
