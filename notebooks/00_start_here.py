@@ -257,6 +257,7 @@ assert samples_along[f"after {IMAGES:,} images"].shape == (20, 3, 16, 16), "twen
 # | [08 Gradient conflicts](08_gradient_conflicts.ipynb) | do the timesteps pull apart, once noise is accounted for? |
 # | [09 Acting on conflicts](09_acting_on_conflicts.ipynb) | can a step spare every noise level? |
 # | [10 Pareto trade-offs](10_pareto_trade_offs.ipynb) | what is the best any weighting could do? |
+# | [11 Measuring a speed-up](11_measuring_a_speed_up.ipynb) | how does one say "so many times faster" honestly? |
 # | [12 The convergence race](12_the_convergence_race.ipynb) | is it 3.7 times faster, and than what? |
 # | [13 Your own loop](13_your_own_loop.ipynb) | your own training loop, data and weighting |
 # | [14 Text-guided adaptation, and the capstone](14_text_guided_and_capstone.ipynb) | faster at a new task, or everywhere? Then a project of your own |
