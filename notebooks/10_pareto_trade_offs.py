@@ -75,7 +75,7 @@ lesson.predict(QUESTION_PRICE, None)
 # |---|---|---|---|
 # | $L_t$ | `denoiser.losses(theta)` | `(20,)` | loss on the noise at level $t$ |
 # | $L_t^\star$ | `denoiser.irreducible()` | `(20,)` | the least loss at that level, for any denoiser |
-# | $E_\text{clean},\ E_\text{noisy}$ | `excess(theta)` | `(2,)` | mean of $L_t-L_t^\star$ over the half |
+# | $E$ | `excess(theta)` | `(2,)` | $E_\text{clean}$ and $E_\text{noisy}$: mean of $L_t-L_t^\star$ over each half |
 # | $R$ | `ratio` | number | weight of the clean half over that of the noisy half |
 
 # %%
