@@ -197,3 +197,44 @@ def test_hosted_copies_want_an_address(tmp_path, address):
     with pytest.raises(ValueError, match="address of a repository"):
         write_hosted(find(ROOT / "notebooks", ["07"]), tmp_path, address)
     assert not list(tmp_path.iterdir())
+
+
+def test_slides_show_pictures_and_no_code_and_keep_the_rest_as_notes(tmp_path):
+    from dysigma.course.slides import slides, write_slides
+
+    source = ROOT / "notebooks/06_dy_sigma_derived.py"
+    page = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+    made = slides(page)
+    nbformat.validate(made)
+    kinds = [cell.metadata["slideshow"]["slide_type"] for cell in made.cells]
+    assert kinds[0] == "slide" and {"slide", "subslide", "notes"} == set(kinds)
+    assert not any(cell.source for cell in made.cells if cell.cell_type == "code")
+
+    def pictures(notebook):
+        outputs = [out for cell in notebook.cells for out in cell.get("outputs", ())]
+        return [out["data"]["image/png"] for out in outputs if "image/png" in out.get("data", {})]
+
+    assert pictures(made) == pictures(page)
+    text = "\n".join(cell.source for cell in made.cells)
+    assert "## The wish" in text and "$$" in text
+    assert "# Solutions" not in text and "Measured" not in text
+
+    (path,) = write_slides([source], tmp_path)
+    assert path.read_text().count('src="data:image/png') == len(pictures(page))
+
+
+def test_a_slide_has_the_first_paragraph_and_notes_have_the_others():
+    from dysigma.course.slides import slides
+
+    text = "## A heading\n\nFirst, $a$.\n\n$$a = b$$\n\nSecond.\n\n- a list\n\n## Exercises\n\nNot this."
+    page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)])
+    shown, notes = slides(page).cells
+    assert shown.source == "## A heading\n\nFirst, $a$.\n\n$$a = b$$\n\n- a list"
+    assert notes.source == "Second."
+
+
+def test_slides_want_an_executed_page(tmp_path):
+    from dysigma.course.slides import write_slides
+
+    with pytest.raises(FileNotFoundError, match="dysigma notebooks 01"):
+        write_slides([tmp_path / "01_new.py"], tmp_path)

@@ -47,6 +47,12 @@ def add(commands: Commands) -> None:
         help="what that cell clones (default: where this checkout's origin lies)",
     )
     parser.add_argument(
+        "--slides",
+        type=Path,
+        metavar="DIR",
+        help="do not execute: write slides of the executed pages here, for a class",
+    )
+    parser.add_argument(
         "--jobs",
         type=int,
         default=2,
@@ -57,12 +63,17 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from ..course.pages import build, find, write_hosted
+    from ..course.slides import write_slides
 
     sources = find(args.folder, args.names)
     if args.hosted is not None:
         repository = args.repository or _address_of_origin(args.folder)
         written = write_hosted(sources, args.hosted, repository)
         print(f"{len(written)} pages that begin by cloning {repository}: {args.hosted}")
+        return
+    if args.slides is not None:
+        written = write_slides(sources, args.slides)
+        print(f"slides of {len(written)} pages, to open in a browser: {args.slides}")
         return
     build(
         sources,

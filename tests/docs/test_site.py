@@ -151,3 +151,35 @@ def test_the_site_builds_without_a_warning_and_needs_nothing_from_elsewhere(tmp_
     assert pages["06_dy_sigma_derived"].count("Show code cell source") >= 2
     assert "<img" in pages["06_dy_sigma_derived"] and "<math" in pages["06_dy_sigma_derived"]
     assert "<details>" in pages["06_dy_sigma_derived"]
+
+
+def test_the_formulas_of_the_cheat_sheet_are_those_of_the_package():
+    """Each row is written again by hand, and compared on levels of a schedule."""
+    import torch
+
+    from dysigma.schedule import NoiseSchedule
+    from dysigma.weightings.formulas import log_weight
+
+    page = Path(__file__).parents[2] / "notebooks/reference/cheat_sheet.md"
+    sheet = page.read_text()
+    schedule = NoiseSchedule.linear(1000)
+    snr = schedule.log_snr.exp()
+    by_hand = {
+        ("const-x0", "$1$"): torch.ones_like(snr),
+        ("const-eps", "$S$"): snr,
+        ("const-v", "$1+S$"): 1 + snr,
+        ("const-flow", r"$(1+\sqrt S)^2$"): (1 + snr.sqrt()) ** 2,
+        ("min-snr", r"$\min(S,\gamma)$"): snr.clamp(max=5.0),
+        ("p2", r"$S/(k+S)^\gamma$"): snr / (1 + snr),
+        ("sigmoid", r"$S\,\mathrm{sigmoid}(b-\ln S)$"): snr * torch.sigmoid(2.0 - snr.log()),
+        ("debiased", r"$\sqrt S$"): snr.sqrt(),
+    }
+    for (name, formula), weights in by_hand.items():
+        assert f"| `{name}` | {formula} |" in sheet
+        ours = log_weight(name, schedule, "sample").exp()
+        torch.testing.assert_close(ours.double(), weights.double(), rtol=1e-6, atol=0)
+    conversions = {"epsilon": snr, "v_prediction": 1 + snr}
+    for target, factor in conversions.items():
+        assert f"(`{target}`)" in sheet
+        on_target = log_weight("const-x0", schedule, target).exp()
+        torch.testing.assert_close(on_target.double(), 1 / factor.double(), rtol=1e-6, atol=0)
