@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 
@@ -26,9 +27,11 @@ from safetensors.torch import load_file
 
 import dysigma
 import dysigma.evaluation
-from dysigma.cli.main import _is_foreign, main
+from dysigma.cli import train as train_command
+from dysigma.cli.main import _is_foreign, main, make_parser
 from dysigma.floors import floor_bounds
 from dysigma.runs.folder import describe_loss
+from dysigma.training import TrainConfig
 
 QUICK = [
     f"--{name}={value}"
@@ -156,6 +159,24 @@ def test_the_reference_leaves_out_images_that_are_not_exact_and_holds_out_what_i
     assert max(r["distance"] for r in rows) < 150  # black images against these: more than 190
     assert main([*common, "--samples", "45"]) == 2
     assert "has 60 training images; --samples holds 45 of them out" in capsys.readouterr().err
+
+
+def test_without_options_a_first_run_is_told_as_a_command(tmp_path, capsys):
+    def configured(*words):
+        args = make_parser().parse_args(["train", *words])
+        return train_command._configuration(args)
+
+    first = configured("--out", str(tmp_path), "--seed", "3")
+    said = capsys.readouterr().out
+    words = shlex.split(said.split("dysigma train ")[1])
+    assert first == configured(*words, "--seed", "3")
+    assert (first.data, first.prediction, first.weighting) == ("shapes", "sample", "min-snr")
+
+    # One option of what is learned, or a file, and the plain defaults hold.
+    assert configured("--out", str(tmp_path), "--bins", "5") == TrainConfig(bins=5)
+    (tmp_path / "empty.toml").write_text("")
+    assert configured("--out", "r", "--config", str(tmp_path / "empty.toml")) == TrainConfig()
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.slow

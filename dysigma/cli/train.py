@@ -62,6 +62,20 @@ GROUPS = {
     "machine": ("device", "precision", "compile", "threads"),
     "other": (),
 }
+# `dysigma train --out FOLDER` and nothing else: a first run, which ends in shapes that one can name (page 00). Once one
+# of the options that decide what is learned is given, all others have the defaults of --help.
+FIRST_RUN: dict[str, Any] = {
+    "data": "shapes",
+    "image_size": 16,
+    "conditional": True,
+    "schedule": "cosine",
+    "prediction": "sample",
+    "weighting": "min-snr",
+    "lr": 8e-3,
+    "images": 48_000,
+}
+# Options that a first run may have as well.
+BESIDE_FIRST_RUN = {"seed", "device", "precision", "compile", "threads"}
 FIRST_RANK = "0"  # torchrun numbers its processes in RANK
 
 
@@ -79,7 +93,7 @@ def add(commands: Commands) -> None:
         description="Train a diffusion model with a loss weighting. The run folder gets config.json, metrics.jsonl,\n"
         "summary.json, checkpoint/, samples.png, and pipeline/, which opens with DDPMPipeline.from_pretrained.",
         epilog="examples:\n"
-        "  dysigma train --out runs/first                                       a few minutes on a CPU\n"
+        "  dysigma train --out runs/first                                       a first run: some minutes on a CPU\n"
         "  dysigma train --weighting dy-sigma --weighting-params kappa=0.5 --out runs/second\n"
         "  dysigma train --data cifar10 --model compact --images 20000000 --batch-size 512 --out runs/gpu\n"
         "  dysigma train --resume --out runs/gpu                                go on where it stopped",
@@ -158,8 +172,23 @@ def _configuration(args: argparse.Namespace) -> TrainConfig:
         options = read_config(args.config)
     elif args.resume and of_the_run.exists():
         options = read_config(of_the_run)
-    options.update(_options_given(args))
+    given = _options_given(args)
+    nothing_said = args.config is None and not args.resume
+    if nothing_said and set(given) <= BESIDE_FIRST_RUN:
+        options = dict(FIRST_RUN)
+        if os.environ.get("RANK", FIRST_RANK) == FIRST_RANK and not args.quiet:
+            print(f"a first run: dysigma train {_as_flags(options)} --out {args.out}")
+    options.update(given)
     return TrainConfig.from_dict(options)
+
+
+def _as_flags(options: dict[str, Any]) -> str:
+    """The command line that sets these options."""
+    words = []
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        words.append(flag if value is True else f"{flag} {value}")
+    return " ".join(words)
 
 
 def _is_finished(folder: Path) -> bool:
