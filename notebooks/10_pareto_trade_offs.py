@@ -62,7 +62,7 @@ lesson = Lesson("10_pareto_trade_offs", trains_on="cpu")
 # of them: the mean over the ten cleanest levels, and the mean over the ten noisiest.
 #
 # Train it on a weighted sum of the two. First both count alike. Then the clean half counts ten times as much, and its
-# excess loss falls by a fifth. What does the noisy half pay for that?
+# excess loss falls by a fifth. By what factor does the excess loss of the noisy half grow?
 
 # %%
 QUESTION_PRICE = (
@@ -153,17 +153,18 @@ for ratio, point in swept_toy.items():
     torch.testing.assert_close(point, exact_point, rtol=1e-3, atol=1e-9)
 
 # %% [markdown]
-# You should see a curve that falls: one half can only gain if the other one pays. A point is **Pareto optimal** if no other
-# point is at least as good in both losses and better in one. The Pareto optimal points are the **front**.
+# You should see a curve that falls. Along it, the loss of one half can fall only if the loss of the other half rises. A point
+# is **Pareto optimal** if no other point is at least as good in both losses and better in one. The Pareto optimal points are
+# the **front**.
 #
-# The star is where both halves would like to be. It cannot be reached, because the halves share their 64 numbers. That
-# sharing is the whole conflict. A weighting does not remove it. It says who gives way.
+# The star has the lowest loss of each half. No single denoiser reaches it, because both halves use the same 64 numbers. The
+# conflict comes from this sharing. A weighting does not remove it. A weighting chooses which half gets the lower loss.
 #
 # ## Why weighted sums reach the whole front
 #
-# Could a cleverer training than a weighted sum pass the curve? Here not, for one reason: the losses are convex in
-# $\theta$. Take two parameters and go half way between them. Both losses there are at most the means of the losses at the
-# ends.
+# Could a cleverer training than a weighted sum get below the curve? Not here. The reason is that both losses are convex in
+# $\theta$. Take two parameter vectors and go half way between them. Each loss there is at most the mean of its values at
+# the two ends. The next cell tries this on 100 random pairs.
 
 # %%
 draw = torch.Generator().manual_seed(0)
@@ -175,26 +176,29 @@ for _ in range(100):
     assert (half_way <= mean_of_ends + 1e-12).all(), "the losses must be convex"
 
 # %% [markdown]
-# So the region of all that can be reached, "these two losses or worse", has no dent. In a region without a dent, every point of
-# the border is touched by a straight line $\omega_1E_1+\omega_2E_2=c$ from below, with $\omega\ge0$. The point where the line
-# touches *minimises* that weighted sum.
+# Look at all pairs of losses that some $\theta$ reaches, together with all worse pairs. Because the losses are convex, this
+# region is convex: its border has no dent. Through every point of such a border runs a straight line
+# $\omega_1E_1+\omega_2E_2=c$, with $\omega\ge0$, that has the whole region on its upper side. The point where the line touches
+# *minimises* that weighted sum. Two facts follow:
 #
 # 1. Every Pareto optimal point is the minimiser of some weighted sum.
 # 2. The minimiser of a weighted sum with positive weights is Pareto optimal: a point that is better in one loss and not worse
 #    in the other would have a smaller sum.
 #
-# So a fine enough sweep finds all there is, and no strategy passes it. For a network, losses are not convex in the parameters, and nothing
-# of this is guaranteed (Hu et al. 2023 show it to fail even for small linear networks with several tasks). There, one has to measure.
+# So a fine enough sweep draws the whole front, and no strategy gets beyond it. The losses of a network are not convex in its
+# parameters. Then the first fact is not guaranteed. Hu et al. (2023) show that it fails even for small linear networks with
+# several tasks. For a network, one has to measure.
 #
 # ## How far beyond a front?
 #
-# We need a number for "this strategy lies beyond the sweep". Let both losses of a point grow by a common factor $e^\delta$ until
-# it meets the front. Then $\delta$ is how far it lies **beyond** (an ε-indicator, in the terms of Zitzler et al. 2003). If the losses have to shrink, $\delta$ is negative, and the
-# point lies **behind**.
+# We need a number for "this strategy lies beyond the sweep". Multiply both losses of a point by a common factor $e^\delta$, and
+# choose $\delta$ so that the point meets the front. If the losses have to grow, $\delta$ is positive, and the point lies
+# **beyond** the front. If they have to shrink, $\delta$ is negative, and the point lies **behind**. Zitzler et al. (2003) call
+# such a number an ε-indicator.
 #
-# A sweep is a few points, so we say what the front is between them: a straight line in the plane of the two *logarithms*. At its
-# ends it goes on straight up and straight to the right, since worse is always possible. This is the only front on this page: we
-# measure against it, and we draw it.
+# A sweep has only a few points. Between them we take the front to be a straight line in the plane of the two *logarithms*. At
+# the upper left end it goes straight up, and at the lower right end straight to the right: a larger loss is always possible.
+# From here on, "front" means this line. We measure against it, and we draw it.
 
 
 # %%
@@ -238,10 +242,10 @@ assert toy_weightings["beyond, δ"].max() < 1e-4, "no weighting may pass the exa
 assert abs(toy_weightings.loc["const-eps", "beyond, δ"]) < 1e-4, "const-eps must lie on it"
 
 # %% [markdown]
-# The weightings differ by a factor of a hundred in the loss of the noisy half, and none passes the front. Only `const-eps` lies
-# *on* it. Yet all five are Pareto optimal: each minimises a weighted sum of twenty losses. **Optimal for what?** A weighting that
-# is uneven *within* a half trades the clean levels of that half against its noisy levels. Our two averages do not see what it
-# gains, only what it gives up. To lie behind a front of two averages is not yet a fault.
+# The weightings differ by a factor of a hundred in the loss of the noisy half. None lies beyond the front, and only `const-eps`
+# lies *on* it. Yet all five are Pareto optimal, because each minimises a weighted sum of twenty losses. **Optimal for what?** A
+# weighting that is uneven *within* a half trades the clean levels of that half against its noisy levels. Our two averages show
+# what this costs and not what it gains. So a point behind a front of two averages may still be optimal for other objectives.
 #
 # ## With enough capacity, nothing is left to trade
 #
@@ -267,8 +271,9 @@ lesson.table(capacity, caption="Sum of the two excess losses", mark="polynomials
 assert capacity["price of sharing"].iloc[-1] < 1e-12, "nothing is shared, so nothing is paid"
 
 # %% [markdown]
-# The price first rises, because the separate denoisers profit from the second polynomial and the shared one does not yet. Then it
-# falls to zero. So a front between noise levels is a property of a *network*. It is not one of diffusion.
+# The price first rises from 0.026 to 0.042. The second polynomial lowers both columns, and it lowers the sum of the separate
+# denoisers more. From then on the price falls, and with twenty polynomials it is zero. So the trade-off between noise levels
+# comes from the limited capacity of the *denoiser*. It is not a property of diffusion itself.
 #
 # ## A real network: sweep first, then compare
 #
@@ -328,8 +333,8 @@ for row in table.to_dict("records"):
 assert np.isfinite(list(points.values())).all(), "no network may beat the Wiener filter"
 
 # %% [markdown]
-# One of the strategies is none. `gramian` computes weights from conflicts, but in this record all of its weights were 1. Its
-# losses are those of `split 1`, bit for bit. So we leave it out.
+# One of the 19 is no separate strategy in this record. `gramian` computes weights from conflicts, but all of its weights were 1.
+# Its losses are those of `split 1`, bit for bit. So we leave it out, and 18 strategies remain.
 
 # %%
 of_gramian = table[table["arm"] == "gramian"].sort_values("seed")
@@ -399,9 +404,11 @@ if is_record:
     assert sorted(beyond_shown) == ["loss-balance", "uncertainty"], "the title names two"
 
 # %% [markdown]
-# Look at the three black dots at the upper left, away from the line. They are static weights too, with $R$ from 4 to 64, and they lie
-# behind the front: more weight on the clean half made even *its own* loss larger. In the toy this cannot happen, because there
-# each point is a minimum. After a finite training of a network it can.
+# First the black line: it is the front through the static weights. A strategy below or left of it lies beyond. Two coloured
+# squares do, by a little. Now look at the three black dots at the upper left, away from the line. They are static weights too,
+# with $R$ from 4 to 64, and they lie behind the front. At $R=64$ the loss of the clean half is *larger* than at $R=1$, although
+# the clean half has more weight. In the toy this cannot happen, because there each point is a minimum. After a finite training
+# of a network it can.
 
 # %%
 clean_loss_rises = []
@@ -478,13 +485,14 @@ if is_record:
     assert counts.to_dict() == {"behind": 15, "open": 3}, "none is beyond, fifteen are behind"
 
 # %% [markdown]
-# **None of 18 is shown to pass the front, and fifteen are shown to lie behind it.** Three are open with $n=3$:
+# **None of 18 strategies is shown to lie beyond the front, and fifteen are shown to lie behind it.** Three are open with three
+# seeds:
 #
-# - `uncertainty` and `loss-balance` have positive means. Both weigh by about $1/L$. In each of the three seeds they lie beyond,
-#   but three seeds that agree are not enough for an interval without 0;
+# - `uncertainty` and `loss-balance` have positive means. Both weight a level by about $1/L$. They lie beyond in each of the
+#   three seeds, but the intervals contain 0;
 # - `p2` has a negative mean, and its interval just reaches 0.
 #
-# "Not shown to pass" is not "shown not to pass". More seeds would decide.
+# "Not shown to lie beyond" does not mean "shown not to lie beyond". More seeds could decide.
 #
 # ## Was the comparison fair?
 #
@@ -525,11 +533,12 @@ if is_record:
     assert wider["δ"].max() < 0, "against three rates no strategy has a positive mean"
 
 # %% [markdown]
-# One static weight, at twice the learning rate, lies further beyond than any strategy. So an under-tuned sweep flatters
-# the strategies, which is the warning of Xin et al. Against the front of all three rates, not even a mean is positive.
+# The first two static weights, both at twice the learning rate, have a larger mean $\delta$ than any strategy. So a sweep that is
+# not well tuned makes strategies look better than they are. This is the warning of Xin et al. Against the front of all three
+# rates, no strategy has a positive mean.
 #
-# But now the comparison is unfair the other way round: **the sweep had three learning rates, and each strategy one.** At a rate of
-# its own, a strategy might move as far as the static weight did. We have not measured that.
+# But that second comparison favours the sweep: **the sweep had three learning rates, and each strategy one.** With a learning
+# rate of its own, a strategy might move as far as the static weights did. We have not measured that.
 #
 # **The seeds.** Seed 300 was used to choose the common learning rate, and it is one of the three seeds here. The strategies that
 # come closest, seed by seed:
@@ -547,7 +556,7 @@ if is_record:
     assert (without > 0).tolist() == [True, True, False, False, False], "the same signs without it"
 
 # %% [markdown]
-# Without seed 300 the signs stay as they are. Two seeds alone would decide even less.
+# Without seed 300 the signs of the means stay the same. The two remaining seeds are too few for a conclusion.
 #
 # **The lines.** Between two static weights, the front is a straight line. Is the true one there? Leave a static weight out, and
 # measure it against the line through its neighbours.
@@ -561,12 +570,13 @@ if is_record:
     )
 
 # %% [markdown]
-# So the straight line is too generous: a static weight lies beyond it. With that weight left out the gap is twice as wide as in the
-# sweep, so a smaller part of this error remains in every $\delta$ above. It makes strategies look *better* than they are.
+# `split 0.25` lies beyond the line through its neighbours. So the true front lies lower than a straight line there. With that
+# weight left out the gap is twice as wide as in the sweep, so a smaller part of this error remains in every $\delta$ above. The
+# error makes strategies look *better* than they are.
 #
-# **Noise.** Two trainings with the same weighting and different seeds end at different points. So some point lies beyond some
-# front by luck. As a control, compare the sweep with *itself*: its inner points against the front of another seed. Here the truth
-# is that nothing is beyond.
+# **Noise.** Two trainings with the same weighting and different seeds end at different points. So a point may lie beyond a front
+# by luck. As a control, compare the sweep with *itself*: its inner points with the front of another seed. A point that lies
+# beyond in this control does so by luck.
 
 # %%
 luck = []
@@ -584,13 +594,15 @@ if is_record:
     assert share_beyond > 0.2, "single points must often be beyond by luck"
 
 # %% [markdown]
-# A single run beyond a single front is no evidence. That is why the intervals above are over seeds.
+# A third of the points lie beyond by luck. So a single run beyond a single front is no evidence. That is why the intervals above
+# are over seeds.
 #
 # ## A point of the front need not be good
 #
 # The points of a front are equal in one sense: none can be improved for free. Are their *samples* equally good? For each run the
 # record has the squared Fréchet distance between 1,024 samples and the training images, on pixels. The Wiener filter is the
-# best possible denoiser. With the same sampler, how much closer do its samples come than those of the network at $R=1$?
+# best possible denoiser, so we draw samples with it too, with the same sampler. Divide the distance of the network at $R=1$ by
+# the distance of the Wiener filter. What is the ratio?
 
 # %%
 QUESTION_QUALITY = "Distance of samples: the network at R = 1 over the best possible denoiser?"
@@ -654,15 +666,18 @@ if is_record:
     assert sample_distances.idxmax() == 0.001 and worst_over_best > 10, "the noisy end is the worst"
 
 # %% [markdown]
-# In the middle of the front the ratio hardly matters: samples are as close to the data as those of the best possible denoiser.
-# There the twenty steps of the sampler cost more than the errors of the network. At the left end, where almost only the noisy
-# half counts, samples are many times worse, although $R=0.001$ is a point of the front with every seed.
+# From $R=0.06$ to $R=16$ the ratio hardly matters: samples are about as close to the data as those of the best possible denoiser.
+# There the error of the sampler, with its twenty steps, hides the error of the network. At $R=1$ the distance is even 0.88 times
+# that of the best denoiser. This does not make the network better than the best: errors of a network can offset those of a
+# sampler. At the left end, where almost only the noisy half counts, samples are many times worse, although $R=0.001$ is a point
+# of the front with every seed. At the right end, $R=64$, samples are several times worse as well. That point lies behind the
+# front.
 #
-# So **Pareto optimal does not mean good**. It means that nothing is wasted. Which trade-off one wants has to be decided by something
-# else, such as samples.
+# So **Pareto optimal does not mean good**. It means that no loss can fall unless the other one rises. Which point of the front
+# to take has to be decided by another metric, such as the distance of samples.
 #
 # **Try it yourself.** Set `SPLIT_AT = 250` and run all cells below it. The sweep is then no longer the front of *these* two
-# averages. Which strategies pass it, and why is that no contradiction?
+# averages. Which strategies lie beyond it, and why is that no contradiction?
 #
 # ## Exercises
 #
@@ -737,8 +752,8 @@ lesson.check("10.2", share_found)
 # - Two averages of a thousand losses. A strategy may be better in a trade-off that they do not show.
 # - One small network, one data set, one budget. After a finite training, a front shows what was *learned*, not only what the
 #   network could represent.
-# - Three seeds. The intervals are not corrected for 18 comparisons, which would open more cases.
-# - Straight lines between nine ratios. A finer sweep would lie a little lower.
+# - Three seeds. The intervals are not corrected for 18 comparisons. With a correction more cases would be open.
+# - Straight lines between nine ratios. The front of a finer sweep would lie a little lower.
 #
 # ## References
 #

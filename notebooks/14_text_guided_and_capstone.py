@@ -20,7 +20,7 @@
 # - build a small model that reads captions, and adapt it to a word that it has never seen;
 # - add the control that an adaptation study needs: the loss on what was *not* adapted to;
 # - say what follows from four seeds, and what does not;
-# - plan, run and judge a small project of your own.
+# - plan, run and evaluate a small project of your own.
 #
 # **You need** the loop of [13](13_your_own_loop.ipynb) and Dy-Sigma ([06](06_dy_sigma_derived.ipynb)). Dy-Sigma here is our
 # reconstruction from the abstract of Liu, Ye, Liu and Qin (IJCNN 2024).
@@ -167,8 +167,9 @@ def train(model, images, name, num_images, phase):
 
 
 # %% [markdown]
-# The metric is the geometric mean of the loss over twenty noise levels. A factor counts alike at every level, so no level
-# rules the mean because its losses are large. All models are tested on the same images and the same noise.
+# The metric is the geometric mean of the loss over twenty noise levels. In a geometric mean, a loss that falls by 10 % counts
+# the same at every level. So the levels with large losses do not dominate. All models are tested on the same images and the
+# same noise.
 
 # %%
 levels = evaluation_timesteps(1000, 20)
@@ -197,7 +198,7 @@ print(f"frost {mean_loss(pretrained, test_new):.4f}")
 # (`const-eps`), the other Dy-Sigma. No image of an old palette is shown in this phase.
 #
 # Guess first. After the adaptation, divide the loss of the Dy-Sigma copy by that of the plain copy. Suppose that this ratio
-# is 0.9 on frost. What is it on the *old* palettes? If weighting speeds up adaptation and nothing else, it is 1.
+# is 0.9 on frost. What is it on the *old* palettes? If the weighting speeds up adaptation to frost and nothing else, it is 1.
 
 # %%
 QUESTION_OLD = "Old palettes: loss after Dy-Sigma over loss after plain training?"
@@ -226,8 +227,9 @@ lesson.table(
 )
 
 # %% [markdown]
-# Read the last row. In our full run, Dy-Sigma ends below the plain loss on frost, and on the old palettes as well. So the
-# gain is not a better grip on the word *frost* alone. But this is one seed of a very small model. Now the record.
+# Read the last row. In our full run, the loss with Dy-Sigma ends below that with plain training on frost, and on the old
+# palettes as well. So the gain is not only that the model learned the word *frost* better. But this is one seed of a very
+# small model. Now the record.
 #
 # ## The record: four seeds
 #
@@ -258,12 +260,12 @@ print(f"{runs.parameters[0]:,} parameters, learning rate {settings['lr']}")
 assert len(seeds) == 4, "the record must have the four seeds that the text speaks of"
 
 # %% [markdown]
-# First the question that a paper would ask: the loss on frost at the end, over that of the plain loss, on the same seed.
-# Then the control, twice. What did the adaptation do to the loss on the old palettes, compared with the model before it?
-# And how does the loss on the old palettes end, compared with plain training?
+# A paper would ask first: how does the loss on frost end, compared with plain training on the same seed? Then come two
+# controls. How did the loss on the old palettes change from before the adaptation to after it? And how does the loss on the old
+# palettes end, compared with plain training?
 #
-# Before you run the next cell: the loss with Dy-Sigma on frost ends 24 % below that of plain training. By how many per
-# cent did it lower the loss on the old palettes, of which no image was shown?
+# Before you run the next cell, guess. The loss on frost ends 24 % lower with Dy-Sigma than with plain training. By how many
+# per cent did the adaptation with Dy-Sigma change the loss on the old palettes, of which no image was shown?
 
 # %%
 QUESTION_CONTROL = (
@@ -310,9 +312,9 @@ assert round(record.loc["dy-sigma", "old palettes / const-eps"], 2) == 0.80, "th
 
 # %% [markdown]
 # Start with the first column. With Dy-Sigma the loss on the old palettes fell to 0.79 of what it was, without one image of
-# them. With the plain loss it stayed where it was, at 0.99. Now the third column: on frost, Dy-Sigma ends at 0.76 of the
-# plain loss. The column before has the same ratio for the old palettes: 0.80. So the palettes that were *not* adapted to
-# gained nearly as much as the palette that was.
+# them. With plain training it hardly changed: 0.99. Now the third column: on frost, Dy-Sigma ends at 0.76 of the loss of plain
+# training. The second column has the same ratio for the old palettes: 0.80. So the old palettes, of which no image was shown,
+# gained nearly as much as frost.
 #
 # How much is "nearly"? Gains are factors, so we compare logarithms:
 #
@@ -376,10 +378,11 @@ lesson.show(
 )
 
 # %% [markdown]
-# You should see the blue and the orange point of each of the three upper rows side by side, both far from the line. A study
-# that shows the blue points alone would call all of it adaptation.
+# Look at the three upper rows. In each, the blue and the orange interval both lie left of the line, and they lie close
+# together. A study that shows the blue points alone would call the whole gain adaptation.
 #
-# Const-x0 is a useful contrast. It is worse than plain training on frost and equal to it on the old palettes.
+# Const-x0 is a useful contrast. It is worse than plain training on frost. On the old palettes no difference from plain
+# training is shown.
 #
 # ## Where the gain lies
 #
@@ -443,20 +446,21 @@ assert 0.95 < by_part["frost"].iloc[0] < 1.05, "on frost, nothing at cleaner one
 assert by_part["old palettes"].iloc[0] > 1.02, "there the old palettes must lose"
 
 # %% [markdown]
-# The whole gain lies at the noisier levels, and there the two curves run close together. This fits an explanation that the
-# record does not prove. Pretraining was short and used the plain loss, which is slow at noisy levels. Dy-Sigma finished
-# that work during the adaptation, with frost images, and it served every palette. After a long pretraining there may be
-# nothing left to finish.
+# Nearly the whole gain lies at the noisier levels, and there the two curves run close together. One explanation fits, but the
+# record does not prove it. Pretraining was short and used the plain loss. If that loss is slow at noisy levels, much was left
+# to learn there. Dy-Sigma may have learned it during the adaptation, from frost images, for all palettes at once. After a long
+# pretraining there may be nothing left to learn at these levels.
 #
-# The table also shows what the *specific* ratio is made of. At the cleaner levels Dy-Sigma gains nothing on frost, and on
-# the old palettes it ends behind plain training. So a part of what is "left for frost" is that the old palettes lost.
+# The table also shows what the *specific* ratio is made of. At the cleaner levels Dy-Sigma gains nothing on frost. On the old
+# palettes it ends 6 % behind plain training there. So the *specific* ratio is below 1 in part because the old palettes got
+# worse, and not because frost got better.
 #
 # ## Fewer images, and a second metric
 #
-# The abstract counts how many times *fewer images* are needed. Here plain training saw 9,600 images of frost. Take the loss
-# below which it stays after the first 40 % of them. How many images does another weighting need to stay below that loss?
-# The count depends on the 40 %, so 20 % stands beside it. The second metric is the diffusion term of the bits per
-# dimension, in which an error at a clean level counts more.
+# The abstract says how many times *fewer images* are needed. Here plain training saw 9,600 images of frost. Take the level at
+# or below which its loss stays after the first 40 % of them. How many images does another weighting need to reach that level?
+# The answer depends on the 40 %, so the table has 20 % too. The second metric is the diffusion term of the bits per dimension.
+# In it, an error at a clean level counts more.
 
 # %%
 checkpoints = np.array(settings["checkpoints"])
@@ -509,9 +513,9 @@ assert counts.loc["dy-sigma", "bits/dim, difference"].startswith("+0.03"), "wors
 
 # %% [markdown]
 # By the mean loss, Dy-Sigma needs fewer images than plain training. By bits per dimension it ends slightly behind plain
-# training. Both hold, for the same networks: the metrics weigh the levels differently.
+# training. Both results hold for the same networks, because the two metrics weight the levels differently.
 #
-# Can one see any of it? Here are samples of the first seed.
+# Can one see the difference in samples? Here are samples of the first seed.
 
 # %%
 SIDE, SCALE, GAP, COLUMNS = 16, 3, 1, 16
@@ -542,7 +546,7 @@ lesson.gallery(
 
 # %% [markdown]
 # The first two blocks have the palette of frost, and no clear shapes. We see no difference between them, although their
-# mean losses differ by a quarter. In the third block the noise is still there.
+# mean losses differ by about a quarter. In the third block the noise is still there.
 #
 # ## What follows, and what does not
 #
@@ -556,8 +560,8 @@ lesson.gallery(
 # | The likelihood is better. | no, it is slightly worse |
 # | It is 3.7 times faster, as the abstract says. | not tested: other network, other task, other "Const", perhaps another formula |
 #
-# The study was not registered. Five seeds were planned, and the time ended after four. The 40 % was written down when the
-# first runs had been seen. There is one loss, one learning rate for all weightings, and one pretraining.
+# The study was not registered. Five seeds were planned, but there was time for four only. The 40 % was written down after the
+# first runs had been seen. There is one main metric, one learning rate for all weightings, and one kind of pretraining.
 
 # %%
 wins = of("dy-sigma", "frost after") < of("const-eps", "frost after")
@@ -591,7 +595,7 @@ assert low < specific.loc["min-snr", "specific ratio"] < high, "the fourth row"
 # | seeds | one | three, unpaired | three or more, paired, with an interval |
 # | metrics | the training loss | one held-out metric | two that can disagree, with their absolute levels |
 # | control | none | one is named | one is measured, such as the palettes that were not adapted to |
-# | figures | need the text | readable | each title says its conclusion, and a stranger agrees |
+# | figures | need the text | readable | each title says its conclusion, and a second reader agrees |
 # | honesty | claims beyond the numbers | limits are listed | a result against your expectation, and what would change your mind |
 #
 # Of 16 points, 11 is a pass. With 0 points for correct weights the sum counts as 7 at most: nothing after it can be trusted.
