@@ -13,7 +13,7 @@
 # # 00 · Start here
 #
 # > **Claim.** A diffusion model is one network with a thousand tasks, one for each noise level. What the network
-# > predicts, and how the losses of the tasks are weighted, decides what two minutes of training give you.
+# > predicts, and how the losses of the tasks are weighted, decides what a short training gives you.
 #
 # **You will be able to**
 #
@@ -47,7 +47,7 @@ from dysigma.runs import read_metrics
 lesson = Lesson("00_start_here", trains_on="cpu")
 
 # %% [markdown]
-# ## The same network, the same images, the same two minutes
+# ## The same network, the same images, the same number of steps
 #
 # We trained one small network four times on the same 48,000 images. Each image shows one bright shape: a circle, a
 # square, a triangle, a star, a cross, a ring, a heart, a moon, a diamond or a smile. The network, the images and the
@@ -102,10 +102,10 @@ assert of_target > 5, "in this record the target changes the distance more than 
 assert 0.8 < of_weights < 1.25, "in this record min-snr changes the distance by less than a quarter"
 
 # %% [markdown]
-# The target changes the distance about tenfold. The weights change it by a few per cent, which one seed cannot tell from
-# chance. So two weightings can only be compared for the same target, and with more than one seed.
-# [Page 12](12_the_convergence_race.ipynb) does so on CIFAR-10 and on other data, with five seeds, and says which
-# differences are larger than seed noise.
+# At this learning rate the target changes the distance more than tenfold. The weights change it by 5 to 10 %. One seed
+# cannot tell so small a difference from chance. So compare two weightings only for the same target, and with more than
+# one seed. [Page 12](12_the_convergence_race.ipynb) does so on CIFAR-10 and on other data, with five seeds, and says
+# which differences are larger than seed noise.
 #
 # To train these runs again: `data/races/first_minute.py`.
 #
@@ -238,8 +238,9 @@ assert last_loss < loss_curve[0] / 3, "the loss must fall at least to a third"
 assert samples_along[f"after {IMAGES:,} images"].shape == (20, 3, 16, 16), "twenty samples"
 
 # %% [markdown]
-# **Try it yourself.** In the cell that makes `weighting`: `"const-x0"` (the plain loss), `"p2"`, or `"dy-sigma"`, which
-# learns while you train. For a weighting that learns, give its parameters to the optimizer as well:
+# **Try it yourself.** In the cell that makes `weighting`, first delete the last line, which checks the formula of
+# Min-SNR. Then take `"const-x0"` (the plain loss), `"p2"`, or `"dy-sigma"`, which learns while you train. For a
+# weighting that learns, give its parameters to the optimizer as well:
 # `torch.optim.AdamW([{"params": model.parameters()}, *weighting.parameter_groups()], lr=8e-3)`.
 #
 # ## The map
@@ -262,8 +263,9 @@ assert samples_along[f"after {IMAGES:,} images"].shape == (20, 3, 16, 16), "twen
 # | [13 Your own loop](13_your_own_loop.ipynb) | your own training loop, data and weighting |
 # | [14 Text-guided adaptation, and the capstone](14_text_guided_and_capstone.ipynb) | faster at a new task, or everywhere? Then a project of your own |
 #
-# **Three routes.** *The 45-minute tour:* this page, sections 1 to 4 of 01, sections 1 and 2 of 03, then 12. *The full
-# course:* in order; each page says what it needs and how long it takes. *Only the package:* the loop above, then 13.
+# **Three routes.** *The 45-minute tour:* this page, 01 up to and with “Where do the timesteps go?”, the first two
+# sections of 03, then 12. *The full course:* in order; each page says what it needs and how long it takes. *Only the
+# package:* the loop above, then 13.
 #
 # **About the name.** Dy-Sigma was published by Liu, Ye, Liu and Qin at IJCNN 2024. Only its abstract is public. What
 # this course contains is an **independent reconstruction from that abstract**: a family of formulas that fit its words,
@@ -375,8 +377,8 @@ lesson.check("0.3", error_of_each_image)
 #
 # ## Limitations
 #
-# - One seed, one small network, pictures of ten shapes. The picture at the top shows that objectives differ; how much,
-#   and how surely, is the business of pages 11 and 12.
+# - One seed, one small network, pictures of ten shapes. The picture at the top shows that objectives differ. Pages 11
+#   and 12 ask how much they differ, and how sure one can be.
 # - The distance on pixels is not FID. It compares means and covariances of pixels and knows nothing about shapes.
 #
 # ## References

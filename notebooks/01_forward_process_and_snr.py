@@ -85,8 +85,9 @@ lesson.show(
 )
 
 # %% [markdown]
-# You should see large shapes up to about $t=400$, and only noise from $t=600$ on. So timesteps are a poor scale. The **signal-to-noise
-# ratio** (SNR) is a better one. It is the power of the signal divided by the power of the noise.
+# You should see large shapes up to about $t=400$, and only noise from $t=600$ on. The last 400 timesteps look all
+# alike. So timesteps are a poor scale. The **signal-to-noise ratio** (SNR) is a better one. It is the power of the
+# signal divided by the power of the noise.
 #
 # At the first timestep the SNR is in the thousands, at the last one it is almost 0. At which of the 1000 timesteps is it 1,
 # so that signal and noise are equally strong? Write a number in place of `None`, or leave it.
@@ -116,8 +117,9 @@ lesson.predict(QUESTION_HALF, None)
 #
 # $$\bar\alpha_t=\prod_{s\le t}(1-\beta_s).$$
 #
-# **The noise.** A sum of independent Gaussians is Gaussian, and variances add. If $x_0$ has variance 1, each step keeps the
-# total variance at $(1-\beta_t)\cdot1+\beta_t=1$. So the noise has what the signal does not have:
+# **The noise.** A sum of independent Gaussians is Gaussian, and variances add. If $x_0$ has variance 1, each step
+# keeps the total variance at $(1-\beta_t)\cdot1+\beta_t=1$. So the noise has the variance that the signal does not
+# have:
 #
 # $$x_t=\alpha_t x_0+\sigma_t\epsilon,\qquad\sigma_t^2=1-\bar\alpha_t .$$
 #
@@ -423,9 +425,9 @@ lesson.show(
 )
 
 # %% [markdown]
-# You should see the curves together on the noisy side and far apart on the clean side. With two points you know $x_0$ for
-# sure once the noise is small. So you can subtract it, and the noise is known too: the floor is 0. Gaussian data do not
-# give the noise away.
+# You should see the curves together on the noisy side and far apart on the clean side. With two points you know $x_0$
+# for sure once the noise is small. So you can subtract it, and the noise is known too: the floor is 0. With Gaussian
+# data one cannot tell the noise from the signal.
 #
 # Images lie in between, and their floor differs from timestep to timestep. So the same loss can be far above the floor at
 # one timestep and at the floor at another. Then "weight by loss" and "weight by what can still be learned" are
@@ -465,8 +467,8 @@ assert not (of_package == 0).any(), "in the package none may"
 # ## A fault: the last step still knows the image
 #
 # Sampling starts from pure noise, so training should end in pure noise. It does not: the SNR of the last timestep is
-# small, and not 0. In one pixel nothing can be seen of it. But the *mean* over all pixels averages the noise away, and the
-# brightness of the image shines through.
+# small, and not 0. A single pixel does not show the difference. But the *mean* over all pixels averages the noise
+# away, and the brightness of the image shines through.
 #
 # Take the schedule of Stable Diffusion, `scaled-linear`. How strongly does the brightness of $x_{999}$ correlate with that
 # of the image? 0 would be no trace, 1 a perfect copy.
@@ -506,9 +508,10 @@ assert abs(leak.loc["zero terminal SNR", "correlation"]) < 0.1, "rescaled, it le
 # %% [markdown]
 # The second row is the control: the same schedule, rescaled so that it ends at SNR 0 (Lin et al. 2024). The trace is gone.
 #
-# Why does it matter? A network trained on the first schedule can read the brightness off its starting noise. Real starting noise has
-# none to read, and Lin et al. found that such models draw images of medium brightness only. Zero terminal SNR has a price:
-# at the last timestep $\epsilon$ *is* the input, and predicting it says nothing about $x_0$. Predict $v$ or $x_0$ on such a schedule.
+# Why does it matter? In training on the first schedule, the network can read the brightness of the image from the last
+# timestep. Sampling starts from pure noise, which holds no such brightness. Lin et al. found that such models draw
+# images of medium brightness only. Zero terminal SNR has a price: at the last timestep $\epsilon$ *is* the input, and
+# predicting it says nothing about $x_0$. Predict $v$ or $x_0$ on such a schedule.
 #
 # **Try it yourself.** In the second code cell, `SCHEDULE = "cosine"`: look at the strip again. In the cell that makes
 # `POINTS`, take `[-1.0, 0.0, 1.0]`: what happens to the floor?

@@ -239,7 +239,7 @@ print(f"const-eps: weight on x0 at the cleanest timestep is {clean_over_noisy:.0
 # `max-snr`, the same with $\gamma=5$.
 #
 # In logarithms a minimum stays a minimum: $\ln w^x=\min(\lambda,\ln\gamma)$. This form needs no division. The form
-# $\min(S,\gamma)/S$ for the noise error does, and fails at $S=0$:
+# $\min(S,\gamma)/S$ for the noise error divides by $S$, and fails at $S=0$:
 
 # %%
 few_snr = torch.tensor([1e4, 5.0, 0.01, 0.0])
@@ -293,8 +293,8 @@ assert largest_difference < 0.01, "the three must be the same function"
 #
 # $$\frac{\gamma}{S+\gamma}=\frac1{1+S/\gamma}=\frac1{1+e^{\lambda-\ln\gamma}}=\mathrm{sigmoid}(\ln\gamma-\lambda).$$
 #
-# So in this package a comparison of the three at matching parameters compares nothing. Between the papers it is not so,
-# as the next section shows.
+# So in this package a comparison of the three at matching parameters compares a weighting with itself. The published
+# versions do differ, as the next section shows.
 #
 # ## The measure: per timestep or per log-SNR
 #
@@ -304,9 +304,9 @@ assert largest_difference < 0.01, "the three must be the same function"
 #
 # $$\int w^\epsilon(\lambda)\,L^\epsilon\,\mathrm d\lambda=\int w^\epsilon(\lambda_t)\,\Big|\frac{\mathrm d\lambda}{\mathrm dt}\Big|\,L^\epsilon\,\mathrm dt .$$
 #
-# So per timestep, their weighting is ours times the slope. How different are the two? We count the **share of the weight
-# that sits elsewhere**: how much of the total weight (on the noise error) one must move to turn one into the other. It is
-# 0 if the measure does not matter. What is it on the linear schedule?
+# So per timestep, their weighting is ours times the slope. How different are the two? We count the **share of the
+# weight that sits elsewhere**: how much of the total weight (on the noise error) must move to turn the first curve
+# into the second. It is 0 if the measure does not matter. What is it on the linear schedule?
 
 # %%
 QUESTION_MEASURE = "Share of the weight that sits elsewhere, linear schedule (0 to 1)?"
@@ -551,9 +551,10 @@ lesson.table(
 # batch on the linear schedule. On the cosine one it works with a single timestep: the last one, where the schedule's cap on $\beta$ makes the
 # SNR extremely small.
 #
-# The last two columns say how many timesteps have a weight other than the plain loss, after a common factor is taken out.
-# They need a **tolerance**. Min-SNR gives nearly the same share at both, because it has a corner. Soft Min-SNR does not: it differs from the plain
-# loss by a little almost everywhere, and by more than 10 % on a third of the timesteps.
+# The last two columns say how many timesteps have a weight other than the plain loss, after a common factor is taken
+# out. They need a **tolerance**. Min-SNR gives nearly the same share at both tolerances, because it has a corner. Soft
+# Min-SNR gives very different shares: it differs from the plain loss by a little almost everywhere, and by more than
+# 10 % on a third of the timesteps.
 
 # %%
 soft_row = uses.loc["soft-min-snr"]
@@ -598,8 +599,9 @@ error = (comparison["measured"] / comparison["formula"] - 1).abs()
 assert error.max() < 0.06, "the variance must follow the effective sample size"
 
 # %% [markdown]
-# It does. Keep the assumption in mind: the noise of the *noise loss* is the same at every timestep. For a real network
-# it is not, and [08](08_gradient_conflicts.ipynb) measures it.
+# The measured values agree with the formula. Keep the assumption in mind: every timestep contributes noise of the same
+# size to the gradient of the noise loss. In a real network timesteps differ, and [08](08_gradient_conflicts.ipynb)
+# measures the noise of gradients.
 #
 # ## Which noise levels does a weighting serve?
 #
@@ -695,9 +697,11 @@ lesson.show(
 # %% [markdown]
 # Read the table and the figure together.
 #
-# - **`const-eps` serves the clean timesteps worst**, although on the error of $x_0$ its weight is largest there. Equal
-#   weights on the noise error do not give equal service. One reason is their number: on the linear schedule three
-#   quarters of the timesteps have an SNR below 1, and the sum counts each of them.
+# - **Under `const-eps` the clean timesteps are served worse than the noisy ones**, although on the error of $x_0$ its
+#   weight is largest at the clean end. (Every weighting in the table serves the clean timesteps worse. Of all of them
+#   `const-eps` serves the clean ones best.) Equal weights on the noise error do not give equal service. One reason is
+#   the number of noisy timesteps: on the linear schedule three quarters of the timesteps have an SNR below 1, and the
+#   sum counts each of them.
 # - **Min-SNR and P2 go further in the same direction.** They lower the weight of clean timesteps, and the noisy ones gain.
 # - **The mean over all timesteps is least for `const-eps`.** It must be: the mean noise loss is what it minimises. So the
 #   mean noise loss cannot say which weighting is better.

@@ -46,7 +46,8 @@ lesson = Lesson("04_weightings_in_the_wild")
 # ## One parenthesis
 #
 # Min-SNR (Hang et al. 2023) multiplies the squared error of $x_0$ by $\min(S,5)$, where $S$ is the signal-to-noise
-# ratio. A network that predicts $v$ has an error that is $S+1$ times larger. Its weight must be divided by as much:
+# ratio. A network that predicts $v$ has an error that is $S+1$ times larger. Its weight must be divided by the same
+# factor:
 #
 # $$w^v=\frac{\min(S,5)}{S+1}.$$
 #
@@ -77,7 +78,7 @@ def used(snr):
 # %% [markdown]
 # We compare them on the noise schedule of Stable Diffusion, with 1000 timesteps. Only the shape counts: the learning
 # rate absorbs a factor. So both are divided by their mean. The distance is the **share of the total weight that sits
-# elsewhere**: how much weight one would have to move to turn one curve into the other (the *total variation*).
+# elsewhere**: how much weight would have to move to turn the first curve into the second (the *total variation*).
 #
 # Guess it before you look. 0 means that the two are the same up to a factor, 1 that they have nothing in common.
 
@@ -206,7 +207,7 @@ PARAMS = {"min-snr": {"gamma": GAMMA}, "p2": {}, "debiased": {}}
 
 # %% [markdown]
 # Before the audit, one more guess. At the noisiest timestep, where sampling starts, how many times too large is the
-# weight of the worst of the six? The scale is that of the formulas as they stand.
+# weight of the worst of the six? Compare the formulas as they stand, without dividing by their means.
 
 # %%
 QUESTION_NOISIEST = "Worst ratio of used to claimed weight at the noisiest timestep?"
@@ -323,18 +324,18 @@ print(f"{'right Min-SNR':22} as S goes to 0: {right.at_zero_snr}")
 assert "SNR^1" in right.at_zero_snr, "the right weight must vanish like S"
 
 # %% [markdown]
-# A weight that is near 1 everywhere looks healthy, and one that vanishes looks like a bug. That is one reason why these
-# formulas live long. The history of the first one is public. The 1 came in September 2023. It was reported as wrong in
-# [issue 5654](https://github.com/huggingface/diffusers/issues/5654) and corrected by
+# A weight that is near 1 everywhere looks healthy, and one that vanishes looks like a bug. That may be one reason why
+# such a formula is not noticed for years. The history of the first one is public. The 1 came in September 2023. It was
+# reported as wrong in [issue 5654](https://github.com/huggingface/diffusers/issues/5654) and corrected by
 # [pull request 6307](https://github.com/huggingface/diffusers/pull/6307) in December 2023, and once more by
-# [pull request 8466](https://github.com/huggingface/diffusers/pull/8466) in 2024. Of the 23 example scripts that had
-# Min-SNR in August 2026, 17 were right, five still added the 1, and one had the second form of the table.
+# [pull request 8466](https://github.com/huggingface/diffusers/pull/8466) in 2024. Of the 23 example scripts that had Min-SNR in
+# August 2026, 17 were right, five still added the 1, and one had the second form of the table.
 #
 # ## Four right ones, no false alarm
 #
-# A test that always rings is worth nothing. OneTrainer, sd-scripts, unsloth and SimpleTuner compute Min-SNR for $v$
-# correctly. A right weight can be written in many ways. Here are four, one in single precision, one three times too
-# large.
+# A test that raises an alarm every time is worth nothing. OneTrainer, sd-scripts, unsloth and SimpleTuner compute
+# Min-SNR for $v$ correctly. A right weight can be written in many ways. Here are four, one in single precision, one
+# three times too large.
 
 
 # %%
@@ -505,8 +506,9 @@ lesson.table(
 )
 
 # %% [markdown]
-# Each mistake serves the noisy fifth and takes from the rest. Two controls belong to this. A factor on the weight must
-# change nothing. And if the timesteps share nothing, each reaches its own floor, whatever the weights are.
+# Every mistake makes the noisy fifth better, and the clean and the middle fifth worse. Two controls belong to this. A
+# factor on the weight must change nothing. And if the timesteps share nothing, each reaches its own floor, whatever
+# the weights are.
 
 # %%
 few = NoiseSchedule(schedule.alphas_cumprod[12::25])  # 40 of the levels
@@ -570,10 +572,11 @@ lesson.reveal(QUESTION_SAMPLES, float(samples["used / claimed"][5]))
 lesson.table(samples, caption="Distance of samples to the data, exact", digits=4)
 
 # %% [markdown]
-# The answer changes sign with the capacity of the network. With two coefficients the mistake makes the samples worse,
-# with five much better, and then the plain $v$ loss is better still. So **a wrong formula is not a worse formula.** It is
-# another one than its name says. That has a cost of its own. A user who compares "Min-SNR" with the plain loss in such a
-# script compares two nearly equal trainings, and will report that Min-SNR does not matter.
+# The answer depends on the capacity of the network. With one coefficient the mistake changes almost nothing. With two
+# it makes the samples worse. With three or more it makes them better, and then the plain $v$ loss is better still. So
+# **a wrong formula is not a worse formula.** It is a formula with the wrong name. That has a cost of its own. A user
+# who compares "Min-SNR" with the plain loss in such a script compares two nearly equal trainings, and will report that
+# Min-SNR does not matter.
 
 # %%
 ratios = samples["used / claimed"]
@@ -586,7 +589,7 @@ if is_default:
 #
 # Not every difference is a mistake of arithmetic. In two cases people disagree about what the right formula is.
 #
-# **First: $v$ at zero terminal SNR.** Lin et al. (2023) change the schedule so that the last timestep has no signal at
+# **First: $v$ at zero terminal SNR.** Lin et al. (2024) change the schedule so that the last timestep has no signal at
 # all, $S=0$, because sampling starts from pure noise. The right Min-SNR weight is 0 there: the step with which every
 # sample begins is not trained at all.
 
@@ -785,7 +788,7 @@ lesson.check("4.3", share_elsewhere)
 # - Choi, Lee, Shin, Kim, Kim, Yoon (2022), *Perception prioritized training of diffusion models*,
 #   [arXiv:2204.00227](https://arxiv.org/abs/2204.00227): P2.
 # - Yu et al. (2023), *Debias the training of diffusion models*, [arXiv:2310.08442](https://arxiv.org/abs/2310.08442).
-# - Lin, Liu, Li, Yang (2023), *Common diffusion noise schedules and sample steps are flawed*,
+# - Lin, Liu, Li, Yang (2024), *Common diffusion noise schedules and sample steps are flawed*,
 #   [arXiv:2305.08891](https://arxiv.org/abs/2305.08891): zero terminal SNR.
 # - Kingma, Gao (2023), *Understanding diffusion objectives as the ELBO with simple data augmentation*,
 #   [arXiv:2303.00848](https://arxiv.org/abs/2303.00848): weights per log-SNR.

@@ -53,9 +53,9 @@ lesson = Lesson("05_learnable_weightings", trains_on="cpu")
 # %% [markdown]
 # ## A network that weighs its own timesteps
 #
-# Until now somebody chose the weights. Here a network learns them while it trains. The data are grey images of 8 × 8
-# pixels, drawn from a Gaussian with the $1/f^2$ spectrum of natural images. The network predicts the noise. All weights
-# start equal.
+# Until now the weights were formulas, chosen before training. Here they are learned while the network trains. The data
+# are grey images of 8 × 8 pixels, drawn from a Gaussian with the $1/f^2$ spectrum of natural images. The network
+# predicts the noise. All weights start equal.
 #
 # Guess first. Will the weight move towards the `"clean"` or towards the `"noisy"` timesteps?
 
@@ -230,8 +230,8 @@ print(f"objective {objective:.4f}, 1 + log of the geometric mean {1 + floor.log(
 torch.testing.assert_close(objective, 1 + floor.log().mean(), rtol=1e-3, atol=1e-3)
 
 # %% [markdown]
-# There is a second road to the same place. **Loss balance** learns nothing: it keeps a running mean of the loss of each
-# bin and takes the inverse. Same fixed point, no learning rate.
+# A second method reaches the same fixed point. **Loss balance** learns nothing: it keeps a running mean of the loss of
+# each bin and takes the inverse. It has no learning rate.
 
 # %%
 balance = make_weighting("loss-balance", schedule, bins=1000, normalize=False)
@@ -365,9 +365,9 @@ assert without_noise < 1e-12, "without noise in the losses nothing may shake"
 lesson.table(shaking, caption="Fluctuation of a weight whose s is trained at learning rate 0.05")
 
 # %% [markdown]
-# Four times more samples halve the fluctuation. That is the reason for **bins**. With one $s$ for each of 1000 timesteps, a
-# batch of 64 gives each of them 0.064 samples per step. With one for each of 20 bins it gives 3.2, fifty times more.
-# The package takes 20 bins and interpolates between their centres.
+# Four times more samples halve the fluctuation. That is the reason for **bins**. With one $s$ for each of 1000
+# timesteps, a batch of 64 gives each of them 0.064 samples per step. With one $s$ for each of 20 bins, each $s$ gets
+# 3.2 samples, fifty times more. The package takes 20 bins and interpolates between their centres.
 #
 # ## Travel or shaking?
 #
@@ -378,8 +378,8 @@ lesson.table(shaking, caption="Fluctuation of a weight whose s is trained at lea
 # - *over time*: standard deviation over mean of the weight;
 # - *around its trend*: the same after dividing by the exponential curve that fits the weight best.
 #
-# Two controls calibrate them. Predefined weights must score 0. Random weights, drawn anew at each step, are the other
-# end. How much, in per cent, does uncertainty weighting with 20 bins shake around its trend?
+# Two controls calibrate them. Predefined weights must score 0. Random weights, drawn anew at each step, mark the upper
+# end of the scale. How much, in per cent, does uncertainty weighting with 20 bins shake around its trend?
 
 # %%
 QUESTION_SHAKE = "Uncertainty weighting, 20 bins: fluctuation around its trend, in per cent?"
@@ -484,9 +484,9 @@ if is_default and is_full:
 #
 # ## When the fixed point takes over
 #
-# What do learned weights do to the losses? A noise-predicting network has small losses at high noise. That earns weight,
-# the weight lowers these losses, and that earns more weight. We compare held-out losses with those of equal weights,
-# pair by pair with the same seed.
+# What do learned weights do to the losses? A noise-predicting network has small losses at high noise. Small losses get
+# large weights. Large weights lower these losses further, and then the weights grow again. We compare held-out losses
+# with those of equal weights, pair by pair with the same seed.
 
 # %%
 LEARNED = ["uncertainty", high_lr, "loss balance"]
@@ -581,9 +581,9 @@ display(
 # Learning then adds weight at the clean end, and the losses there fall. So the effect of a strategy depends first of all
 # on the target.
 #
-# Is it good for *samples* to move loss from one end to the other? Losses cannot tell;
-# [12](12_the_convergence_race.ipynb) looks at samples. What we can say: nothing in uncertainty weighting stops it.
-# [06](06_dy_sigma_derived.ipynb) adds a term that does.
+# Is it good for *samples* to move loss from the noisy end to the clean end? Losses cannot tell.
+# [12](12_the_convergence_race.ipynb) looks at samples. What we can say: nothing in uncertainty weighting limits this
+# movement. [06](06_dy_sigma_derived.ipynb) adds a term that does.
 #
 # **Try it yourself.** In the first long code cell: `FAST_LR = 0.3` (more shaking; predict the table first), `CLAMP = 2.0` (the takeover
 # stops early), or `SKIP = 0.0` (the network can no longer pass its input through; where do the weights go now?).
@@ -665,7 +665,8 @@ print(f"simulated with that many bins: {simulated_fluctuation(1.0, 128 / most_bi
 # - One small network, one data set, some hundred steps, three seeds. The formulas carry over; the percentages do not.
 # - The formula for shaking is for gradient descent with noise that is independent from step to step.
 # - Held-out losses say nothing about samples.
-# - Weightings that learn from *gradients* (UGD, MGDA and relatives) are not here; see [08](08_gradient_conflicts.ipynb).
+# - Weightings that look at *gradients* (MGDA and its relatives) are not on this page.
+#   [09](09_acting_on_conflicts.ipynb) treats them.
 #
 # ## References
 #

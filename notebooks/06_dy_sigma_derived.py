@@ -267,9 +267,9 @@ assert raises.iloc[0, 1] > 100 * math.e, "and fail by far after it"
 #
 # ## The family
 #
-# Other members keep the prior in other ways. All start at the prior. Two of our own ideas look at something else than the
-# loss: **excess** looks at $L_t-L_t^\star$, because the floor cannot be learned, and **tilt** raises large losses instead
-# of lowering them.
+# Other members keep the prior in other ways. All start at the prior. Two of them are ideas of our own. **Excess**
+# looks at $L_t-L_t^\star$ instead of $L_t$, because the floor cannot be learned. **Tilt** gives more weight to large
+# losses, and not less.
 #
 # | variant | what $s$ minimises | weight | ends at (up to a factor) |
 # |---|---|---|---|
@@ -469,16 +469,17 @@ assert bits_of["const-eps"] == min(bits_of.values()), "the plain noise loss must
 # %% [markdown]
 # Read it metric by metric.
 #
-# - **Total loss** favours what is learned without an anchor: it is what *inside* and *uncertainty* minimise. It also hides
-#   the clean timesteps, where the floor is most of the loss.
-# - **Excess loss** shows them. Dy-Sigma gains in the middle and at high noise, and pays at the clean end. Inside and
-#   uncertainty pay more there, and over all timesteps they are not shown to beat Min-SNR.
-# - **Likelihood** is won by **const-eps**, the plain noise loss. Dy-Sigma is worse than it. This integral leaves out the clean
-#   end of the range, as the last line says, and weightings differ most there.
+# - **Total loss** favours the variants without an anchor, because *inside* and *uncertainty* minimise it directly. It
+#   also hides the clean timesteps, where the floor is most of the loss.
+# - **Excess loss** shows them. Dy-Sigma is better than Min-SNR in the middle and at high noise, and worse at the clean
+#   end. Inside and uncertainty are worse still at the clean end. Over all timesteps their intervals contain 1, so they
+#   are not shown to beat Min-SNR.
+# - **Likelihood** is best for **const-eps**, the plain noise loss. Dy-Sigma is worse than const-eps. This integral
+#   leaves out the clean end of the range, as the last line says, and weightings differ most there.
 #
-# So no weighting is the best under all three metrics. One variant, *excess*, is slightly better than Min-SNR under each
-# of them, by a few per cent. This race was for choosing a default, its seeds are not
-# fresh, and it does not look at samples. [12](12_the_convergence_race.ipynb) does.
+# So no weighting is the best under all three metrics. One variant, *excess*, is slightly better than Min-SNR under
+# each of them, by a few per cent. We used this race to choose the default, so its seeds are not an independent test.
+# It also does not look at samples. [12](12_the_convergence_race.ipynb) does.
 #
 # What about the promise of *stable* weights? As in [05](05_learnable_weightings.ipynb) we separate travel from shaking. From
 # the logarithms of the recorded weights of ten bins, over the second half of training, we take out a straight line.
@@ -511,11 +512,11 @@ assert travel.iloc[3] < travel.iloc[2] / 2, "the anchor must halve the travel (x
 assert stability.iloc[:, 1].max() < 5, "around the trend all must vary by a few per cent at most"
 
 # %% [markdown]
-# Most of the difference is travel, which the anchor ends. Around the trend all vary by a few per cent at most, and
-# Dy-Sigma by less. A part of that rest is still travel that is not a straight line. So "learned weights fluctuate" is
-# mostly "learned weights have not arrived".
+# Most of the difference is travel, and the anchor makes it much shorter. Around the trend all vary by a few per cent
+# at most, and Dy-Sigma by less. Part of this remaining variation is still travel, along a curve that is not a straight
+# line. So "learned weights fluctuate" is mostly "learned weights have not arrived".
 #
-# ## Another use of s: where to look, not what to want
+# ## Another use of s: how often to draw each timestep
 #
 # All variants above change the *objective*. There is another place for a learned quantity. Keep the objective
 # $\frac1T\sum_tw_tL_t$ as it is, and learn **how often each timestep is drawn**. If timestep $t$ is drawn with probability $p_t$,
@@ -540,8 +541,8 @@ assert stability.iloc[:, 1].max() < 5, "around the trend all must vary by a few 
 # optimum if $q\propto m$. For $\kappa\to\infty$, $\hat p\propto\sqrt w$, which learns nothing. The part $u/T$ bounds the importance by
 # $1/u$.
 #
-# An example with an invented $m_t=L_t^{3/2}$ and the $x_0$ loss. Uniform sampling has $S=1$. Which $S$ does
-# $\sqrt w$ have, with nothing learned?
+# An example with an invented $m_t=L_t^{3/2}$ and the $x_0$ loss. Uniform sampling has $S=1$. What is $S$ when
+# timesteps are drawn by $\sqrt w$, with nothing learned?
 
 # %%
 QUESTION_DENSITY = "S of drawing timesteps by √w, relative to uniform?"
@@ -600,8 +601,9 @@ torch.testing.assert_close(
 # %% [markdown]
 # The last column is 1 in every row: the objective is untouched.
 #
-# The package has this variant. Its weights are those of the prior to the last bit, and before it has learned anything it
-# draws by $\sqrt w$. It learns from the gradients of the network's last layer, so it needs training, which this page has not.
+# The package has this variant. Its weights are those of the prior to the last bit, and before it has learned anything
+# it draws by $\sqrt w$. It learns from the gradients of the network's last layer, so it needs a training run, and this
+# page has none.
 
 # %%
 of_package = make_weighting("dy-sigma", schedule, "sample", variant="density")

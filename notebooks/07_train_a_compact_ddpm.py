@@ -97,7 +97,7 @@ print(f"this record has seen {share_of_ho:.2%} of that")
 # %% [markdown]
 # ## What you will train, and where
 #
-# `DEVICE` is your GPU if PyTorch finds one, else the CPU. It decides the sizes, and nothing else.
+# `DEVICE` is your GPU if PyTorch finds one, else the CPU. It decides the data and the sizes, and nothing else.
 #
 # | | on a GPU | on a CPU |
 # |---|---|---|
@@ -256,7 +256,7 @@ lesson.gallery(
 )
 
 # %% [markdown]
-# You should see that colour and place of a sample are settled early and hardly change. Form comes later. High noise
+# You should see that in most columns the colour and the place of the object appear early. Form comes later. High noise
 # decides the first, low noise the second. Now look at the same training as numbers.
 
 # %%
@@ -301,9 +301,9 @@ if is_default:
 # %% [markdown]
 # ## Two more weightings, on the same draws
 #
-# Now `const-eps`, the plain loss of Ho et al. 2020 on the noise, and `dy-sigma`, which learns its weights. They get a
-# half of the images. Min-SNR need not be trained again for the comparison. Without a decay of the learning rate, a long
-# training passes through the end of every shorter one. So its fourth look is the run of equal length.
+# Now `const-eps`, the plain loss of Ho et al. 2020 on the noise, and `dy-sigma`, which learns its weights. Each of
+# them trains on half of the images. Min-SNR need not be trained again for the comparison: the learning rate does not
+# decay, so half of the long Min-SNR run is the same as a run of half the length. Its fourth look is at that moment.
 
 # %%
 SHORT = ["const-eps", "dy-sigma"]
@@ -362,8 +362,9 @@ lesson.show(
 )
 
 # %% [markdown]
-# You should see `const-eps` below the line at the cleanest timesteps and above it at most others. It gives the cleanest
-# timesteps more weight than Min-SNR does, and the others less. Dy-Sigma stays much closer to Min-SNR. How much of that small distance is seed noise, one run cannot say.
+# You should see `const-eps` below the line at the cleanest timesteps and above it at most others. It gives the
+# cleanest timesteps more weight than Min-SNR does, and the others less. Dy-Sigma stays much closer to Min-SNR. In this
+# run it is a few per cent below it at every timestep. One run cannot say how much of that is seed noise.
 
 # %%
 if is_default:

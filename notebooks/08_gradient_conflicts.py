@@ -23,7 +23,7 @@
 # - say why the answer depends on the weights at which one measures.
 #
 # **You need** log-SNR from [01](01_forward_process_and_snr.ipynb) and the training step of
-# [07](07_train_a_compact_ddpm.ipynb). [02](02_one_network_many_objectives.ipynb) says why one asks.
+# [07](07_train_a_compact_ddpm.ipynb). [02](02_one_network_many_objectives.ipynb) shows why the question matters.
 #
 # **Time** reading 25 min · running about 150 s (short run 35 s) on one CPU core · memory under 1 GB.
 #
@@ -435,9 +435,10 @@ display(
 assert coverage > 0.92, "intervals of 95 % must hold the truth at least about as often"
 
 # %% [markdown]
-# More than the promised 95 %. The intervals err on the safe side: the jackknife tends to overestimate a variance (Efron
-# and Stein 1981), most with few micro-batches, and we have eight of two samples. With this estimate "sure conflict",
-# the whole interval below 0, is said too rarely, not too often.
+# More than the promised 95 %. The intervals err on the safe side: the jackknife tends to overestimate a variance
+# (Efron and Stein 1981), most with few micro-batches, and we have eight of two samples. We call a pair in "sure
+# conflict" if its whole interval lies below 0. With intervals that are too wide this is said too rarely, and not too
+# often.
 #
 # ## Every minimum has conflict
 #
@@ -560,9 +561,9 @@ if is_default:
 #   length-weighted mean is still above the bound of −0.11: these networks are not at a minimum yet.
 # - **At the raw weights of the same runs, at the same moment,** there is much less conflict.
 #
-# A likely reason for the third: steps are noisy and keep the raw weights up on the walls of the valley. From there most
-# bins want the same thing, down. The average lies near the floor, where they disagree. We have not tested this reason.
-# But report which weights you measured.
+# A likely reason for the third point: training steps are noisy and keep the raw weights at some distance from the
+# minimum. At that distance most bins still agree on the way to it. The averaged weights lie closer to the minimum,
+# where the bins disagree. We have not tested this reason. In any case, report at which weights you measured.
 #
 # One averaged network as a matrix: first from few samples, then from many.
 
@@ -636,6 +637,10 @@ if is_default:
     assert abs(between / own - 1) < 0.4, "bins with one distribution must agree"
 
 # %% [markdown]
+# The result is near 1, and not exactly 1. The averaged weights have short gradients and much noise, so a mean over a
+# few batches still scatters; the check allows 0.6 to 1.4. The real bins of the same kind of network, in the table
+# above, have a mean cosine near 0.
+#
 # ## How noisy is a training step?
 #
 # The gradient-to-noise ratio grows with the number of samples. The number at which gradient and noise are equal is the
@@ -662,9 +667,9 @@ lesson.table(
 )
 
 # %% [markdown]
-# Read the row of the raw weights, because steps are taken there. Compare it with the 32 images of a batch: where it is
-# below 32, a step is still more gradient than noise. The averaged weights have shorter gradients and a far larger noise
-# scale, but no step is ever taken from them.
+# Read the row `end`, the raw weights, because steps are taken there. In the full run all three networks are below the
+# 32 images of a batch. So even at the end of this training a step holds more gradient than noise. The averaged weights
+# have shorter gradients and a far larger noise scale, but no step is ever taken from them.
 #
 # **Try it yourself.** Set `lr=2e-4` where `config` is made: does the gap between raw and averaged weights close?
 #

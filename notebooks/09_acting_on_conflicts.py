@@ -45,7 +45,7 @@ from dysigma.training import build, iterate
 lesson = Lesson("09_acting_on_conflicts", trains_on="cpu")
 
 # %% [markdown]
-# ## Whom does a plain step hurt?
+# ## Which bins does a plain step make worse?
 #
 # We train one small network that predicts noise, take its averaged weights, and measure the Gramian $G$ of five bins of
 # log-SNR with the noise taken out.
@@ -110,7 +110,7 @@ equal = torch.full((5,), 1 / 5, dtype=torch.float64)
 lesson.reveal(QUESTION_HURT, int((served(equal, gramian) < 0).sum()))
 
 # %% [markdown]
-# ## Four rules and a bystander
+# ## Four rules that look at conflicts, and one that does not
 #
 # **MGDA** (Désidéri 2012) takes the convex combination of the gradients that is *shortest*. At this point
 # $(G\omega)_j\ge\omega^\top G\omega$ for all $j$, so no bin gets worse.
@@ -150,10 +150,10 @@ def pcgrad(matrix):
 
 
 # %% [markdown]
-# A later projection can undo an earlier one, so PCGrad promises nothing for more than two objectives. **UPGrad** (Quinton
-# and Rey 2024) projects each gradient on the set of directions that hurt *nobody*, and adds the results. **CAGrad** (Liu
-# et al. 2021) stays within a distance $c$ of the plain step, and there serves the bin that is served worst. **Dy-Sigma**
-# looks at losses only. It never sees $G$.
+# A later projection can undo an earlier one, so PCGrad promises nothing for more than two objectives. **UPGrad**
+# (Quinton and Rey 2024) projects each gradient on the set of directions that raise *no* loss, and adds the results.
+# **CAGrad** (Liu et al. 2021) stays near the plain step; a parameter $c$ says how near. Within that distance it
+# improves the bin that is served worst. **Dy-Sigma** looks at losses only. It never sees $G$.
 
 # %%
 dy_sigma = make_weighting("dy-sigma", schedule)
@@ -203,12 +203,14 @@ for name in ("UPGrad", "MGDA"):
 print("lengths of the five gradients:", [round(float(length), 3) for length in lengths])
 
 # %% [markdown]
-# The rows of UPGrad and MGDA have no negative value: that is what they promise. CAGrad does not promise it. The price is
-# in the columns that a plain step serves best: there a step that must hurt no bin is less good.
+# The rows of UPGrad and MGDA have no negative value: that is what they promise. CAGrad has none here either, but does
+# not promise it. The price is in the two clean columns. A plain step serves those bins best, and UPGrad and MGDA serve
+# them less well. (Mind the colours: here red is better. In the transfer figure of page
+# [02](02_one_network_many_objectives.ipynb) red was worse.)
 #
-# Equal weights and Dy-Sigma show that a fixed weight for each bin is a choice of sides. Equal weights follow the clean bins,
-# because their gradients are longest. Dy-Sigma gives more weight to the noisy bins, whose losses are small, and hurts the
-# clean ones in this step.
+# Equal weights and Dy-Sigma show that a fixed weight for each bin favours some bins over others. Equal weights follow
+# the clean bins, because their gradients are longest. Dy-Sigma gives more weight to the noisy bins, whose losses are
+# small, and hurts the clean ones in this step.
 #
 # ## The promise holds for the Gramian one has
 #
@@ -338,15 +340,17 @@ if RATE == 20.0:
     )
 
 # %% [markdown]
-# MGDA is not slow. It has stopped, at a *Pareto stationary point*: from there every small step raises some loss, and MGDA
-# refuses all of them. Such a point need not be a good one. Where MGDA stops depends on where it started.
+# MGDA is not slow. It has stopped, at a *Pareto stationary point*: from there no small step lowers all losses, so MGDA
+# takes none. Such a point need not be a good one. Where MGDA stops depends on where it started.
 #
-# UPGrad makes the same promise to first order, but its steps are long here, and it raises some loss in most of them. That
-# lets it go on. It ends with the smallest of the largest excesses, and with a higher mean than equal weights.
+# UPGrad makes the same promise to first order, but its steps are long here, and it raises some loss in most of them.
+# So it does not stop where MGDA stops. After the long training its largest excess is the smallest of the three rules.
+# Its mean is higher than that of equal weights.
 #
-# When does acting on conflicts help, then? If the aim is a mean of losses, a step down that mean is the direct way. A rule
-# that looks at conflicts is for another aim: that the worst loss is small, or that *no loss rises*, as when a good
-# network is tuned further. The tables show both on the toy, and their price in the mean.
+# When does acting on conflicts help, then? If the aim is a mean of losses, a step down that mean is the direct way. A
+# rule that looks at conflicts is for another aim: that the worst loss is small, or that *no loss rises*, as when a
+# good network is tuned further. The toy shows both: UPGrad has the smallest worst loss, MGDA raises no loss, and both
+# have a higher mean than equal weights.
 #
 # **Try it yourself.** Set `RATE = 2.0`: does UPGrad still raise losses in the first table?
 #
@@ -400,7 +404,7 @@ lesson.check("9.2", first_share)
 # %% [markdown]
 # ## What you can now do
 #
-# - Judge any step by $G\omega$: whom it serves, whom it hurts.
+# - Read from $G\omega$ which bins a step improves, and which it makes worse.
 # - Name the promise of a rule, and ask how many samples it needs to keep it.
 # - Train with such a rule: `TrainConfig(weighting="gramian", weighting_params={"rule": "upgrad"})`.
 #
