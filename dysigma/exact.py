@@ -269,9 +269,12 @@ def x0_loss_factor(log_snr: Tensor, prediction_type: str, is_flow: bool = False)
         return torch.ones_like(snr)
     if kind == "epsilon":
         return snr
+    if kind == "v_prediction" and is_flow:
+        alpha = torch.sigmoid(log_snr / 2)
+        sigma = torch.sigmoid(-log_snr / 2)
+        return ((alpha**2 + sigma**2) / sigma) ** 2
     if kind == "v_prediction":
-        of_flow = ((1 + snr) / (1 + snr.sqrt())) ** 2
-        return of_flow if is_flow else 1 + snr
+        return 1 + snr
     return (1 + snr.sqrt()) ** 2
 
 

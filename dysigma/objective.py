@@ -194,8 +194,10 @@ class OutputLayerGradients:
         layer = self.layer
         assert isinstance(layer, nn.Conv2d)
         padding = layer.padding
-        if isinstance(padding, str):  # "same" may pad one side more than the other
-            features = F.pad(features, layer._reversed_padding_repeated_twice)
+        # "same" may pad one side more than the other, and unfold itself pads with zeros only.
+        if isinstance(padding, str) or layer.padding_mode != "zeros":
+            mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+            features = F.pad(features, layer._reversed_padding_repeated_twice, mode)
             padding = (0, 0)
         shape = (layer.kernel_size, layer.dilation, padding, layer.stride)
         spans = [d * (k - 1) for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]

@@ -312,13 +312,15 @@ def test_the_command_prints_json_and_draws(trainer, capsys):
     assert (trainer.path / "figures" / "wrong.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize("place", ["a.doc", "trainer", "a.png/b.png"])
+@pytest.mark.parametrize("place", ["a.doc", "trainer", "a.png/b.png", "loop/b.png", "gone/b.png"])
 @pytest.mark.parametrize("command", ["audit", "show"])
 def test_a_figure_that_cannot_be_written_is_told_before_anything_else(
     trainer, place, command, capsys
 ):
     (trainer.path / "trainer").mkdir()
     (trainer.path / "a.png").write_text("")
+    (trainer.path / "loop").symlink_to("loop")
+    (trainer.path / "gone").symlink_to("nowhere")
     words = {"audit": ["audit", "min-snr", "--target", "v", "--figure"], "show": ["show", "--out"]}
     assert main([*words[command], place]) == 2
     printed = capsys.readouterr()

@@ -169,8 +169,14 @@ def test_without_options_a_first_run_is_told_as_a_command(tmp_path, capsys):
     first = configured("--out", str(tmp_path), "--seed", "3")
     said = capsys.readouterr().out
     words = shlex.split(said.split("dysigma train ")[1])
-    assert first == configured(*words, "--seed", "3")
+    assert first == configured(*words)
     assert (first.data, first.prediction, first.weighting) == ("shapes", "sample", "min-snr")
+
+    # The command that is told has what was given, and no number of images if minutes decide.
+    configured("--out", "my runs/1", "--minutes", "2.5", "--no-compile")
+    words = shlex.split(capsys.readouterr().out)
+    assert words[-4:] == ["--minutes", "2.5", "--out", "my runs/1"]
+    assert "--no-compile" in words and "--images" not in words
 
     # One option of what is learned, or a file, and the plain defaults hold.
     assert configured("--out", str(tmp_path), "--bins", "5") == TrainConfig(bins=5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -119,6 +121,12 @@ def test_factors_are_those_of_the_targets():
             factor = x0_loss_factor(schedule.log_snr[timesteps], kind, schedule.is_flow)
             expected = factor[:, None] * change.square()
             torch.testing.assert_close((wrong - right).square(), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("is_flow", [False, True])
+def test_the_factor_of_v_has_its_limits_at_both_ends(is_flow):
+    ends = torch.tensor([math.inf, -math.inf])
+    assert x0_loss_factor(ends, "v_prediction", is_flow).tolist() == [math.inf, 1.0]
 
 
 def test_the_floor_of_v_on_a_flow_is_that_of_x0_in_its_units():

@@ -152,6 +152,8 @@ def conv_network():
         nn.Conv2d(6, 3, 3, padding=1, stride=2),
         nn.Conv2d(6, 3, 3, padding="same"),
         nn.Conv2d(6, 3, (3, 1)),
+        nn.Conv2d(6, 3, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(2, 5, 3, padding=1, padding_mode="reflect"),
     ],
     ids=str,
 )

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import logging
 import os
+import pickle
 import signal
 import sys
 from pathlib import Path
@@ -486,6 +488,27 @@ def test_diffusers_alone_never_samples_a_flow_wrongly_in_silence(
     # Old versions of diffusers import what a file names.
     wanted = "FlowMatchEulerDiscreteScheduler" if is_plain else "FlowRunScheduler"
     assert type(opened).__name__ == wanted
+
+
+def test_the_scheduler_of_a_flow_opens_without_a_warning_and_travels_to_processes(
+    tmp_path, monkeypatch
+):
+    scheduler = pipeline_scheduler(NoiseSchedule.flow(50, shift=3.0), "sample")
+    scheduler.save_pretrained(tmp_path)
+    told = []
+    monkeypatch.setattr(logging.getLogger("diffusers.configuration_utils"), "warning", told.append)
+    opened = type(scheduler).from_pretrained(tmp_path)
+    assert not told
+    for name in ("num_train_timesteps", "shift", "run_prediction"):
+        assert opened.config[name] == scheduler.config[name]
+    sent = pickle.loads(pickle.dumps(opened))
+    for each in (opened, sent):
+        each.set_timesteps(5)
+        scheduler.set_timesteps(5)
+        assert torch.equal(each.timesteps, scheduler.timesteps)
+        output, x = torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
+        here, there = (s.step(output, s.timesteps[0], x).prev_sample for s in (scheduler, each))
+        assert torch.equal(here, there)
 
 
 def test_the_command_conflicts_asks_for_the_run_in_place_of_its_pipeline(tmp_path, capsys):

@@ -986,13 +986,17 @@ def test_without_torchjd_the_message_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "gramian",
-    [torch.eye(5), torch.full((6, 6), torch.nan), torch.ones(6)],
+    ("gramian", "words"),
+    [
+        (torch.eye(5), r"\(6, 6\).*got \(5, 5\)"),
+        (torch.full((6, 6), torch.nan), "36 of its 36 entries"),
+        (torch.ones(6), r"\(6, 6\).*got \(6,\)"),
+    ],
     ids=["size", "nan", "shape"],
 )
 @pytest.mark.parametrize(("name", "params"), [("ugd", {}), ("dy-sigma", {"variant": "conflict"})])
-def test_bad_gramians_are_refused(name, params, gramian):
-    with pytest.raises(ValueError, match=r"gramian must be \(6, 6\)"):
+def test_bad_gramians_are_refused(name, params, gramian, words):
+    with pytest.raises(ValueError, match=f"gramian must be .*{words}"):
         make_weighting(name, SHORT, bins=6, **params).observe_gramian(gramian)
 
 

@@ -114,8 +114,10 @@ def draw_samples(
 
 def check_folder(folder: Path) -> Path:
     """Raise ValueError unless files can be written into a folder, which need not be there yet."""
-    there = folder.resolve()
+    there = folder.absolute()
     while not there.exists():
+        if there.is_symlink():
+            raise ValueError(f"cannot write to {folder}: {there} is a link that leads nowhere")
         there = there.parent
     if not there.is_dir():
         raise ValueError(f"cannot write to {folder}: {there} is a file, not a folder")

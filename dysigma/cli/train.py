@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,9 @@ def add(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="dysigma train --out FOLDER [options]",
         description="Train a diffusion model with a loss weighting. The run folder gets config.json, metrics.jsonl,\n"
-        "summary.json, checkpoint/, samples.png, and pipeline/, which opens with DDPMPipeline.from_pretrained.",
+        "summary.json, checkpoint/, samples.png, and pipeline/, which opens with DDPMPipeline.from_pretrained.\n"
+        "The defaults below hold once an option of what is learned is given. With --out alone a first run is trained,\n"
+        "with options of its own, which it prints.",
         epilog="examples:\n"
         "  dysigma train --out runs/first                                       a first run: some minutes on a CPU\n"
         "  dysigma train --weighting dy-sigma --weighting-params kappa=0.5 --out runs/second\n"
@@ -177,18 +180,28 @@ def _configuration(args: argparse.Namespace) -> TrainConfig:
     if nothing_said and set(given) <= BESIDE_FIRST_RUN:
         options = dict(FIRST_RUN)
         if os.environ.get("RANK", FIRST_RANK) == FIRST_RANK and not args.quiet:
-            print(f"a first run: dysigma train {_as_flags(options)} --out {args.out}")
+            print(f"a first run: {_first_command(given, args)}")
     options.update(given)
     return TrainConfig.from_dict(options)
 
 
-def _as_flags(options: dict[str, Any]) -> str:
-    """The command line that sets these options."""
-    words = []
+def _first_command(given: dict[str, Any], args: argparse.Namespace) -> str:
+    """The command line that trains what a first run with these flags trains."""
+    options = {**FIRST_RUN, **given}
+    if args.minutes is not None:
+        del options["images"]
+        options["minutes"] = f"{args.minutes:g}"
+    options["out"] = args.out
+    words = ["dysigma", "train"]
     for name, value in options.items():
         flag = "--" + name.replace("_", "-")
-        words.append(flag if value is True else f"{flag} {value}")
-    return " ".join(words)
+        if value is False:
+            words.append(flag.replace("--", "--no-", 1))
+            continue
+        words.append(flag)
+        if value is not True:
+            words.append(str(value))
+    return shlex.join(words)
 
 
 def _is_finished(folder: Path) -> bool:

@@ -75,7 +75,7 @@ def _cell(source: str, kind: str) -> Any:
     return new_markdown_cell(source, metadata={"slideshow": {"slide_type": kind}})
 
 
-def _is_picture_of_thought(block: str) -> bool:
+def _is_for_the_slide(block: str) -> bool:
     """Whether a block of markdown is a formula, a list, a table or a quotation."""
     return block.startswith(("$$", "- ", "| ", "> ", "1. "))
 
@@ -91,7 +91,7 @@ def _of_text(section: str) -> list[Any]:
     for block in blocks:
         if is_title:  # the name of the page and its claim
             (on_slide if block.startswith(("# ", "> ")) else notes).append(block)
-        elif block.startswith("#") or _is_picture_of_thought(block):
+        elif block.startswith("#") or _is_for_the_slide(block):
             on_slide.append(block)
         elif begins and paragraphs_shown == 0 and not block.startswith("<details>"):
             on_slide.append(block)

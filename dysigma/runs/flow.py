@@ -66,6 +66,13 @@ def _flow_run_scheduler() -> Any:
 
         timesteps: Tensor
 
+        @classmethod
+        def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+            # The file also holds options of the class above, at which diffusers would warn.
+            names = ("num_train_timesteps", "shift", "run_prediction")
+            own = {name: config_dict[name] for name in names if name in config_dict}
+            return super().extract_init_dict(own, **kwargs)
+
         @register_to_config  # type: ignore[untyped-decorator]
         def __init__(
             self,
@@ -89,6 +96,7 @@ def _flow_run_scheduler() -> Any:
             velocity = self.schedule.to_velocity(output.cpu(), sample.cpu(), numbers, self.kind)
             return super().step(velocity.to(sample), timestep, sample, **kwargs)
 
+    FlowRunScheduler.__qualname__ = "FlowRunScheduler"  # pickle looks for it in this module
     return FlowRunScheduler
 
 

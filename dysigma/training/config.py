@@ -53,7 +53,7 @@ class TrainConfig:
 
     data: str = _option(
         "leaves",
-        "leaves, gaussian-fields (both made in memory), cifar10, an .npz file, or a folder",
+        "shapes, leaves, gaussian-fields (made in memory), cifar10, an .npz file, or a folder",
     )
     data_root: str | None = _option(
         None, "where CIFAR-10 lies or goes (default: $DYSIGMA_DATA, then the user's cache)"

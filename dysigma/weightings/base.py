@@ -392,11 +392,16 @@ class Weighting(nn.Module):
         if not self.needs_gramian:
             raise ValueError(f"{type(self).__name__} uses no Gramian (needs_gramian is False)")
         size = self.bins.num_bins
-        if gramian.shape != (size, size) or not bool(torch.isfinite(gramian).all()):
-            bad = int((~torch.isfinite(gramian)).sum())
+        if gramian.shape != (size, size):
             raise ValueError(
-                f"gramian must be ({size}, {size}) and finite; got {tuple(gramian.shape)} with {bad} "
-                "entries that are not: leave this measurement out"
+                f"gramian must be ({size}, {size}), one row a bin; got {tuple(gramian.shape)}: measure it "
+                "with weighting.bins"
+            )
+        bad = int((~torch.isfinite(gramian)).sum())
+        if bad:
+            raise ValueError(
+                f"gramian must be finite; {bad} of its {size * size} entries are NaN or infinite: leave "
+                "this measurement out"
             )
         if not self.training:
             return

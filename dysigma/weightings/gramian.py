@@ -43,8 +43,8 @@ class UGD(OfGramian):
     u'Gu + lambda u'u.
 
     Every call descends the last Gramian seen, over its mean diagonal, with the optimizer of
-    parameters(). regularization is lambda >= 0, which keeps every bin in; at 0 the fixed point is
-    the min-norm point, that of MGDA.
+    parameters(). regularization is lambda >= 0. The larger it is, the more equal the weights of the
+    bins become; at 0 the fixed point is the min-norm point, that of MGDA, where bins may have none.
     """
 
     def __init__(
