@@ -107,7 +107,9 @@ assert 0.8 < of_weights < 1.25, "in this record min-snr changes the distance by 
 # one seed. [Page 12](12_the_convergence_race.ipynb) does so on CIFAR-10 and on other data, with five seeds, and says
 # which differences are larger than seed noise.
 #
-# To train these runs again: `data/races/first_minute.py`.
+# The record holds one learning rate only. A lower rate may suit the network that predicts the noise better, and then
+# the factor would be smaller. To train these runs again, and with two lower rates: `data/races/first_minute.py`. An idle
+# core needs about three minutes for each run.
 #
 # ## Your own first minute
 #

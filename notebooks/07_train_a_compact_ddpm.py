@@ -390,8 +390,8 @@ lesson.gallery(
 )
 
 # %% [markdown]
-# The table turns the eye's impression into a number: the Fréchet distance between features of samples and of training
-# images, lower is better. On the CPU the features are the pixels. On a GPU we try the network of FID, and fall back to
+# Hardly: so early in training the three rows look nearly alike. The table below measures what the eye cannot tell: the
+# Fréchet distance between features of samples and of training images, lower is better. On the CPU the features are the pixels. On a GPU we try the network of FID, and fall back to
 # pixels where it cannot be fetched. The number of images is the same in each row, because the distance depends on it.
 
 # %%
