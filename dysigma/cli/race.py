@@ -18,7 +18,7 @@ def add(commands: Commands) -> None:
         commands,
         "race",
         run,
-        help="train arms x seeds on common random numbers; goes on where it stopped",
+        help="train weightings x seeds on common random numbers; goes on where it stopped",
     )
     parser.add_argument(
         "spec",
