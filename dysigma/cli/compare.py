@@ -19,11 +19,12 @@ def add(commands: Commands) -> None:
         "compare",
         run,
         help="finished runs against the first: losses, ELBO, images to its loss; paired by seed, with intervals",
-        description="Runs that differ in the seed alone are one arm. Columns: loss, of the last validation; ratio, of "
-        "that to the first arm's, geometric mean over timesteps; bits, difference of the ELBO's diffusion term in "
-        "bits/dim; reached, in how many seeds the arm gets where the first ends, after reach images, speedup times "
-        "sooner; fluctuation of weights; mean losses of the two halves of the timesteps, whether no arm is lower in "
-        "both, and in which share of seeds.",
+        description="Runs that differ in the seed alone are one row, an arm. The first is the baseline. Columns: loss, "
+        "of the last validation; ratio, of that loss to the baseline's, geometric mean over timesteps; bits, difference "
+        "of the ELBO's diffusion term in bits/dim; reached, in how many seeds the row reaches the loss at which the "
+        "baseline ends; reach, after how many images; speedup, how many times fewer images that is; fluctuation of "
+        "weights; mean losses of the two halves of the timesteps, whether no other row is lower in both, and in which "
+        "share of seeds.",
     )
     parser.add_argument(
         "runs",
