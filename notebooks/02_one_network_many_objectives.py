@@ -201,8 +201,8 @@ def falling(steps):
 # those with *equal* steps?
 
 # %%
-FEWER = "Bands of 5 won by specialists with fewer steps?"
-EQUAL = "Bands of 5 won by specialists with equal steps?"
+FEWER = "Bands of 5 in which specialists are better, with fewer steps?"
+EQUAL = "Bands of 5 in which specialists are better, with equal steps?"
 lesson.predict(FEWER, None)
 lesson.predict(EQUAL, None)
 
@@ -523,7 +523,8 @@ lesson.exercise(
     expected=loss_shared - loss_alone,
     mistakes={
         "That is the excess: it is measured from the floor.": loss_shared - loss_floor,
-        "The sign: the shared network pays, so the price is positive.": loss_alone - loss_shared,
+        "The sign: the shared network has the larger loss, so the price is positive.": loss_alone
+        - loss_shared,
     },
 )
 

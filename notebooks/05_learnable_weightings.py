@@ -550,7 +550,7 @@ lesson.show(
     "05_taken_over",
     title=f"With {share_fast:.0f} % of the weight on the noisiest tenth, clean timesteps get worse",
     caption="Held-out losses relative to equal weights, geometric mean of the seeds. Once the learned weights have "
-    "arrived, high noise gains a large factor and the clean side pays. Two curves nearly coincide: they have the "
+    "arrived, high noise gains a large factor and the clean side gets worse. Two curves nearly coincide: they have the "
     "same fixed point.",
     alt="Ratio of losses against the timestep, logarithmic. Two curves start above one at the clean end and fall far "
     "below it at the noisy end. A third, with slower weights, stays closer to one at the clean end.",
@@ -562,7 +562,7 @@ if is_default and is_full:
     assert share_fast < 100 * share_perfect, (
         "and must not have reached the share of a perfect network"
     )
-    assert effect.loc[high_lr, "clean fifth"] > 1.2, "the clean fifth must pay"
+    assert effect.loc[high_lr, "clean fifth"] > 1.2, "the clean fifth must get worse"
     slow_clean = effect.loc["uncertainty", "clean fifth"]
     assert slow_clean < effect.loc[high_lr, "clean fifth"], "the slower weights must cost less"
     assert effect.loc[on_x0, "clean fifth"] < 1, "with an x0 network it must gain there"

@@ -447,7 +447,7 @@ assert rows["dy-sigma"]["excess, middle"] < 0.9, "the middle must gain"
 assert rows["dy-sigma"]["excess, noisy"] < 0.9, "and high noise too"
 total_of_dy_sigma = (final["dy-sigma"] / reference).log().mean().exp()
 assert abs(total_of_dy_sigma - 0.87) < 0.01, "by total loss it must be 13 % better"
-assert clean_ratios["dy-sigma"] > 1.1, "the clean fifth must pay"
+assert clean_ratios["dy-sigma"] > 1.1, "the clean fifth must get worse"
 assert clean_ratios["uncertainty"] > clean_ratios["dy-sigma"], "and more without the anchor"
 
 # %%

@@ -268,7 +268,7 @@ for degree in [1, 2, 3, 4, 6, 20]:
     ]
 capacity = capacity.clip(lower=0)  # rounding
 lesson.table(capacity, caption="Sum of the two excess losses", mark="polynomials: 20", digits=4)
-assert capacity["price of sharing"].iloc[-1] < 1e-12, "nothing is shared, so nothing is paid"
+assert capacity["price of sharing"].iloc[-1] < 1e-12, "nothing is shared, so sharing costs nothing"
 
 # %% [markdown]
 # The price first rises from 0.026 to 0.042. The second polynomial lowers both columns, and it lowers the sum of the separate
@@ -432,7 +432,7 @@ def against(rivals, arm):
     return np.array(found)
 
 
-def judge(rivals, arms):
+def against_front(rivals, arms):
     """Mean δ of each arm with its interval, and what that shows, best first."""
     rows = {}
     for arm in arms:
@@ -443,25 +443,25 @@ def judge(rivals, arms):
         elif mean + half < 0:
             shown = "behind"
         rows[arm] = [float(mean), float(mean - half), float(mean + half), shown]
-    judged = pd.DataFrame(rows, index=["δ", "low", "high", "shown"]).T
-    return judged.sort_values("δ", ascending=False)
+    placed = pd.DataFrame(rows, index=["δ", "low", "high", "shown"]).T
+    return placed.sort_values("δ", ascending=False)
 
 
-judged = judge(sweep, strategies)
-counts = judged["shown"].value_counts()
-lesson.reveal(QUESTION_BEYOND, int((judged["shown"] == "beyond").sum()))
+placed = against_front(sweep, strategies)
+counts = placed["shown"].value_counts()
+lesson.reveal(QUESTION_BEYOND, int((placed["shown"] == "beyond").sum()))
 
 # %%
 fig, ax = plt.subplots(figsize=(7.5, 5.2))
 colours = {"beyond": "C2", "open": "C1", "behind": "0.45"}
-for place, (_, row) in enumerate(judged.iterrows()):
+for place, (_, row) in enumerate(placed.iterrows()):
     colour = colours[row["shown"]]
     ax.plot([row["low"], row["high"]], [-place, -place], color=colour, linewidth=2)
     ax.plot(row["δ"], -place, "o", color=colour)
 ax.axvline(0, color="0.2", linewidth=1)
-ax.text(0.02, -len(judged) + 1, "beyond →", va="center", fontsize=9)
-ax.text(-0.02, -len(judged) + 1, "← behind", va="center", ha="right", fontsize=9)
-ax.set_yticks(-np.arange(len(judged)), labels=list(judged.index))
+ax.text(0.02, -len(placed) + 1, "beyond →", va="center", fontsize=9)
+ax.text(-0.02, -len(placed) + 1, "← behind", va="center", ha="right", fontsize=9)
+ax.set_yticks(-np.arange(len(placed)), labels=list(placed.index))
 ax.set(xlabel="δ: how far beyond the sweep of static weights, in ln loss")
 ax.grid(axis="y", visible=False)
 lesson.show(
@@ -476,7 +476,7 @@ lesson.show(
 )
 
 # %%
-open_cases = judged[judged["shown"] == "open"]
+open_cases = placed[placed["shown"] == "open"]
 lesson.table(
     open_cases, caption=f"Open cases, {len(seeds)} seeds", mark=["uncertainty", "loss-balance"]
 )
@@ -500,15 +500,15 @@ if is_record:
 # all. How far does a *static weight* get at another rate?
 
 # %%
-by_rate = judge(sweep, other_rates)
+by_rate = against_front(sweep, other_rates)
 lesson.table(
     by_rate, caption="Static weights at other rates, beyond the sweep", mark=by_rate.index[0]
 )
 
 # %%
-wider = judge([*sweep, *other_rates], strategies)
+wider = against_front([*sweep, *other_rates], strategies)
 rows = {}
-for label, found in {"one learning rate": judged, "three learning rates": wider}.items():
+for label, found in {"one learning rate": placed, "three learning rates": wider}.items():
     kinds = found["shown"].value_counts()
     rows[f"front of {label}"] = [
         int(kinds.get("beyond", 0)),
@@ -529,7 +529,7 @@ if is_record:
     assert by_rate.index[0] == "split 0.06 lr 0.016" and by_rate["low"].iloc[0] > 0, (
         "twice the rate"
     )
-    assert best_static > judged["δ"].iloc[0], "a rate moves a point further than any strategy"
+    assert best_static > placed["δ"].iloc[0], "a rate moves a point further than any strategy"
     assert wider["δ"].max() < 0, "against three rates no strategy has a positive mean"
 
 # %% [markdown]
@@ -545,7 +545,7 @@ if is_record:
 
 # %%
 closest = pd.DataFrame(columns=[f"seed {seed}" for seed in seeds], dtype=float)
-for arm in judged.index[:5]:
+for arm in placed.index[:5]:
     closest.loc[arm] = against(sweep, arm)
 closest["mean without seed 300"] = closest[["seed 301", "seed 302"]].mean(axis=1)
 lesson.table(
@@ -562,8 +562,10 @@ if is_record:
 # measure it against the line through its neighbours.
 
 # %%
-left_out = judge(sweep, ["split 0.06", "split 0.25"])
-lesson.table(left_out, caption="Static weights against the sweep without them", mark="split 0.25")
+left_out = against_front(sweep, ["split 0.06", "split 0.25"])
+lesson.table(
+    left_out, caption="Each static weight against the sweep without that weight", mark="split 0.25"
+)
 if is_record:
     assert left_out.loc["split 0.25", "low"] > 0, (
         "a static weight must be beyond the line without it"
@@ -653,7 +655,7 @@ lesson.show(
     caption="Geometric mean over three seeds, for the nine ratios of the sweep. Lines: samples of the Wiener filter, drawn "
     "with the same sampler, and held-out images.",
     alt="Distance of samples against the ratio, both logarithmic. It is high at the smallest ratios, falls to the line of the "
-    "best possible denoiser, stays there for several decades, and rises a little at the largest ratio. The line of real "
+    "best possible denoiser, stays there for several decades, and rises about five-fold at the largest ratio. The line of real "
     "images lies far below.",
 )
 worst_over_best = float(sample_distances.max() / sample_distances.min())

@@ -564,11 +564,11 @@ lesson.gallery(
 # first runs had been seen. There is one main metric, one learning rate for all weightings, and one kind of pretraining.
 
 # %%
-wins = of("dy-sigma", "frost after") < of("const-eps", "frost after")
+lower = of("dy-sigma", "frost after") < of("const-eps", "frost after")
 left_for_frost = 100 * (1 - specific.loc["dy-sigma", "specific ratio"])
 ahead_of_prior = of("dy-sigma", "frost after") < of("min-snr", "frost after")
 low, high = specific.loc["dy-sigma", ["low", "high"]]
-assert wins.all(), "the first row of the table"
+assert lower.all(), "the first row of the table"
 assert 4 < left_for_frost < 6, "the third row"
 assert ahead_of_prior.all(), "the fourth row"
 assert low < specific.loc["min-snr", "specific ratio"] < high, "the fourth row"

@@ -1,7 +1,7 @@
 """Shapes: small pictures of one bright shape each, drawn in memory, that anybody can name.
 
-They are the default data: a tiny network learns them in two minutes on a CPU, and a sample either
-is a heart or is not.
+They are the data of a first run: a tiny network learns them in some minutes on a CPU, and a sample
+either is a heart or is not.
 """
 
 from __future__ import annotations
