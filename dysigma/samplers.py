@@ -279,7 +279,8 @@ class AdaptiveSampler(TimestepSampler):
     warmup: uniform until each bin has seen so many. uniform: the share that stays uniform, so that no
     importance exceeds 1 / uniform.
 
-    Values that are not finite, or whose squares are beyond 1e30, are left out. Under DDP every rank must bring the same B.
+    Left out are values that are not finite, squares beyond 1e30, and squared norms below 0. Under DDP
+    every rank must bring the same B.
     """
 
     moments: Tensor  # (3, K): how many were seen, and running sums of 1 and of what is rooted
@@ -322,7 +323,7 @@ class AdaptiveSampler(TimestepSampler):
         values, steps = over_ranks(values, timesteps)
         squares = values**2 if self.observes == "losses" else values
         # Without a branch, which would wait for the device. Beyond 1e30 a sum of them could leave float32.
-        is_good = squares.abs() < 1e30
+        is_good = (squares >= 0) & (squares < 1e30)
         squares = torch.where(is_good, squares, 0.0)
         one = is_good.to(squares.dtype)
         self.moments[1:] *= 0.5 ** (len(values) / self.half_life)

@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from dysigma.cli.main import main
 from dysigma.course.pages import (
     MAX_BYTES,
     NotebookError,
@@ -231,6 +232,17 @@ def test_a_slide_has_the_first_paragraph_and_notes_have_the_others():
     shown, notes = slides(page).cells
     assert shown.source == "## A heading\n\nFirst, $a$.\n\n$$a = b$$\n\n- a list"
     assert notes.source == "Second."
+
+
+def test_slides_are_told_where_they_cannot_go_and_go_with_nothing_else(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    words = ["notebooks", "06", "--folder", str(ROOT / "notebooks"), "--slides"]
+    assert main([*words, str(tmp_path / "file")]) == 2
+    assert "is a file, not a folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*words, str(tmp_path / "slides"), "--hosted", str(tmp_path / "hosted")])
+    assert "not allowed with" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_slides_want_an_executed_page(tmp_path):

@@ -394,6 +394,13 @@ def test_values_that_are_not_finite_are_as_if_they_had_not_been_there(name, valu
     assert first.probabilities().std() > 0
 
 
+def test_a_squared_norm_below_zero_is_left_out():
+    """It cannot be one, and its root would make every density NaN."""
+    sampler = make_sampler("gradient-norm", LINEAR, bins=1, warmup=0)
+    sampler.update(torch.tensor([-8.0, 2.0]), torch.tensor([1, 2]))
+    assert sampler.moments[:, 0].tolist() == [1.0, 1.0, 2.0]
+
+
 def test_losses_of_zero_are_losses():
     sampler = make_sampler("loss-second-moment", LINEAR, bins=10)
     for _ in range(20):

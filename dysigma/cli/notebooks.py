@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import add_command
+from .common import add_command, check_folder
 
 if TYPE_CHECKING:
     from .common import Commands
@@ -35,7 +35,8 @@ def add(commands: Commands) -> None:
         action="store_true",
         help="leave the solutions out, for a class; needs --out",
     )
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--hosted",
         type=Path,
         metavar="DIR",
@@ -46,7 +47,7 @@ def add(commands: Commands) -> None:
         metavar="URL",
         help="what that cell clones (default: where this checkout's origin lies)",
     )
-    parser.add_argument(
+    instead.add_argument(
         "--slides",
         type=Path,
         metavar="DIR",
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{len(written)} pages that begin by cloning {repository}: {args.hosted}")
         return
     if args.slides is not None:
-        written = write_slides(sources, args.slides)
+        written = write_slides(sources, check_folder(args.slides))
         print(f"slides of {len(written)} pages, to open in a browser: {args.slides}")
         return
     build(
