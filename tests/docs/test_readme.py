@@ -140,6 +140,16 @@ def test_each_number_of_the_race_stands_on_page_12():
     assert [row for row in rows if "{} [{}, {}]".format(*row) not in page] == []
 
 
+def test_the_ends_of_the_longer_race_are_those_of_its_records():
+    section = RESULTS.split("## A longer race, begun")[1].split("\n## ")[0]
+    longer = load_races(ROOT / "data/runs/race-cifar10-levels")
+    networks = {"x0": "image", "epsilon": "noise"}
+    assert section.count("| image |") + section.count("| noise |") == len(longer)
+    for row in longer.itertuples():
+        network = networks[row.grid.split()[-1]]
+        assert f"| {network} | {row.arm} | {row.seed} | {row.distances[-1]:.2f} |" in section
+
+
 def test_the_table_of_the_readme_follows_from_the_records():
     runs = ROOT / "data/runs"
     by_target = load_races(runs / "race-cifar10-cpu-distance-x0")
@@ -161,6 +171,16 @@ def test_the_table_of_the_readme_follows_from_the_records():
         assert cell(of_images[of_images.level == "fraction 0.8"].iloc[0]) in lines[2]
         of_noise = across[(across.arm == arm) & (across.grid == "cifar10 epsilon")]
         assert cell(of_noise[of_noise.level == "fraction 0.5"].iloc[0]) in lines[3]
+    fields = load_races(runs / "race-fields")
+    of_noise_by_bits = load_races(runs / "race-cifar10-cpu-epsilon-repeat")
+    for line, table, metric, baseline, name in (
+        (lines[1], fields[fields.grid == "fields sample"], "distance", "const-x0", "Const"),
+        (lines[4], of_noise_by_bits, "bits", "const-eps", "plain"),
+    ):
+        levels = thresholds_at(race_curves(table, metric), baseline, (0.5,))
+        found = race_table(table, metric, levels, baseline).set_index("arm").loc["dy-sigma"]
+        ends = f"{name} {found.baseline_end:.2f}, Dy-Sigma {found.arm_end:.2f}"
+        assert f"| {found.threshold:.2f}; {ends} |" in line
     ends = {arm: within[within.arm == arm].iloc[0].arm_end for arm in ("dy-sigma", "min-snr")}
     assert f"{ends['min-snr']:.2f} and {ends['dy-sigma']:.2f}" in " ".join(README.split())
     assert f"reaches {across.baseline_end.iloc[0]:.2f}" in " ".join(README.split())
