@@ -42,10 +42,12 @@ from IPython.display import Markdown, display
 from dysigma import NoiseSchedule, TrainConfig, conflicts, leaves, plots
 from dysigma.bins import Bins
 from dysigma.course.lesson import Lesson
+from dysigma.course.reader import best_run
 from dysigma.exact import LinearDenoiser
-from dysigma.gradients import bin_gramian, bin_timesteps, cosine_matrix
+from dysigma.gradients import ConflictReport, bin_gramian, bin_timesteps, cosine_matrix
 from dysigma.objective import sample_losses
 from dysigma.randomness import generator
+from dysigma.runs import load_run, read_json
 from dysigma.training import build, iterate
 
 lesson = Lesson("08_gradient_conflicts", trains_on="cpu")
@@ -670,6 +672,34 @@ lesson.table(
 # Read the row `end`, the raw weights, because steps are taken there. In the full run all three networks are below the
 # 32 images of a batch. So even at the end of this training a step holds more gradient than noise. The averaged weights
 # have shorter gradients and a far larger noise scale, but no step is ever taken from them.
+#
+# ## A real data set, and your own network
+#
+# The networks above are small, so that a page can measure them well. What of CIFAR-10? If you trained a model on page
+# [07](07_train_a_compact_ddpm.ipynb) and measured it with `dysigma conflicts`, this cell shows your report. Otherwise it
+# shows the record of a small network that was trained on a CPU.
+
+# %%
+run = best_run("cifar10-min-snr")
+if not (run.path / "conflicts.json").exists():
+    print(
+        f"not measured yet, so here is the record; to measure yours: dysigma conflicts {run.path}"
+    )
+    run = load_run("../data/runs/cifar10-cpu-small")
+measured = read_json(run.path / "conflicts.json")["report"]
+report = ConflictReport.from_dict(measured)
+naive = report.cosine[above[0], above[1]]
+samples = report.settings["micro_batches"] * report.settings["batch_per_bin"]
+print(f"{samples} samples a bin; naive cosines from {naive.min():.2f} to {naive.max():.2f}")
+print(f"pairs of 45 whose sign is not determined: {report.undetermined}")
+if run.path.name == "cifar10-cpu-small":
+    assert report.undetermined == 45, "in the record not one pair is determined"
+    assert naive.min() < -0.8 and naive.max() > 0.9, "although the naive cosines span nearly all"
+
+# %% [markdown]
+# In the record, the naive cosines reach from strong conflict to near agreement. **Not one of them is known.** With so few
+# samples a bin, a network that has trained on photographs has gradients that drown in noise. A picture of the naive matrix
+# would be a picture of that noise. More samples can decide it: try `--micro-batches 64 --batch-per-bin 64` on a GPU.
 #
 # **Try it yourself.** Set `lr=2e-4` where `config` is made: does the gap between raw and averaged weights close?
 #
