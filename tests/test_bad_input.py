@@ -365,6 +365,7 @@ def plain(value: Any) -> bool:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=600)
 @given(changed(WHOLE))
 def test_a_changed_pickle_gives_plain_data_or_an_error(raw: bytes) -> None:
@@ -570,6 +571,7 @@ def test_no_shell_no_code_from_data_no_extraction_and_one_address() -> None:
     assert cifar10.CIFAR10_URL.startswith("https://")
 
 
+@pytest.mark.slow
 def test_training_sampling_and_reading_back_never_touch_the_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

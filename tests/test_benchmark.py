@@ -169,6 +169,7 @@ def test_what_was_measured_is_written_though_our_step_and_a_part_fail(monkeypatc
     assert record["conflicts"] == {"fails": "ValueError: no report"}
 
 
+@pytest.mark.slow
 def test_presets_can_all_be_counted():
     sizes = [benchmark.flops_per_image(name, 32) for name in PRESETS]
     assert sizes == sorted(sizes)

@@ -516,6 +516,7 @@ def test_conflicts_of_a_run_are_on_its_images_and_averaged_weights(a_run, tmp_pa
     assert reread(tmp_path)[0]["images"] == 8
 
 
+@pytest.mark.slow
 def test_conflicts_of_a_class_conditional_network_use_the_labels(tmp_path):
     path, _ = a_pipeline(tmp_path / "p", num_class_embeds=10)
     out = tmp_path / "out"
@@ -529,6 +530,7 @@ def test_conflicts_of_a_class_conditional_network_use_the_labels(tmp_path):
     same(reread(out)[1], expected)
 
 
+@pytest.mark.slow
 def test_conflicts_of_a_flow_are_those_of_the_network_told_its_noise_level(tmp_path, monkeypatch):
     """As diffusers trains it: the network is given scheduler.timesteps, 1000 s, from noisy to clean."""
     monkeypatch.chdir(tmp_path)
@@ -563,6 +565,7 @@ def test_conflicts_of_a_flow_are_those_of_the_network_told_its_noise_level(tmp_p
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
 def test_gray_pictures_are_measured_by_gray_and_by_colour_networks(tmp_path, monkeypatch, channels):
     monkeypatch.chdir(tmp_path)
@@ -632,6 +635,7 @@ class Timeless(torch.nn.Module):
         return self.network(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -86,6 +86,7 @@ def test_without_torchjd_its_rows_say_so_and_the_others_stand(one_process, monke
     assert sum("fails" in row for row in found.values()) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="the system does not tell a process its peak"
 )

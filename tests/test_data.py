@@ -60,6 +60,7 @@ def test_a_leaves_image_depends_on_seed_split_and_index_alone() -> None:
     )
 
 
+@pytest.mark.slow
 def test_splits_seeds_and_blocks_of_leaves_share_no_image() -> None:
     sets = [
         load_data("leaves", split=split, size=8, num_images=1100, seed=s)
@@ -104,6 +105,7 @@ def spectral_slope(images: np.ndarray) -> float:
     return float(np.polyfit(np.log(rings), np.log(mean), 1)[0])
 
 
+@pytest.mark.slow
 def test_spectrum_of_leaves_falls_like_that_of_photographs() -> None:
     # The estimator reads -2.85 on CIFAR-10 averaged to 16 x 16 and -3.15 on it at 32 x 32; white noise reads 0.
     # Scale invariance gives -2; leaves wider than a pixel lack its finest detail, which makes it steeper.
@@ -112,6 +114,7 @@ def test_spectrum_of_leaves_falls_like_that_of_photographs() -> None:
         assert -3.3 < spectral_slope(leaves(count, size).images.double().mean(1).numpy()) < -2.3
 
 
+@pytest.mark.slow
 def test_palettes_are_told_apart_and_shapes_are_not_their_colours() -> None:
     train, test = leaves(1000, 16), leaves(500, 16, split="test")
     assert train.labels is not None and test.labels is not None
@@ -124,6 +127,7 @@ def test_palettes_are_told_apart_and_shapes_are_not_their_colours() -> None:
     assert abs(brightness[0] - brightness[1]) < 8
 
 
+@pytest.mark.slow
 def test_leaves_cover_their_images_and_use_the_whole_range() -> None:
     images = leaves(500, 16).images
     assert images.min() < 15 and images.max() > 240

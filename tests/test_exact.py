@@ -210,6 +210,7 @@ def test_irreducible_losses_agree_between_prediction_types():
     )
 
 
+@pytest.mark.slow
 def test_information_grows_at_half_the_denoising_error():
     """dI/dsnr = mmse/2 (Guo, Shamai, Verdu 2005): over all log-SNR it sums to the data's entropy."""
     points = equally_likely(torch.tensor([[-1.0], [1.0]]))

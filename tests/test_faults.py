@@ -88,6 +88,7 @@ def harm(out, folders, how):
             path.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["truncated", "flipped", "half of it missing", "foreign"])
 def test_a_spoilt_checkpoint_costs_steps_and_no_bit(folders, half, how):
     harm(half, folders, how)
@@ -164,6 +165,7 @@ def test_a_full_disk_at_the_very_end_costs_the_pipeline_alone(folders, half, mon
     assert_same_end(half, folders)
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, half, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"cannot write to .*file/run \(Not a directory\)"):
@@ -185,6 +187,7 @@ def wait_to_be_killed(out, ready):
     quick(SHORT, out, resume=True)
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_until_the_first_is_gone(folders, half):
     ready = CONTEXT.Event()
     first = CONTEXT.Process(target=wait_to_be_killed, args=(half, ready))

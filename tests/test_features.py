@@ -41,6 +41,7 @@ def test_the_file_is_the_recorded_one_and_small():
     assert about["accuracy"]["test"] > 0.8
 
 
+@pytest.mark.slow
 def test_features_are_the_same_each_time_and_of_images_of_any_size_and_colour(classifier, pictures):
     images = pictures[0][:40]
     found = extract(classifier, images)

@@ -381,6 +381,7 @@ def test_model_arguments_follow_the_images():
         )
 
 
+@pytest.mark.slow
 def test_diffusers_autocast_and_compiled_models():
     from diffusers import UNet2DModel
 

@@ -304,6 +304,7 @@ VALID = st.fixed_dictionaries(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @few
 @given(VALID)
 def test_a_configuration_survives_json(values: dict[str, Any]) -> None:

@@ -38,6 +38,7 @@ SPEC = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_race_records_every_entry_once_and_goes_on_where_it_stopped(tmp_path):
     spec = Race.from_dict(SPEC)
     records = race(spec, tmp_path, in_process=True, progress=False)
@@ -240,6 +241,7 @@ def die(*_):
     os._exit(9)
 
 
+@pytest.mark.slow
 def test_a_training_killed_from_outside_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("dysigma.lab.race._run_entry_in_worker", die)
     with pytest.raises(

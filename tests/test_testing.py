@@ -342,5 +342,6 @@ def test_bad_parameters_and_formulas_are_refused(own_module):
             make_weighting(formula, LINEAR)
 
 
+@pytest.mark.slow
 def test_a_partial_of_a_weighting_is_a_weighting():
     check_weighting(partial(DySigma, variant="inside", bins=10))

@@ -153,6 +153,7 @@ def test_a_signal_during_the_final_sampling_saves_and_a_resume_finishes(tmp_path
     assert run.summary["status"] == "done" and (run.path / "samples.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finish", [False, True])
 def test_a_signal_in_the_last_step_is_not_lost(tmp_path, monkeypatch, finish):
     stop_at(monkeypatch, SHORT.num_steps)

@@ -761,6 +761,7 @@ def test_without_a_running_mean_the_formula_is_literal():
     torch.testing.assert_close(settle(weighting, LOSSES), 1 / LOSSES, rtol=2e-3, atol=0)
 
 
+@pytest.mark.slow
 def test_s_returns_from_beyond_the_clamp():
     weighting = make_weighting(
         "dy-sigma", SHORT, variant="inside", bins=12, clamp=1.0, half_life=100.0
