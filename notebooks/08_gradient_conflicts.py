@@ -701,6 +701,14 @@ if run.path.name == "cifar10-cpu-small":
 # samples a bin, a network that has trained on photographs has gradients that drown in noise. A picture of the naive matrix
 # would be a picture of that noise. More samples can decide it: try `--micro-batches 64 --batch-per-bin 64` on a GPU.
 #
+# The record was made by:
+#
+# ```
+# dysigma train --data cifar10 --model small --images 128000 --warmup-images 6400 --validate-every 12800 \
+#     --checkpoint-every 6400 --device cpu --out data/runs/cifar10-cpu-small
+# dysigma conflicts data/runs/cifar10-cpu-small --data-root $DATA --micro-batches 24 --batch-per-bin 16
+# ```
+#
 # **Try it yourself.** Set `lr=2e-4` where `config` is made: does the gap between raw and averaged weights close?
 #
 # ## Exercises
