@@ -27,6 +27,8 @@ def check_pixels(images: Any) -> None:
         raise ValueError(f"need images (N, C, H, W), one or more; got shape {tuple(images.shape)}")
     if images.dtype == torch.uint8:
         return
+    if images.is_complex():
+        raise ValueError(f"need uint8 or floating images; got {images.dtype}: give their real part")
     if not images.is_floating_point():
         raise ValueError(
             f"need uint8 or floating images; got {images.dtype}: images.to(torch.uint8)"

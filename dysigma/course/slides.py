@@ -89,9 +89,12 @@ def _of_text(section: str) -> list[Any]:
     notes: list[str] = []
     paragraphs_shown = 0
     for block in blocks:
-        if is_title:  # the name of the page and its claim
-            (on_slide if block.startswith(("# ", "> ")) else notes).append(block)
-        elif block.startswith("#") or _is_for_the_slide(block):
+        if block.startswith("#"):
+            on_slide.append(block)
+        elif is_title:  # beside the name of the page, its claim alone
+            shown = on_slide if block.startswith("> ") else notes
+            shown.append(block)
+        elif _is_for_the_slide(block):
             on_slide.append(block)
         elif begins and paragraphs_shown == 0 and not block.startswith("<details>"):
             on_slide.append(block)
