@@ -158,11 +158,17 @@ for _ in range(lesson.fast(300, 30)):
     optimizer.step()
     curve.append(float(error_per_image.detach().mean()))
 
-first = np.mean(curve[:20])
-last = np.mean(curve[-20:])
-print(f"mean error of the first twenty steps {first:.2f}, of the last twenty {last:.2f}")
-if lesson.fast(True, False):
-    assert last < first, "the error must fall"
+
+def tell_ends(errors):
+    """Print the error at both ends of a training, and check that it fell."""
+    first = np.mean(errors[:20])
+    last = np.mean(errors[-20:])
+    print(f"mean error of the first twenty steps {first:.2f}, of the last twenty {last:.2f}")
+    if lesson.fast(True, False):
+        assert last < first, "the error must fall"
+
+
+tell_ends(curve)
 
 # %% [markdown]
 # - **Line 1.** The weighting needs the noise levels and the target of the network. Take both from the scheduler: then the word
@@ -413,11 +419,7 @@ for _ in range(lesson.fast(300, 20)):
     optimizer.step()
     flow_curve.append(float(error_per_image.detach().mean()))
 
-first = np.mean(flow_curve[:20])
-last = np.mean(flow_curve[-20:])
-print(f"mean error of the first twenty steps {first:.2f}, of the last twenty {last:.2f}")
-if lesson.fast(True, False):
-    assert last < first, "the error must fall"
+tell_ends(flow_curve)
 
 # %% [markdown]
 # The check needs no network. Take one guess of $x_0$, and convert it to a prediction of $u$. The weighted loss must be the
