@@ -217,26 +217,29 @@ def _parts(config: TrainConfig, data: ImageData) -> dict[str, Step]:
 def _weighting_call(
     name: str, config: TrainConfig, schedule: NoiseSchedule, device: torch.device
 ) -> Step:
-    """Forward, backward and optimizer step of a weighting alone on given losses.
+    """Forward, backward and optimizer step of a weighting on the losses of a network of one number.
 
-    "mean" is plain losses.mean().
+    The weighting is one more group of the network's optimizer, as in a training loop. "mean" is plain
+    losses.mean().
     """
     draw = generator(0, 0, "benchmark")
     timesteps = torch.randint(0, config.num_timesteps, (config.batch_size,), generator=draw)
     timesteps = timesteps.to(device)
     values = torch.rand(config.batch_size, generator=draw).to(device)
-    if name == "mean":
-        return lambda: values.clone().requires_grad_().mean().backward()
-    weighting = make_weighting(name, schedule, config.prediction).to(device)
-    groups = weighting.parameter_groups(None)
-    optimizer = torch.optim.AdamW(groups, fused=True) if groups else None
+    network = torch.nn.Parameter(torch.ones((), device=device))
+    groups: list[dict[str, Any]] = [{"params": [network]}]
+    weighting = None
+    if name != "mean":
+        weighting = make_weighting(name, schedule, config.prediction).to(device)
+        groups += weighting.parameter_groups(None)
+    optimizer = torch.optim.AdamW(groups, lr=1e-6, fused=True)
 
     def call() -> None:
-        losses = values.clone().requires_grad_()
-        weighting(losses, timesteps).backward()
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        losses = network * values
+        loss = losses.mean() if weighting is None else weighting(losses, timesteps)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return call
 

@@ -292,15 +292,15 @@ class DySigma(Weighting):
         if self.half_life is not None:
             z = z / self._running_mean(z, importance, self.half_life)
 
-        unbounded = self._unbounded()
+        unbounded = self._unbounded()[timesteps]
         s = unbounded.clamp(-self.clamp, self.clamp)
-        each = self.variant.objective(s[timesteps], z, prior, self.kappa)
+        each = self.variant.objective(s, z, prior, self.kappa)
         # The clamp stops the gradient both ways; the square brings s back once it is outside.
         outside = unbounded - s.detach()
-        each = each + outside[timesteps] ** 2 / 2
+        each = each + outside**2 / 2
         objective = (importance * each).mean()
         if self.variant.gramian:
-            objective = objective + self._conflict(s)
+            objective = objective + self._conflict(self.log_variances())
         return objective
 
     def _running_mean(self, z: Tensor, importance: Tensor, half_life: float) -> Tensor:

@@ -86,14 +86,14 @@ class Scalarization(RunningLosses):
         return slope
 
     def update(self, losses: Tensor, timesteps: Tensor, importance: Tensor) -> Tensor | None:
-        before = self._bin_means()
-        super().update(losses, timesteps, importance)
-        after = self._bin_means()
-        if self.rule_name == "dwa":
-            self._end_epoch(after, len(losses))
-            return None
         if self.rule_name == "famo":
-            return self._famo_objective(before, after)
+            before = self._bin_means()
+            super().update(losses, timesteps, importance)
+            return self._famo_objective(before, self._bin_means())
+        super().update(losses, timesteps, importance)
+        if self.rule_name == "dwa":
+            self._end_epoch(self._bin_means(), len(losses))
+            return None
         if self.rule_name not in LEARNED_RULES:
             return None
         relative, _ = self.relative_losses()
