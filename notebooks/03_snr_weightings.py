@@ -697,11 +697,10 @@ lesson.show(
 # %% [markdown]
 # Read the table and the figure together.
 #
-# - **Under `const-eps` the clean timesteps are served worse than the noisy ones**, although on the error of $x_0$ its
-#   weight is largest at the clean end. (Every weighting in the table serves the clean timesteps worse. Of all of them
-#   `const-eps` serves the clean ones best.) Equal weights on the noise error do not give equal service. One reason is
-#   the number of noisy timesteps: on the linear schedule three quarters of the timesteps have an SNR below 1, and the
-#   sum counts each of them.
+# - **Under `const-eps` the clean timesteps are served worse than the noisy ones.** Yet on the error of $x_0$ its weight is
+#   largest at the clean end, and no other weighting of the table serves the clean ones better. Equal weights on the noise
+#   error do not give equal service. One reason is the number of noisy timesteps: on the linear schedule three quarters of
+#   the timesteps have an SNR below 1, and the sum counts each of them.
 # - **Min-SNR and P2 go further in the same direction.** They lower the weight of clean timesteps, and the noisy ones gain.
 # - **The mean over all timesteps is least for `const-eps`.** It must be: the mean noise loss is what it minimises. So the
 #   mean noise loss cannot say which weighting is better.

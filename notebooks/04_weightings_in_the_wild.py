@@ -324,6 +324,9 @@ print(f"{'right Min-SNR':22} as S goes to 0: {right.at_zero_snr}")
 assert "SNR^1" in right.at_zero_snr, "the right weight must vanish like S"
 
 # %% [markdown]
+# The first formula has a second place with too much weight, at the very clean end: the blue curve rises there. Its added 1
+# stays when $S$ is large, and the right weight $5/(S+1)$ vanishes. These are few timesteps.
+#
 # A weight that is near 1 everywhere looks healthy, and one that vanishes looks like a bug. That may be one reason why
 # such a formula is not noticed for years. The history of the first one is public. The 1 came in September 2023. It was
 # reported as wrong in [issue 5654](https://github.com/huggingface/diffusers/issues/5654) and corrected by

@@ -312,11 +312,11 @@ lesson.reveal(QUESTION_STEPS, float(at_usual_lr))
 lesson.table(speed, caption="Steps until s has found a loss of 0.03", digits=0)
 
 # %% [markdown]
-# Adam divides the mean gradient by its root mean square. As long as the gradient keeps its sign and shrinks, that
-# ratio is at most about 1. So **$s$ moves by about $\eta$ per step**, however large the loss is, and the way from 0 to
+# Adam divides a running mean of the gradient by the root of a running mean of its square. As long as the gradient keeps
+# its sign and shrinks, that ratio is at most about 1. So **$s$ moves by about $\eta$ per step**, however large the loss is, and the way from 0 to
 # $\ln L$ takes about $|\ln L|/\eta$ steps.
 #
-# Until then the weights are some mixture of equal weights and $1/L$. Two papers with the same formula and different
+# Until then the weights are somewhere between equal weights and $1/L$. So two papers with the same formula and different
 # learning rates have trained with different weights. The package gives $s$ the learning rate 0.01 and no weight decay.
 #
 # ## How much it shakes: noise and bins
@@ -331,7 +331,8 @@ lesson.table(speed, caption="Steps until s has found a loss of 0.03", digits=0)
 #
 # $$v=\left(1-\tfrac\eta2\right)^2v+\tfrac{\eta^2}4\,\tfrac{c^2}{n}.$$
 #
-# For small $\eta$ the left and right side differ by $\eta v$, so $v=\eta c^2/(4n)$. The weight $e^{-s}$ fluctuates by
+# For small $\eta$, $\left(1-\frac\eta2\right)^2$ is nearly $1-\eta$. Then $\eta v=\frac{\eta^2}4\frac{c^2}n$, so $v=\eta c^2/(4n)$. The weight
+# $e^{-s}$ fluctuates by
 #
 # $$\frac{\text{standard deviation}}{\text{mean}}\approx\sqrt v=c\,\sqrt{\frac{\eta}{4n}}.$$
 #
