@@ -243,6 +243,9 @@ def contenders(device: torch.device) -> dict[str, Maker]:
     found: dict[str, Maker] = {"dysigma": own_step, "dysigma, flow": own_flow_step}
     if device.type == "cuda":
         found["dysigma, CUDA graphs"] = functools.partial(own_step, mode="reduce-overhead")
+        # Several kernels in one launch: fewer launches, but Inductor has this off by default.
+        combined = {"combo_kernels": True}
+        found["dysigma, combo kernels"] = functools.partial(own_step, options=combined)
     if importlib.util.find_spec("accelerate") is not None:
         found["by hand, diffusers + accelerate"] = by_hand_step
         found["diffusers recipe"] = recipe_step
