@@ -125,23 +125,32 @@ least = halves @ denoiser.irreducible()
 exact_front = denoiser.front(halves, mixes) - least
 utopia = denoiser.utopia(halves) - least  # the best of each half, with a denoiser of its own
 
-fig, ax = plt.subplots(figsize=(7, 4.2))
+fig, ax = plt.subplots(figsize=(8, 4.4))
 ax.plot(exact_front[:, 0], exact_front[:, 1], color="0.5", zorder=1)
 for ratio, point in swept_toy.items():
     ax.plot(point[0], point[1], "o", color="C0")
-    ax.annotate(f"R = {ratio:g}", point.tolist(), xytext=(7, 3), textcoords="offset points", fontsize=9)  # fmt: skip
-ax.plot(utopia[0], utopia[1], "*", color="C3", markersize=12)
-ax.annotate("a denoiser for each half", utopia.tolist(), xytext=(10, -3), textcoords="offset points", color="C3", fontsize=9)  # fmt: skip
+    ax.annotate(f"R = {ratio:g}", point.tolist(), (8, 3), textcoords="offset points", fontsize=9)
+best_left, best_low = utopia.tolist()
+ax.plot(best_left, best_low, "*", color="C3", markersize=13)
+ax.axvline(best_left, color="C3", linewidth=1, linestyle=":")
+ax.axhline(best_low, color="C3", linewidth=1, linestyle=":")
+ax.text(0.062, 1.15e-4, "out of reach: the best of both halves", color="C3", fontsize=10)
+ax.text(
+    0.078, 2.2e-2, "larger weight on the clean half:\nits loss falls, the other rises", color="0.35"
+)
 ax.set(
     yscale="log",
-    xlim=(0.058, 0.108),
+    xlim=(0.059, 0.108),
+    ylim=(6e-5, 0.12),
     xlabel="excess loss of the clean half",
     ylabel="excess loss of the noisy half",
 )
+ax.set_yticks([1e-4, 1e-3, 1e-2, 1e-1], ["0.0001", "0.001", "0.01", "0.1"])
+ax.minorticks_off()
 lesson.show(
     fig,
     "10_toy_front",
-    title="Every static weight is a point on one curve",
+    title="What one half gains, the other half loses: no weight serves both best",
     caption="Points: trained by gradient descent on weighted sums, with ratio R between the halves. Grey: the exact front. "
     "Star: what two separate denoisers reach; no shared one does.",
     alt="A falling curve in the plane of two excess losses, the vertical axis logarithmic. Seven labelled points lie on it, "
@@ -153,9 +162,9 @@ for ratio, point in swept_toy.items():
     torch.testing.assert_close(point, exact_point, rtol=1e-3, atol=1e-9)
 
 # %% [markdown]
-# You should see a curve that falls. Along it, the loss of one half can fall only if the loss of the other half rises. A point
-# is **Pareto optimal** if no other point is at least as good in both losses and better in one. The Pareto optimal points are
-# the **front**.
+# You should see a curve that falls, with a point on it for each weight. Along it, the loss of one half can fall only if the
+# loss of the other half rises. A point is **Pareto optimal** if no other point is at least as good in both losses and better in
+# one. The Pareto optimal points are the **front**.
 #
 # The star has the lowest loss of each half. No single denoiser reaches it, because both halves use the same 64 numbers. The
 # conflict comes from this sharing. A weighting does not remove it. A weighting chooses which half gets the lower loss.
@@ -240,12 +249,17 @@ for name in ["const-eps", "min-snr", "p2", "debiased", "const-x0"]:
 lesson.table(toy_weightings, caption="Excess losses, exact", mark="const-eps", digits=5)
 assert toy_weightings["beyond, δ"].max() < 1e-4, "no weighting may pass the exact front"
 assert abs(toy_weightings.loc["const-eps", "beyond, δ"]) < 1e-4, "const-eps must lie on it"
+spread = toy_weightings["noisy half"].max() / toy_weightings["noisy half"].min()
+assert 90 < spread < 120, "the noisy half's losses must differ by about a factor of a hundred"
 
 # %% [markdown]
-# The weightings differ by a factor of a hundred in the loss of the noisy half. None lies beyond the front, and only `const-eps`
-# lies *on* it. Yet all five are Pareto optimal, because each minimises a weighted sum of twenty losses. **Optimal for what?** A
-# weighting that is uneven *within* a half trades the clean levels of that half against its noisy levels. Our two averages show
-# what this costs and not what it gains. So a point behind a front of two averages may still be optimal for other objectives.
+# In the loss of the noisy half the weightings differ by a factor of about a hundred. None lies beyond the front, and only
+# `const-eps` lies *on* it. The other four lie a little behind.
+#
+# Yet all five are Pareto optimal in another sense: each minimises a weighted sum of the twenty losses. **Optimal for what?** A
+# weighting that is uneven *within* a half trades the cleaner levels of that half against its noisier ones. Our two averages
+# show what this costs. They do not show what it gains. So a point behind a front of two averages may be optimal for twenty
+# losses.
 #
 # ## With enough capacity, nothing is left to trade
 #
@@ -268,10 +282,13 @@ for degree in [1, 2, 3, 4, 6, 20]:
     ]
 capacity = capacity.clip(lower=0)  # rounding
 lesson.table(capacity, caption="Sum of the two excess losses", mark="polynomials: 20", digits=4)
-assert capacity["price of sharing"].iloc[-1] < 1e-12, "nothing is shared, so sharing costs nothing"
+price = capacity["price of sharing"]
+assert price.iloc[-1] < 1e-12, "nothing is shared, so sharing costs nothing"
+assert price.iloc[:2].round(4).tolist() == [0.0255, 0.0424], "at first the price must rise"
+assert (price.iloc[1:].diff().dropna() < 0).all(), "from then on it must fall"
 
 # %% [markdown]
-# The price first rises from 0.026 to 0.042. The second polynomial lowers both columns, and it lowers the sum of the separate
+# The price first rises, from 0.0255 to 0.0424. The second polynomial lowers both columns, and it lowers the sum of the separate
 # denoisers more. From then on the price falls, and with twenty polynomials it is zero. So the trade-off between noise levels
 # comes from the limited capacity of the *denoiser*. It is not a property of diffusion itself.
 #
@@ -342,8 +359,9 @@ of_split_one = table[table["arm"] == "split 1"].sort_values("seed")
 same_losses = of_gramian["validation_losses"].tolist() == of_split_one["validation_losses"].tolist()
 if is_record:
     assert same_losses, "gramian must be split 1, bit for bit"
+if same_losses:
     strategies.remove("gramian")
-    assert len(strategies) == 18, "eighteen strategies are left"
+assert RECOMPUTE or len(strategies) == 18, "eighteen strategies are left"
 
 # %%
 QUESTION_BEYOND = f"Of {len(strategies)} strategies: how many are shown to lie beyond the sweep?"
@@ -355,30 +373,34 @@ lesson.predict(QUESTION_BEYOND, None)
 # %%
 SHOWN_SEED = 301
 NAMED = {
-    "uncertainty": ("C3", (8, -12)),
-    "loss-balance": ("C4", (-6, -16)),
-    "dy-sigma": ("C1", (9, 7)),
-    "min-snr": ("C2", (8, 2)),
-    "const-x0": ("C5", (-4, -17)),
+    # strategy: colour, where its name stands, in points
+    "uncertainty": ("C3", (10, -16)),
+    "loss-balance": ("C4", (-78, -16)),
+    "dy-sigma": ("C1", (14, 6)),
+    "min-snr": ("C0", (10, 2)),
+    "const-x0": ("black", (-62, 4)),
 }
 corners = front_line([points[arm, SHOWN_SEED] for arm in sweep])
 
-fig, ax = plt.subplots(figsize=(7.5, 4.8))
+fig, ax = plt.subplots(figsize=(8.5, 5))
 ax.plot(corners[:, 0], corners[:, 1], color="0.3", linewidth=1.5)
-for arm in sweep:
-    x, y = points[arm, SHOWN_SEED]
-    ax.plot(x, y, "o", color="0.3", markersize=5)
+ax.fill_between(corners[:, 0], corners[:, 1], -20, color="C2", alpha=0.12, linewidth=0)
+ax.axvspan(-10, corners[0, 0], color="C2", alpha=0.12, linewidth=0)
 for arm in strategies:
-    x, y = points[arm, SHOWN_SEED]
-    colour, offset = NAMED.get(arm, ("0.7", None))
-    ax.plot(x, y, "s", color=colour, markersize=7 if offset else 5)
-    if offset:
-        side = "left" if offset[0] > 0 else "right"
-        ax.annotate(arm, (x, y), xytext=offset, textcoords="offset points", color=colour, ha=side)
-ax.text(np.log(0.0036), np.log(0.02), "static weights", color="0.3", rotation=90, va="center")
+    if arm not in NAMED:
+        ax.plot(*points[arm, SHOWN_SEED], "s", color="0.75", markersize=6)
+for arm in sweep:
+    ax.plot(*points[arm, SHOWN_SEED], "o", color="0.3", markersize=6)
+for arm, (colour, offset) in NAMED.items():
+    place = points[arm, SHOWN_SEED]
+    ax.plot(*place, "s", color=colour, markersize=8)
+    ax.annotate(arm, place, offset, textcoords="offset points", color=colour)
+ax.text(np.log(0.0131), np.log(0.0042), "behind the front", color="0.35", fontsize=11)
+ax.text(np.log(0.021), np.log(0.000315), "beyond the front", color="C2", fontsize=11)
+ax.text(np.log(0.00375), np.log(0.006), "static weights", color="0.3", rotation=90, va="center")
 ax.set(
-    xlim=np.log([0.0033, 0.16]),
-    ylim=np.log([0.0003, 0.04]),
+    xlim=np.log([0.0035, 0.16]),
+    ylim=np.log([0.0003, 0.03]),
     xlabel="excess loss of the clean half",
     ylabel="excess loss of the noisy half",
 )
@@ -389,12 +411,12 @@ ax.set_yticks(np.log(noisy_ticks), labels=[f"{tick:g}" for tick in noisy_ticks])
 lesson.show(
     fig,
     "10_ddpm_front",
-    title="With one seed, two strategies lie just beyond the sweep, the others behind it",
+    title="In one seed, two strategies lie just beyond the front of static weights",
     caption="Seed 301, both axes logarithmic. Black: static weights and the front between them, the same line from which δ is "
-    "measured. Squares: strategies, five of them named.",
-    alt="A falling black line with dots, from the upper left to the lower right. Grey and coloured squares lie above and to "
-    "the right of it; uncertainty and loss-balance lie slightly below it, dy-sigma slightly above, min-snr further, "
-    "const-x0 at the far right.",
+    "measured. Squares: strategies, five of them named. Green: beyond the front.",
+    alt="A falling black line with dots, from the upper left to the lower right; the region below and left of it is green. "
+    "Grey and coloured squares lie above and to the right of it; uncertainty and loss-balance lie slightly below it, dy-sigma "
+    "slightly above, min-snr further, const-x0 at the far right.",
 )
 beyond_shown = []
 for arm in strategies:
@@ -404,11 +426,12 @@ if is_record:
     assert sorted(beyond_shown) == ["loss-balance", "uncertainty"], "the title names two"
 
 # %% [markdown]
-# First the black line: it is the front through the static weights. A strategy below or left of it lies beyond. Two coloured
-# squares do, by a little. Now look at the three black dots at the upper left, away from the line. They are static weights too,
-# with $R$ from 4 to 64, and they lie behind the front. At $R=64$ the loss of the clean half is *larger* than at $R=1$, although
-# the clean half has more weight. In the toy this cannot happen, because there each point is a minimum. After a finite training
-# of a network it can.
+# First the black line: it is the front through the static weights. Strategies in the green region lie beyond it. Two squares
+# do, by a little.
+#
+# Now look at the three black dots at the upper left, away from the line. They are static weights too, with $R$ from 4 to 64,
+# and they lie behind the front. At $R=64$ the loss of the clean half is *larger* than at $R=1$, although the clean half has more
+# weight. In the toy this cannot happen, because there each point is a minimum. After a finite training of a network it can.
 
 # %%
 clean_loss_rises = []
@@ -416,6 +439,9 @@ for seed in seeds:
     clean_loss_rises.append(points["split 64", seed][0] > points["split 1", seed][0])
 if is_record:
     assert all(clean_loss_rises), "at R = 64 the clean half must be worse than at R = 1"
+    on_line = pareto.non_dominated(np.array([points[arm, SHOWN_SEED] for arm in sweep]))
+    behind = [arm for arm, flag in zip(sweep, on_line, strict=True) if not flag]
+    assert {"split 4", "split 16", "split 64"} <= set(behind), "the three dots of the text"
 
 # %% [markdown]
 # Are uncertainty and loss-balance beyond? One seed cannot tell. So measure $\delta$ for each seed against the sweep *of that seed*, and give the
@@ -459,10 +485,11 @@ for place, (_, row) in enumerate(placed.iterrows()):
     ax.plot([row["low"], row["high"]], [-place, -place], color=colour, linewidth=2)
     ax.plot(row["δ"], -place, "o", color=colour)
 ax.axvline(0, color="0.2", linewidth=1)
-ax.text(0.02, -len(placed) + 1, "beyond →", va="center", fontsize=9)
-ax.text(-0.02, -len(placed) + 1, "← behind", va="center", ha="right", fontsize=9)
+ax.axvspan(0, 0.45, color="C2", alpha=0.12, linewidth=0)
+ax.text(0.06, -len(placed) + 1, "beyond\nthe sweep", va="center", color="C2")
+ax.text(-0.04, -len(placed) + 1, "behind\nthe sweep", va="center", ha="right", color="0.4")
 ax.set_yticks(-np.arange(len(placed)), labels=list(placed.index))
-ax.set(xlabel="δ: how far beyond the sweep of static weights, in ln loss")
+ax.set(xlim=(-2.2, 0.45), xlabel="δ: how far beyond the sweep (0.1: about 10 % in both losses)")
 ax.grid(axis="y", visible=False)
 lesson.show(
     fig,
@@ -530,6 +557,8 @@ if is_record:
         "twice the rate"
     )
     assert best_static > placed["δ"].iloc[0], "a rate moves a point further than any strategy"
+    assert by_rate["δ"].iloc[1] > placed["δ"].iloc[0], "so does the second of the table"
+    assert by_rate.index[1].endswith("lr 0.016"), "which has twice the rate too"
     assert wider["δ"].max() < 0, "against three rates no strategy has a positive mean"
 
 # %% [markdown]
@@ -593,7 +622,7 @@ print(
     f"{share_beyond:.0%} lie beyond the front of another seed; δ has a standard deviation of {luck.std():.2f}"
 )
 if is_record:
-    assert share_beyond > 0.2, "single points must often be beyond by luck"
+    assert 0.3 < share_beyond < 0.37, "a third of the points must lie beyond by luck"
 
 # %% [markdown]
 # A third of the points lie beyond by luck. So a single run beyond a single front is no evidence. That is why the intervals above
@@ -636,24 +665,45 @@ of_the_filter = float(sample_distances[1.0] / distance_of_filter)
 lesson.reveal(QUESTION_QUALITY, of_the_filter)
 
 # %%
-fig, ax = plt.subplots(figsize=(7, 3.8))
-ax.plot(sample_distances.index, sample_distances, "o-", color="C0")
+in_front = []
+for seed in seeds:
+    of_seed = np.array([points[arm, seed] for arm in sweep])
+    in_front.append(np.asarray(pareto.non_dominated(of_seed)))
+always = np.all(in_front, axis=0)  # on the front of every seed
+
+fig, ax = plt.subplots(figsize=(8, 4.2))
+ax.plot(sample_distances.index, sample_distances, color="C0", linewidth=1.5)
+ax.plot(sample_distances.index[always], sample_distances[always], "o", color="C0", markersize=8)
+ax.plot(
+    sample_distances.index[~always],
+    sample_distances[~always],
+    "o",
+    color="C0",
+    markerfacecolor="white",
+    markersize=8,
+)
 ax.axhline(distance_of_filter, color="0.3", linewidth=1)
-ax.text(0.0008, distance_of_filter * 0.9, "best possible denoiser", va="top", fontsize=9)
+ax.text(0.0008, distance_of_filter * 0.9, "best possible denoiser", va="top")
 ax.axhline(distance_of_images, color="0.3", linewidth=1, linestyle=":")
-ax.text(0.0008, distance_of_images * 1.1, "real images", va="bottom", fontsize=9)
+ax.text(0.0008, distance_of_images * 1.1, "real images", va="bottom")
+ax.text(0.006, 4.4, "almost only the noisy half counts", color="0.35")
+ax.text(75, 1.8, "almost only the\nclean half counts", color="0.35", ha="right")
 ax.set(
     xscale="log",
     yscale="log",
+    ylim=(0.035, 8),
     xlabel="R: weight of the clean half over that of the noisy half",
     ylabel="distance of samples (lower is better)",
 )
+ax.set_xticks([0.001, 0.016, 0.25, 4, 64], ["0.001", "0.016", "0.25", "4", "64"])
+ax.set_yticks([0.05, 0.2, 1, 5], ["0.05", "0.2", "1", "5"])
+ax.minorticks_off()
 lesson.show(
     fig,
     "10_quality",
-    title="At one end of the front samples are many times worse",
-    caption="Geometric mean over three seeds, for the nine ratios of the sweep. Lines: samples of the Wiener filter, drawn "
-    "with the same sampler, and held-out images.",
+    title="A point of the front can give samples many times worse than another one",
+    caption="Geometric mean over three seeds, for the nine ratios of the sweep. Filled: on the front with every seed. Hollow: "
+    "not. Lines: samples of the Wiener filter, drawn with the same sampler, and held-out images.",
     alt="Distance of samples against the ratio, both logarithmic. It is high at the smallest ratios, falls to the line of the "
     "best possible denoiser, stays there for several decades, and rises about five-fold at the largest ratio. The line of real "
     "images lies far below.",
@@ -662,18 +712,25 @@ worst_over_best = float(sample_distances.max() / sample_distances.min())
 print(f"worst ratio of the sweep over best: {worst_over_best:.0f}")
 if is_record:
     assert 0.7 < of_the_filter < 1.4, "at R = 1 the sampler's error must hide the network's"
-    for seed in seeds:
-        of_sweep = np.array([points[arm, seed] for arm in sweep])
-        assert pareto.non_dominated(of_sweep)[0], "R = 0.001 must be a point of the front"
-    assert sample_distances.idxmax() == 0.001 and worst_over_best > 10, "the noisy end is the worst"
+    assert always[0], "R = 0.001 must be a point of the front with every seed"
+    assert not np.any(in_front, axis=0)[-1], "R = 64 must lie behind it with every seed"
+    assert sample_distances.idxmax() == 0.001, "the noisy end must be the worst"
+    assert worst_over_best > 10, "by many times"
+    middle = sample_distances.loc[0.05:20] / distance_of_filter
+    assert middle.min() > 0.8 and middle.max() < 1.1, "from 0.06 to 16 the ratio hardly matters"
+    assert sample_distances.iloc[-1] / distance_of_filter > 3, "R = 64 is several times worse"
+    assert round(of_the_filter, 2) == 0.88, "the ratio of the text"
 
 # %% [markdown]
-# From $R=0.06$ to $R=16$ the ratio hardly matters: samples are about as close to the data as those of the best possible denoiser.
-# There the error of the sampler, with its twenty steps, hides the error of the network. At $R=1$ the distance is even 0.88 times
-# that of the best denoiser. This does not make the network better than the best: errors of a network can offset those of a
-# sampler. At the left end, where almost only the noisy half counts, samples are many times worse, although $R=0.001$ is a point
-# of the front with every seed. At the right end, $R=64$, samples are several times worse as well. That point lies behind the
-# front.
+# Read the picture from the middle outwards.
+#
+# - *Middle.* From $R=0.06$ to $R=16$ the ratio hardly matters. Samples are about as close to the data as those of the best
+#   possible denoiser. The error of the sampler, with its twenty steps, hides the error of the network.
+# - *$R=1$.* The distance is even 0.88 times that of the best denoiser. This does not make the network better than the best:
+#   errors of a network can offset those of a sampler.
+# - *Left end.* At $R=0.001$ almost only the noisy half counts, and samples are many times worse. Yet this is a point of the
+#   front with every seed.
+# - *Right end.* At $R=64$ samples are several times worse as well. That point lies behind the front.
 #
 # So **Pareto optimal does not mean good**. It means that no loss can fall unless the other one rises. Which point of the front
 # to take has to be decided by another metric, such as the distance of samples.
