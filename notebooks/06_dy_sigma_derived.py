@@ -267,9 +267,8 @@ assert raises.iloc[0, 1] > 100 * math.e, "and fail by far after it"
 #
 # ## The family
 #
-# Other members keep the prior in other ways. All start at the prior. Two of them are ideas of our own. **Excess**
-# looks at $L_t-L_t^\star$ instead of $L_t$, because the floor cannot be learned. **Tilt** gives more weight to large
-# losses, and not less.
+# Other members keep the prior in other ways. All start at the prior. Two of them need a word. **Excess** looks at $L_t-L_t^\star$ instead of $L_t$, because the floor cannot be learned. **Tilt** gives *more* weight to large losses; all
+# others give less.
 #
 # | variant | what $s$ minimises | weight | ends at (up to a factor) |
 # |---|---|---|---|
@@ -338,7 +337,7 @@ for number in range(FRAMES):
     ax.plot(schedule.log_snr, of_uncertainty[number], color="C3", linewidth=2, label="uncertainty")
     ax.plot(schedule.log_snr, of_dy_sigma[number], color="C0", linewidth=2, label="dy-sigma")
     ax.set(yscale="log", ylim=(2e-4, 30), xlabel="log-SNR (noisy → clean)", ylabel="weight, mean 1")
-    ax.set_title(f"Uncertainty travels on, Dy-Sigma settles · step {number * STEPS_A_FRAME}")
+    ax.set_title(f"Uncertainty travels far, Dy-Sigma stays nearer · step {number * STEPS_A_FRAME}")
     ax.legend(loc="lower left")
     fig.canvas.draw()
     frames.append(np.asarray(fig.canvas.buffer_rgba())[..., :3].copy())
@@ -347,10 +346,10 @@ for number in range(FRAMES):
 lesson.animate(
     frames,
     "06_weights_along",
-    title="Uncertainty travels on, Dy-Sigma settles near its prior",
+    title="Uncertainty travels far, Dy-Sigma stays nearer to its prior",
     caption="Weights of both along the same falling losses. The picture is the last moment.",
     alt="Weights against log-SNR, logarithmic. In the last frame the curve of uncertainty falls steeply from the noisy "
-    "left to the clean right, and the curve of Dy-Sigma lies close to the grey one of its prior.",
+    "left to the clean right, and the curve of Dy-Sigma stays much nearer to the grey one of its prior.",
 )
 
 # %%
@@ -362,7 +361,7 @@ if is_default and is_full:
 
 # %% [markdown]
 # On average, in logarithms, the weights of Dy-Sigma (blue) moved less than half as far as those of uncertainty (red). The
-# penalty holds the blue curve near the grey one. The red curve has no reason to stop before $1/L$.
+# penalty holds the blue curve nearer to the grey one. The red curve has no reason to stop before $1/L$.
 #
 # ## A recorded comparison, three metrics
 #
