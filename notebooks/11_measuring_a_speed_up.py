@@ -385,7 +385,7 @@ ax.axvspan(PLATEAU * untrained, possible_levels[0], color="0.88", linewidth=0)
 ax.plot(possible_levels, largest_factor, color="C3", linewidth=2)
 ax.axhline(1, color="0.3", linewidth=1)
 ax.text(0.62, 1.06, "the truth: nothing is faster than itself", color="0.3", fontsize=9, ha="right")
-ax.text(PLATEAU * untrained * 1.19, 7, "plateau of the\nuntrained network", ha="center", va="top", fontsize=9)  # fmt: skip
+ax.text(0.93 * untrained, 6.5, "plateau:\nhardly\ntrained", ha="left", va="top", fontsize=9)
 ax.set(
     xscale="log",
     yscale="log",
@@ -418,7 +418,7 @@ if not RECOMPUTE and PLATEAU == 2 / 3:
     assert factor_beyond < 2, "beyond the plateau the factor must be small"
 
 # %% [markdown]
-# So seed noise alone gives a factor of up to 49 **on the plateau, and only there**. Beyond it, the largest factor between two
+# So seed noise alone gives a factor of tens **on the plateau, and only there**. Beyond it, the largest factor between two
 # seeds of one weighting is below 2. That much noise remains, and it is the reason for several seeds and an interval.
 #
 # Two rules follow. Choose a threshold beyond the plateau. And state the level beside the speed-up, so that a reader can check
@@ -463,8 +463,8 @@ if is_default:
     assert found.correlation < 0.3, "the text says that pairing bought nothing here"
 
 # %% [markdown]
-# A positive correlation would make the paired error smaller than the unpaired one. In our run the correlation is −0.17, which
-# five seeds cannot tell from 0, and the paired error is not smaller. So we see no gain from pairing at this threshold. Pairing also
+# A positive correlation would make the paired error smaller than the unpaired one. In our run the correlation is slightly
+# negative, which five seeds cannot tell from 0, and the paired error is not smaller. So we see no gain from pairing at this threshold. Pairing also
 # has a small price: the interval uses four degrees of freedom, where two separate groups of five would have up to eight. One
 # cannot know beforehand whether it helps. So we always pair, and print the correlation.
 #
@@ -671,7 +671,7 @@ if is_default:
 
 # %% [markdown]
 # By the plain mean, on which `const-x0` trains, Min-SNR arrives with no seed. By the weighted mean, on which Min-SNR trains,
-# Min-SNR needs 5.9 times fewer images. Each weighting is ahead by the mean that it minimises. Neither metric is wrong. But each
+# Min-SNR needs several times fewer images. Each weighting is ahead by the mean that it minimises. Neither metric is wrong. But each
 # asks which training minimises one particular mean faster, and one of the two trainings minimises exactly that mean.
 #
 # Where is Min-SNR worse? Compare the losses at the end of training by noise level.
@@ -700,7 +700,7 @@ if is_default:
 
 # %% [markdown]
 # Min-SNR gives the noisiest timesteps almost no weight, and is worse there. It is better at the clean end. The two trainings
-# differ most at the noisiest timesteps: 0.171 against 0.063 in our run. So these timesteps decide the comparison by the plain mean. The
+# differ most at the noisiest timesteps, the marked row. So these timesteps decide the comparison by the plain mean. The
 # distance of samples depends on the whole chain of timesteps, and neither training minimises it. So it is the metric of this
 # page, and one of the metrics of page 12. The choice of a metric can decide which method comes first. Dehghani et al. (2021)
 # show this for whole benchmarks.
@@ -740,12 +740,12 @@ if is_default:
 #
 # </details>
 #
-# **11.3** (●●○, 4 min) A baseline is censored at 10,000 images. The other run needed 2,500. What is known about $R$ of this
-# pair? Give the bound, signed: positive if $R$ is above it, negative if $R$ is below it.
+# **11.3** (●●○, 4 min) A baseline is censored at 10,000 images. The other run needed 2,500. Which share of the baseline's
+# images does the other run need? Give the smallest and the largest share that are possible, as `[low, high]`.
 #
 # <details><summary>Hint</summary>
 #
-# The baseline needs more than 10,000. What does that do to a ratio that has it on top?
+# The share is $1/R$. The baseline needs more than 10,000 images, and nobody knows how many more.
 #
 # </details>
 
@@ -763,7 +763,14 @@ lesson.exercise(
     rtol=2e-3,
     mistakes={"Average the logarithms, not the ratios.": [7 / 3, exercise_pairs.low]},
 )
-lesson.exercise("11.3", expected=4.0, mistakes={"It is a lower bound.": -4.0})
+lesson.exercise(
+    "11.3",
+    expected=[0.0, 0.25],
+    mistakes={
+        "The baseline needs more images, not fewer: the share can only be smaller.": [0.25, 1.0],
+        "That is R; the share is its inverse.": [0.0, 4.0],
+    },
+)
 
 # %%
 images_at_two = ...  # a number
@@ -774,8 +781,8 @@ ratio_and_low = ...  # [R, low]
 lesson.check("11.2", ratio_and_low)
 
 # %%
-signed_bound = ...  # a number
-lesson.check("11.3", signed_bound)
+shares = ...  # [low, high]
+lesson.check("11.3", shares)
 
 # %% [markdown]
 # ### Solutions
@@ -792,8 +799,8 @@ ratio_and_low = np.exp([three_logs.mean(), lowest])
 lesson.check("11.2", ratio_and_low)
 
 # %% tags=["solution"]
-signed_bound = 10_000 / 2_500
-lesson.check("11.3", signed_bound)
+shares = [0.0, 2_500 / 10_000]  # R is above 4, and has no upper bound
+lesson.check("11.3", shares)
 
 # %% [markdown]
 # ## What you can now do
