@@ -538,11 +538,11 @@ lesson.table(
     mark="quantiles of the draws",
 )
 assert abs(mean_weight.iloc[0] - 1) < 0.02, "with the quantiles the mean must be 1"
-assert abs(mean_weight.iloc[1] - 1) > 0.2, "with another schedule it is not"
+assert mean_weight.iloc[1] > 3, "with another schedule it is not"
 
 # %% [markdown]
-# With the quantiles of the draws the mean weight is 1. With the linear DDPM schedule it is 3.6, so the loss would be 3.6 times
-# as large.
+# With the quantiles of the draws the mean weight is 1. With the linear DDPM schedule it is more than 3, so the loss would be
+# more than three times as large.
 #
 # All three loops in short:
 #
@@ -711,9 +711,11 @@ flow_report = dysigma.conflicts(
     progress=False,
 )
 print(flow_report.sentences()[0])
+if lesson.fast(True, False):
+    assert flow_report.mean_cosine > report.mean_cosine, "the bins of the flow must agree better"
 
 # %% [markdown]
-# For the flow network the mean cosine is about 0.94. Its four bins agree much better than those of the first network.
+# For the flow network the mean cosine is much nearer to 1: its four bins agree better than those of the first network.
 #
 # **Try it yourself.** In the first loop, set `NAME = "uncertainty"` or `"p2"`. In the cell of `gentle`, call the check with
 # `power=0.2` or `power=1.0`. In the conflicts of the first network, set `bins=6`.
