@@ -330,7 +330,7 @@ def compare_features(features: Tensor, reference: Tensor) -> dict[str, Any]:
 
 
 def _jackknife(
-    features: Tensor, whole: Moments, target: Moments, distance: float, groups: int = 10
+    features: Tensor, whole: Moments, target: Moments, distance: float
 ) -> tuple[float, float]:
     """The distance without its bias, and half its 95 % interval (Tukey 1958).
 
@@ -338,6 +338,7 @@ def _jackknife(
     that a bias proportional to 1 / N leaves, and their spread tells the error. Resampling with
     replacement would bias the distance further.
     """
+    groups = 10
     centred = features - whole.mean
     parts = [centred[i::groups] for i in range(groups)]
     squares = [part.T @ part for part in parts]

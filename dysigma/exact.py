@@ -283,6 +283,4 @@ def field_floor(schedule: NoiseSchedule, prediction_type: str = "epsilon", size:
     snr = schedule.log_snr.exp()
     x0_loss = (1 / (snr[:, None] + 1 / field_variances(size).flatten())).mean(1)
     kind = canonical_prediction_type(prediction_type)
-    if kind == "sample":
-        return x0_loss
     return x0_loss * x0_loss_factor(schedule.log_snr, kind, schedule.is_flow)

@@ -185,27 +185,3 @@ def floor_bounds(
         others_se=factor * others.std(1) / root,
         linear=factor * _linear_losses(points, snr.to(device)).cpu(),
     )
-
-
-def empirical_floor(
-    images: Tensor | ImageData,
-    schedule: NoiseSchedule,
-    prediction_type: str = "epsilon",
-    timesteps: Tensor | None = None,
-    *,
-    num_samples: int = 256,
-    seed: int = 0,
-) -> Tensor:
-    """The least loss on these very images, (K,) float64: the lower bound of ``floor_bounds``.
-
-    It underestimates the floor of the distribution that the images come from, at low noise by far. For all timesteps
-    (the default) it is a ``floor=`` of the weighting "dy-sigma" with variant "excess".
-
-    >>> one = torch.zeros(1, 3, 8, 8)
-    >>> empirical_floor(one, NoiseSchedule.linear(), "x0", torch.tensor([0, 500, 999]))
-    tensor([0., 0., 0.], dtype=torch.float64)
-    """
-    bounds = floor_bounds(
-        images, schedule, prediction_type, timesteps, num_samples=num_samples, seed=seed
-    )
-    return bounds.lower

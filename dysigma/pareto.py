@@ -5,7 +5,6 @@ Computed on the CPU in numpy. The result is a tensor on the argument's device if
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -125,21 +124,17 @@ def min_norm_weights(gramian: Values) -> Any:
     return _like(weights / weights.sum(), gramian)
 
 
-def stationarity(gramian: Values, held_out: Values | None = None) -> float:
+def stationarity(gramian: Values) -> float:
     """How far from Pareto stationary: the norm of the shortest convex combination of gradients; 0 iff stationary.
 
-    On its own, a noisy gramian can never read 0: its diagonal holds the noise, and the weights are fitted to it. With
-    held_out, an unbiased Gramian from independent samples, the weights come from gramian (projected to be positive
-    semi-definite) and are judged on held_out: sign(v) sqrt|v| of v = w' held_out w, whose expectation has no noise
-    floor. A negative value means indistinguishable from 0.
+    A noisy gramian can never read 0: its diagonal holds the noise, and the weights are fitted to it. ``conflicts``
+    reports a value without that noise floor.
 
     >>> round(stationarity([[4.0, 0.0], [0.0, 4.0]]), 6)
     1.414214
     """
-    fitted = gramian if held_out is None else project_psd(gramian)
-    judge = gramian if held_out is None else held_out
-    weights = _array(min_norm_weights(fitted))
-    square = weights @ _square(judge) @ weights
+    weights = _array(min_norm_weights(gramian))
+    square = weights @ _square(gramian) @ weights
     return float(np.sign(square) * np.sqrt(abs(square)))
 
 
@@ -192,43 +187,3 @@ def hypervolume(points: Values, reference: Values) -> float:
         )
     inside = values[(values < corner).all(1)]
     return _volume(inside[non_dominated(inside)], corner)
-
-
-def knee(points: Values) -> int:
-    """Index of the knee of a front: the point furthest below the plane through the ends (Das 1999).
-
-    points: (n, m). Objectives are scaled so that the non-dominated points span [0, 1] in each.
-
-    >>> knee([[0.0, 1.0], [0.2, 0.2], [1.0, 0.0]])
-    1
-    """
-    values = _points(points)
-    front = values[non_dominated(values)]
-    span = np.ptp(front, axis=0)
-    scale = np.where(span > 0, span, 1)
-    return int((values / scale).sum(1).argmin())
-
-
-def attainment(fronts: Sequence[Values]) -> tuple[Array, Array]:
-    """Empirical attainment of S two-objective fronts, one per seed (Grunert da Fonseca, Fonseca, Hall 2001).
-
-    fronts: S point sets (n_s, 2). Returns x (G,), every first objective in order, and y (S, G): y[k - 1] is the second
-    objective that at least k of the S seeds reach with first objective <= x, +inf where fewer do. Draw y[k - 1] with
-    ``step(x, y, where="post")``; the middle k is the median front.
-
-    >>> x, y = attainment([[[0, 2], [1, 0]], [[0, 1]]])
-    >>> y
-    array([[1., 0.],
-           [2., 1.]])
-    """
-    seeds = [_points(front) for front in fronts]
-    if not seeds or any(front.shape[1] != 2 for front in seeds):
-        raise ValueError(
-            f"attainment takes at least one front, each (n, 2); got {[front.shape for front in seeds]}"
-        )
-    x = np.unique(np.concatenate([front[:, 0] for front in seeds]))
-    best = []
-    for front in seeds:
-        reached = np.where(front[:, :1] <= x, front[:, 1:], np.inf)
-        best.append(reached.min(0))
-    return x, np.sort(best, axis=0)

@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .images import tile
 from .intervals import t_interval
+from .runs.files import read_json, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,13 +67,6 @@ def figures_folder() -> Path:
         if (root / "dysigma/plots.py").exists():
             return root / "figures"
     return here / "figures"
-
-
-def _write(path: Path, content: bytes) -> None:
-    # An interrupted run leaves the old file or the new one, never half of one.
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_bytes(content)
-    part.replace(path)
 
 
 def _shrink(png: io.BytesIO, words: Mapping[str, str]) -> bytes:
@@ -129,7 +123,6 @@ def save_animation(
     caption: str,
     alt: str,
     notebook: str,
-    folder: str | Path | None = None,
 ) -> Path:
     """Write ``<name>.gif`` and its static twin ``<name>.png``; list them in ``manifest.json``.
 
@@ -144,7 +137,7 @@ def save_animation(
     raster = io.BytesIO()
     Image.fromarray(still).save(raster, "PNG")
     contents = {"gif": content, "png": _shrink(raster, words)}
-    return _publish(contents, name, texts, notebook, folder).with_suffix(".gif")
+    return _publish(contents, name, texts, notebook).with_suffix(".gif")
 
 
 def _check_figure(name: str, texts: Mapping[str, str], notebook: str) -> None:
@@ -162,21 +155,21 @@ def _publish(
     name: str,
     texts: Mapping[str, str],
     notebook: str,
-    folder: str | Path | None,
+    folder: str | Path | None = None,
 ) -> Path:
     """Write the files of one figure, ending to bytes, and its entry in the manifest."""
     place = figures_folder() if folder is None else Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     hashes = {}
     for kind, content in contents.items():
-        _write(place / f"{name}.{kind}", content)
+        write_atomically(place / f"{name}.{kind}", content)
         hashes[kind] = hashlib.sha256(content).hexdigest()
 
     path = place / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    manifest = read_json(path) if path.exists() else {}
     manifest[name] = {**texts, "notebook": notebook, "sha256": hashes}
     text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    _write(path, text.encode())
+    write_atomically(path, text)
     return place / f"{name}.png"
 
 
@@ -229,22 +222,6 @@ def trajectories(
     return ax
 
 
-def loss_by_timestep(ax: Axes, timesteps: ArrayLike, losses: Mapping[str, ArrayLike]) -> Axes:
-    """Losses (K,) or (S, K) at timesteps (K,), on a logarithmic axis; 95 % intervals over S seeds."""
-    ax.set(xlabel="timestep (0 = clean)", ylabel="loss")
-    return trajectories(ax, timesteps, losses, log=True)
-
-
-def weight_curves(ax: Axes, log_snr: ArrayLike, curves: Mapping[str, ArrayLike]) -> Axes:
-    """Weights (T,) against log_snr (T,), noisy on the left. A step with SNR 0 has no place on the axis: not drawn."""
-    levels = np.asarray(log_snr, dtype=float)
-    keep = np.isfinite(levels)
-    kept = {name: np.asarray(curve)[keep] for name, curve in curves.items()}
-    trajectories(ax, levels[keep], kept)
-    ax.set(yscale="log", xlabel="log-SNR (noisy → clean)", ylabel="weight")
-    return ax
-
-
 def heatmap(
     ax: Axes,
     matrix: ArrayLike,
@@ -290,11 +267,10 @@ def heatmap(
     return ax
 
 
-def mark_cells(ax: Axes, cells: ArrayLike, *, filled: bool = True) -> Axes:
-    """Mark cells (R, C) bool of a `heatmap` with a dot, or a circle, in their upper right corner."""
+def mark_cells(ax: Axes, cells: ArrayLike) -> Axes:
+    """Mark cells (R, C) bool of a `heatmap` with a dot in their upper right corner."""
     rows, columns = np.nonzero(np.asarray(cells))
-    faces = "black" if filled else "none"
-    ax.scatter(columns + 0.86, rows + 0.15, s=14, facecolors=faces, edgecolors="black", zorder=3)
+    ax.scatter(columns + 0.86, rows + 0.15, s=14, facecolors="black", edgecolors="black", zorder=3)
     return ax
 
 

@@ -8,7 +8,6 @@ which one the method means, and effective_weights what a sampler and a weighting
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .bins import Bins
-from .checks import check_name, check_timesteps
+from .checks import check_name, check_timesteps, keyword_parameters
 from .parallel import over_ranks
 from .schedule import NoiseSchedule, check_schedule
 
@@ -336,26 +335,21 @@ Weights = nn.Module | Tensor | None
 
 
 def _of_density(
-    schedule: NoiseSchedule,
-    weighting: Weights,
-    stratified: bool = False,
-    *,
-    density: str,
-    **params: Any,
+    schedule: NoiseSchedule, *, density: str, stratified: bool = False, **params: Any
 ) -> TimestepSampler:
     masses = DENSITIES[density](schedule.log_snr, **params)
     return TimestepSampler(masses, stratified=stratified)
 
 
-def _stratified(schedule: NoiseSchedule, weighting: Weights) -> TimestepSampler:
+def _stratified(schedule: NoiseSchedule) -> TimestepSampler:
     """Uniform and stratified."""
     return TimestepSampler(uniform_density(schedule.log_snr), stratified=True)
 
 
 def _of_weight(
     schedule: NoiseSchedule,
-    weighting: Weights,
     *,
+    weighting: Weights,
     uniform: float = 0.1,
     stratified: bool = False,
     power: float,
@@ -373,8 +367,8 @@ def _of_weight(
 
 def _of_proposal(
     schedule: NoiseSchedule,
-    weighting: Weights,
     *,
+    weighting: Weights,
     uniform: float = 0.1,
     stratified: bool = False,
 ) -> TimestepSampler:
@@ -387,12 +381,8 @@ def _of_proposal(
     return WeightingSampler(weighting, uniform=uniform, stratified=stratified)
 
 
-def _adaptive(
-    schedule: NoiseSchedule, weighting: Weights, *, observes: str, **params: Any
-) -> TimestepSampler:
-    return AdaptiveSampler(schedule, observes=observes, **params)
-
-
+# Name: what makes the sampler, called as make(schedule, **parameters), and with weighting= where it
+# takes that.
 TIMESTEP_SAMPLERS: dict[str, Callable[..., TimestepSampler]] = {
     **{name: partial(_of_density, density=name) for name in DENSITIES},
     "stratified": _stratified,
@@ -401,19 +391,19 @@ TIMESTEP_SAMPLERS: dict[str, Callable[..., TimestepSampler]] = {
     "sqrt-weight": partial(_of_weight, power=0.5),
     "weighting": _of_proposal,
     # Nichol and Dhariwal leave 0.1 % uniform, which bounds nothing; records rest on it.
-    "loss-second-moment": partial(_adaptive, observes="losses", uniform=0.001),
-    "gradient-norm": partial(_adaptive, observes="gradient-norms", uniform=0.1),
+    "loss-second-moment": partial(AdaptiveSampler, observes="losses", uniform=0.001),
+    "gradient-norm": partial(AdaptiveSampler, observes="gradient-norms", uniform=0.1),
 }
 
 
+# What the name of a sampler or make_sampler decides, and so no parameter of its user.
+_DECIDED = ("weighting", "density", "power", "observes")
+
+
 def _parameter_names(name: str) -> list[str]:
-    if name == "stratified":
-        return []
-    if name in DENSITIES:
-        return [*inspect.signature(DENSITIES[name]).parameters][1:] + ["stratified"]
-    if name in ("weight", "sqrt-weight", "weighting"):
-        return ["uniform", "stratified"]
-    return ["bins", "warmup", "uniform", "half_life", "stratified"]
+    names = [*keyword_parameters(DENSITIES[name])] if name in DENSITIES else []
+    names += keyword_parameters(TIMESTEP_SAMPLERS[name])
+    return [each for each in names if each not in _DECIDED]
 
 
 def make_sampler(
@@ -451,8 +441,11 @@ def make_sampler(
         )
     if weighting is not None:
         _weights_of(weighting, schedule.num_timesteps)
+    make = TIMESTEP_SAMPLERS[name]
+    if "weighting" in keyword_parameters(make):
+        make = partial(make, weighting=weighting)
     try:
-        sampler = TIMESTEP_SAMPLERS[name](schedule, weighting, **params)
+        sampler = make(schedule, **params)
     except ValueError as error:
         raise ValueError(f"sampler {name!r} {params}: {error}") from None
     return sampler.to(schedule.log_snr.device)

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -298,36 +300,44 @@ class Report:
         return "\n".join(lines)
 
 
-def _cases(make: Make) -> list[tuple[NoiseSchedule, str]]:
-    """Schedules and targets: all targets, and a flow that ends at SNR = 0, unless the weighting
-    refuses that."""
+class _Case:
+    """A weighting for one schedule and target, after so many steps; every law gets copies of it."""
+
+    def __init__(self, fresh: Weighting, steps: int) -> None:
+        self.fresh = fresh
+        self.steps = steps
+        self.name = f"{fresh.prediction_type}, {'trained' if steps else 'untrained'},"
+
+    @functools.cached_property
+    def trained(self) -> Weighting:
+        return _trained(copy.deepcopy(self.fresh), 0, self.steps)
+
+    def try_law(self, law: Law) -> None:
+        law(copy.deepcopy(self.trained), copy.deepcopy(self.fresh))
+
+
+def _cases(make: Make) -> list[_Case]:
+    """All targets, and a flow that ends at SNR = 0, unless the weighting refuses that; untrained
+    and trained."""
     alphas_cumprod = torch.linspace(6, -6, NUM_TIMESTEPS, dtype=torch.float64).sigmoid()
     usual = NoiseSchedule(alphas_cumprod)
-    cases = [(usual, kind) for kind in ("epsilon", "sample", "v_prediction")]
-    cases.append((NoiseSchedule(alphas_cumprod, is_flow=True), "flow_prediction"))
-    for schedule, kind in cases:
-        make(schedule, kind)
-    to_no_signal = NoiseSchedule.flow(NUM_TIMESTEPS)
-    try:
-        make(to_no_signal, "flow_prediction")
-    except ValueError:  # the weighting has no value at SNR = 0
-        return cases
-    return [*cases, (to_no_signal, "flow_prediction")]
+    made = [make(usual, kind) for kind in ("epsilon", "sample", "v_prediction")]
+    made.append(make(NoiseSchedule(alphas_cumprod, is_flow=True), "flow_prediction"))
+    with suppress(ValueError):  # the weighting has no value at SNR = 0
+        made.append(make(NoiseSchedule.flow(NUM_TIMESTEPS), "flow_prediction"))
+    return [_Case(weighting, steps) for weighting in made for steps in (0, 4)]
 
 
-def _try(law: str, make: Make, cases: list[tuple[NoiseSchedule, str]]) -> Verdict:
-    """The law on the weighting, untrained and trained, up to the first case that breaks it."""
-    for schedule, kind in cases:
-        for steps in (0, 4):
-            one = make(schedule, kind)
-            fresh = make(schedule, kind)
-            try:
-                LAWS[law](_trained(one, 0, steps), fresh)
-            except Exception as error:  # of any kind: the code under test is someone else's
-                words = " ".join(str(error).split()) or type(error).__name__
-                if not isinstance(error, AssertionError):
-                    words = f"{type(error).__name__}: {words}"
-                return Verdict(law, words[:500], f"{kind}, {'trained' if steps else 'untrained'},")
+def _try(law: str, cases: list[_Case]) -> Verdict:
+    """The law in every case, up to the first that breaks it."""
+    for case in cases:
+        try:
+            case.try_law(LAWS[law])
+        except Exception as error:  # of any kind: the code under test is someone else's
+            words = " ".join(str(error).split()) or type(error).__name__
+            if not isinstance(error, AssertionError):
+                words = f"{type(error).__name__}: {words}"
+            return Verdict(law, words[:500], case.name)
     return Verdict(law)
 
 
@@ -347,7 +357,7 @@ def examine_weighting(weighting: str | Callable[..., Any], **params: Any) -> Rep
 
     cases = _cases(make)
     name = getattr(weighting, "__name__", str(weighting))
-    return Report(name, tuple(_try(law, make, cases) for law in LAWS))
+    return Report(name, tuple(_try(law, cases) for law in LAWS))
 
 
 def check_weighting(weighting: str | Callable[..., Any], **params: Any) -> Report:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -54,12 +55,17 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
+@functools.cache
+def nodes_of(name: str) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(MODULES[name].read_text("utf-8"))))
+
+
 def imported(
-    name: str, source: str, is_package: bool, known: set[str]
+    name: str, nodes: Iterable[ast.AST], is_package: bool, known: set[str]
 ) -> Iterator[tuple[str, int]]:
     """(module, line) of every import of a known module, those inside functions too."""
     package = name.split(".") if is_package else name.split(".")[:-1]
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes:
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -75,9 +81,9 @@ def imported(
                 yield target, node.lineno
 
 
+@functools.cache
 def imports_of(name: str) -> list[tuple[str, int]]:
-    path = MODULES[name]
-    found = imported(name, path.read_text("utf-8"), path.name == "__init__.py", set(MODULES))
+    found = imported(name, nodes_of(name), MODULES[name].name == "__init__.py", set(MODULES))
     return [(module, line) for module, line in found if module != name]
 
 
@@ -91,7 +97,7 @@ def f():
     from p import g
 """
     known = {"p", "p.q.a", "p.q.b", "p.c.d", "p.e", "p.g"}
-    found = imported("p.q.me", source, False, known)
+    found = imported("p.q.me", ast.walk(ast.parse(source)), False, known)
     assert {module for module, _ in found} == known - {"p"}
 
 
@@ -123,7 +129,7 @@ def test_every_floor_names_rooms_that_exist():
 
 def calls(name: str) -> Iterator[tuple[str, int]]:
     """(dotted name, line) of every call; `x.y.item()` ends in ".item"."""
-    for node in ast.walk(ast.parse(MODULES[name].read_text("utf-8"))):
+    for node in nodes_of(name):
         if isinstance(node, ast.Call):
             yield ast.unparse(node.func), node.lineno
 
@@ -144,16 +150,12 @@ def test_no_number_is_repaired_in_silence_and_nothing_is_unpickled_freely(name):
     assert not found, found
 
 
-@pytest.mark.parametrize(
-    "names",
-    [["dysigma"], [name for name in MODULES if not name.endswith("__main__")]],
-    ids=["dysigma", "every module"],
-)
-def test_importing_loads_nothing_slow(names):
+def test_importing_every_module_loads_nothing_slow():
+    names = ", ".join(name for name in MODULES if not name.endswith("__main__"))
     code = f"""
 import sys, torch
 before = set(sys.modules)
-import {", ".join(names)}
+import {names}
 print(*set(sys.modules) - before)
 """
     result = subprocess.run(

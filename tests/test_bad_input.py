@@ -259,7 +259,7 @@ NEED_SCHEDULE: dict[str, Callable[[Any], Any]] = {
 def test_what_is_no_schedule_is_told_so_wherever_one_is_needed(name: str) -> None:
     scheduler = DDPMScheduler()
     for schedule in (scheduler, DDPMScheduler, scheduler.config, "linear", None):
-        with pytest.raises(TypeError, match="schedule must be a NoiseSchedule; got"):
+        with pytest.raises(TypeError, match=r"NoiseSchedule.*got"):
             NEED_SCHEDULE[name](schedule)
 
 
@@ -279,7 +279,7 @@ def test_bytes_are_no_x0_of_sample_losses() -> None:
 
 
 def test_nesting_is_no_way_to_crash(folder: Path) -> None:
-    with pytest.raises(RunError, match=r"deep\.toml is not valid TOML: .*recursion"):
+    with pytest.raises(RunError, match=r"deep\.toml.*TOML.*recursion"):
         read_config(folder / "deep.toml")
 
 

@@ -177,5 +177,5 @@ def test_presets_can_all_be_counted():
 
 @pytest.mark.parametrize("given", [{"rounds": 0}, {"batch_sizes": []}, {"batch_sizes": [4, 0]}])
 def test_no_rounds_and_no_images_are_refused(given):
-    with pytest.raises(ValueError, match="rounds and batch_sizes must be 1 or more; got"):
+    with pytest.raises(ValueError, match=r"rounds.*batch_sizes.*got"):
         benchmark.benchmark(device="cpu", **given)

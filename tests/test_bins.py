@@ -84,7 +84,7 @@ def test_edges_that_leave_a_bin_empty_or_are_no_edges_are_refused(edges):
 
 
 def test_more_bins_than_timesteps_and_bad_masses_are_refused():
-    with pytest.raises(ValueError, match=r"bins must be an int in \[1, 4\]"):
+    with pytest.raises(ValueError, match=r"bins.*\[1, 4\]"):
         Bins.uniform(4, 5)
     with pytest.raises(ValueError, match="bins must be"):
         Bins.equal_mass(torch.ones(4), 5)

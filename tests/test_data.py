@@ -349,9 +349,7 @@ def test_damaged_archives_and_batches_are_refused_before_they_are_unpickled(
     rng = np.random.default_rng(0)
     for raw in damaged(official.archive, rng, 12):
         archive.write_bytes(raw)
-        with pytest.raises(
-            ValueError, match=r"not the official CIFAR-10 .*MD5.* move it away and run again"
-        ) as caught:
+        with pytest.raises(ValueError, match=r"official.*MD5.*move it away") as caught:
             load_data("cifar10", root=tmp_path)
         assert str(archive) in str(caught.value) and "\n" not in str(caught.value)
     official.write(folder)
@@ -509,7 +507,7 @@ def test_a_broken_off_download_is_continued(
     official: Official, server: Server, tmp_path: Path, ranges: bool
 ) -> None:
     server.ranges, server.breaks_after = ranges, 5000
-    with pytest.raises(ConnectionError, match=r"broke off after 5000 of \d+ bytes.*run again"):
+    with pytest.raises(ConnectionError, match=r"5000 of \d+.*run again"):
         load_data("cifar10", root=tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["cifar-10-python.tar.gz.part"]
     server.breaks_after = None
@@ -533,9 +531,7 @@ def test_a_tampered_download_is_removed(official: Official, server: Server, tmp_
 
 
 def test_offline_the_error_says_what_to_do(official: Official, tmp_path: Path) -> None:
-    with pytest.raises(
-        ConnectionError, match=r"http.*failed.*put that file there.*--data-root or DYSIGMA_DATA"
-    ):
+    with pytest.raises(ConnectionError, match=r"http.*failed.*--data-root.*DYSIGMA_DATA"):
         load_data("cifar10", root=tmp_path / "none")
     with pytest.raises(ValueError, match="no CIFAR-10 file"):
         load_data("cifar10", root=tmp_path / "mistyped.tar.gz")
@@ -762,9 +758,7 @@ def test_unusable_pictures_are_named(tmp_path: Path) -> None:
     for i in range(3):
         save(tmp_path / f"{i}.png", random_images(8, 8, 3, seed=i))
     save(tmp_path / "1.png", random_images(9, 9, 3))
-    with pytest.raises(
-        ValueError, match=r"1\.png is 9 pixels wide as a square, those before are 8: give a size"
-    ):
+    with pytest.raises(ValueError, match=r"1\.png.*9 pixels.*8.*size"):
         load_data(tmp_path)
     assert load_data(tmp_path, size=8).images.shape == (2, 3, 8, 8)
     whole = (tmp_path / "0.png").read_bytes()
@@ -832,7 +826,7 @@ def test_of_a_lone_train_folder_or_array_a_tenth_is_held_out_and_that_is_said(
     images = np.arange(20, dtype=np.uint8).repeat(64).reshape(20, 8, 8)
     np.savez(tmp_path / "a.npz", train_images=images)
     for name in ("folder", "a.npz"):
-        with pytest.warns(UserWarning, match="no test .*every tenth"):
+        with pytest.warns(UserWarning, match=r"no test .*every tenth"):
             parts = [load_data(tmp_path / name, split=split) for split in SPLITS]
         assert [len(part) for part in parts] == [18, 2]
         assert sorted(values(parts[0]) + values(parts[1])) == [*range(20)]
@@ -861,7 +855,7 @@ def test_splits_that_cannot_be_told_are_refused(
 
 def test_pictures_outside_the_splits_are_counted(tmp_path: Path) -> None:
     fill(tmp_path, "train/1.png", "test/2.png", "unlabeled/3.png", "preview.png")
-    with pytest.warns(UserWarning, match="2 pictures .* passed over"):
+    with pytest.warns(UserWarning, match=r"2 pictures .* passed over"):
         assert values(load_data(tmp_path)) == [0]
 
 
@@ -952,7 +946,7 @@ def test_of_a_film_the_first_frame_is_read_and_that_is_said(tmp_path: Path) -> N
     for name in ("0.gif", "1.png", "2.tiff", "3.webp"):
         options = {"lossless": True} if name.endswith("webp") else {}
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
-    with pytest.warns(UserWarning, match="3 of 3 pictures have several frames"):
+    with pytest.warns(UserWarning, match=r"3 of 3.*several frames"):
         data = load_data(tmp_path)
     assert data.images[:, 0].unique().tolist() == [50]
 
@@ -1166,7 +1160,7 @@ def test_wrong_arguments_are_restated() -> None:
             load_data(**arguments)
     with pytest.raises(ValueError, match="size >= 8"):
         leaves(4, 7)
-    with pytest.raises(ValueError, match=r"labels must lie in \[0, 2\).* 2"):
+    with pytest.raises(ValueError, match=r"labels.*\[0, 2\).* 2"):
         ImageData(
             torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.tensor([2]), class_names=("a", "b")
         )
@@ -1176,5 +1170,5 @@ def test_wrong_arguments_are_restated() -> None:
 
 def test_asking_for_more_images_than_there_are_says_how_many(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=random_images(20, 8, 8))
-    with pytest.raises(ValueError, match="18 train images; 19 were asked for"):
+    with pytest.raises(ValueError, match=r"18 train.*19"):
         load_data(tmp_path / "a.npz", num_images=19)

@@ -91,13 +91,13 @@ def test_opening_a_network_warns_of_nothing(tmp_path, recwarn):
 def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(
         ValueError,
-        match=r"must be .pixels., .fid. or a TorchScript file; nowhere\.pt does not exist",
+        match=r"pixels.*fid.*TorchScript.*nowhere\.pt does not exist",
     ):
         load_features("nowhere.pt")
     (tmp_path / "x.pt").write_bytes(b"not a network")
     with pytest.raises(ValueError, match="is not a TorchScript file"):
         load_features(str(tmp_path / "x.pt"))
-    with pytest.raises(ValueError, match=r"\(N, D\), N >= 2; got shape \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"\(N, D\).*\(1, 3\)"):
         moments(torch.ones(1, 3))
 
 
@@ -182,7 +182,7 @@ def test_the_kernel_distance_is_its_definition_and_unbiased():
     )
     assert abs(values[:, 0].mean()) < 3 * values[:, 0].std() / 10
     assert float(values[:, 1].mean() / values[:, 0].std()) == pytest.approx(1, abs=0.25)
-    with pytest.raises(ValueError, match="20 images of each kind or more; got 19 and 40"):
+    with pytest.raises(ValueError, match=r"20.*got 19 and 40"):
         kernel_distance(gaussian(19, draw), gaussian(40, draw))
 
 
@@ -250,14 +250,10 @@ def test_agrees_with_pytorch_fid_and_torch_fidelity_on_the_same_images(tmp_path,
 
 def test_fid_uses_the_pinned_file_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(distances, "INCEPTION_URL", "http://127.0.0.1:9/net.pt")
-    with pytest.raises(
-        ConnectionError, match=r"FID's network is not in .*--features or DYSIGMA_DATA; losses, the"
-    ):
+    with pytest.raises(ConnectionError, match=r"FID's network.*--features.*DYSIGMA_DATA"):
         load_features("fid")
     file = save(tmp_path / "net.pt")
-    with pytest.raises(
-        ValueError, match=r"net\.pt is truncated or changed: its SHA256 is .* official one f58cb9b6"
-    ):
+    with pytest.raises(ValueError, match=r"net\.pt.*SHA256.*f58cb9b6"):
         inception(file)
     with pytest.raises(ValueError, match=r"there is no file .*none\.pt"):
         inception(tmp_path / "none.pt")
@@ -334,9 +330,7 @@ def test_where_features_come_from_is_said_and_a_folder_that_cannot_be_written_is
         )
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DYSIGMA_DATA", str(tmp_path / "file"))
-    with pytest.warns(
-        UserWarning, match="features are not kept for the next time: .*Not a directory"
-    ):
+    with pytest.warns(UserWarning, match=r"not kept.*Not a directory"):
         assert torch.equal(reference_features(features, images), extract(features, images))
 
 

@@ -130,7 +130,7 @@ def test_heun_evaluates_the_network_as_often_as_asked_or_once_less():
 
 def test_every_image_has_a_label_of_its_own():
     schedule = NoiseSchedule.linear()
-    with pytest.raises(ValueError, match="one label for each of 5 images; got 2"):
+    with pytest.raises(ValueError, match=r"label.*5 images.*2"):
         sample_images(Gaussian(schedule, 0.25), schedule, (5, 3, 4, 4), labels=torch.tensor([0, 1]))
 
 
@@ -370,7 +370,7 @@ def test_euler_on_a_flow_has_the_levels_of_diffusers_where_every_timestep_is_vis
 
 @pytest.mark.parametrize("sampler", ["ddpm", "dpm-solver"])
 def test_samplers_that_a_flow_does_not_have_are_refused(sampler):
-    with pytest.raises(ValueError, match=f"{sampler}.* flow .*ddim.*heun"):
+    with pytest.raises(ValueError, match=rf"{sampler}.* flow .*ddim.*heun"):
         sample_images(nn.Identity(), NoiseSchedule.flow(), (1, 3, 4, 4), sampler=sampler)
 
 

@@ -182,7 +182,7 @@ def test_a_batch_too_large_for_the_memory_gets_advice(tmp_path, monkeypatch):
     monkeypatch.setattr(training.step, "sample_losses", full)
     with pytest.raises(
         RunError,
-        match=r"batches of 16 images in 1 parts do not fit .*--accumulate 2 takes the same",
+        match=r"16 images in 1 parts.*--accumulate 2",
     ):
         train(SLOW, tmp_path / "run", progress=False)
 
@@ -214,7 +214,7 @@ def test_compiled_code_with_wrong_gradients_is_not_used(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda model, fullgraph, dynamic: Wrong(model))
     config = dataclasses.replace(FAST, images=32)
-    with pytest.warns(UserWarning, match="uncompiled: .*gradients that are 50% off"):
+    with pytest.warns(UserWarning, match=r"uncompiled.*gradients.*50%"):
         run = train(config, tmp_path / "run", progress=False, finish=False)
     assert run.summary["compile"].startswith("no: ")
     assert "50% off" in run.summary["compile"]

@@ -106,7 +106,7 @@ def test_tensors_that_do_not_fit_are_an_error(half):
         path.write_text(json.dumps(entry))
     with pytest.raises(
         RunError,
-        match=r"checkpoint does not fit this run \('seconds'\): move it away to start again",
+        match=r"checkpoint.*\('seconds'\).*move it away",
     ):
         quick(SHORT, half, resume=True)
 
@@ -130,9 +130,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(folders, half, limit):
     before = load_checkpoint(half / "checkpoint")
     with (
         full_disk(limit),
-        pytest.raises(
-            RunError, match=r"cannot write to .*half \(File too large\).*go on with --resume"
-        ),
+        pytest.raises(RunError, match=r"cannot write.*half.*File too large.*--resume"),
     ):
         quick(SHORT, half, resume=True)
     after = load_checkpoint(half / "checkpoint")
@@ -155,7 +153,7 @@ def test_a_full_disk_at_the_very_end_costs_the_pipeline_alone(folders, half, mon
             finish(recorder)
 
     monkeypatch.setattr(training.recorder.Recorder, "finish", finish_on_a_full_disk)
-    with pytest.raises(RunError, match=r"cannot write to .*File too large"):
+    with pytest.raises(RunError, match=r"cannot write.*File too large"):
         quick(SHORT, half, resume=True, finish=True)
     monkeypatch.undo()
     run = load_run(half)
@@ -168,14 +166,14 @@ def test_a_full_disk_at_the_very_end_costs_the_pipeline_alone(folders, half, mon
 @pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, half, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"cannot write to .*file/run \(Not a directory\)"):
+    with pytest.raises(RunError, match=r"cannot write.*file/run.*Not a directory"):
         quick(SHORT, tmp_path / "file" / "run")
 
     def read_only(source, target):
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr("os.replace", read_only)
-    with pytest.raises(RunError, match=r"cannot write to .*half \(Read-only file system\)"):
+    with pytest.raises(RunError, match=r"cannot write.*half.*Read-only"):
         quick(SHORT, half, resume=True)
     monkeypatch.undo()
     assert load_checkpoint(half / "checkpoint")[0] == 5

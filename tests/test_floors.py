@@ -15,7 +15,7 @@ from dysigma.exact import (
     gaussian_fields,
     x0_loss_factor,
 )
-from dysigma.floors import empirical_floor, floor_bounds
+from dysigma.floors import floor_bounds
 from dysigma.objective import sample_losses
 from dysigma.randomness import generator
 from dysigma.schedule import NoiseSchedule
@@ -73,7 +73,7 @@ def test_more_images_raise_the_lower_bound_towards_the_floor():
     means = []
     for count in (4, 20, 100):
         floors = [
-            empirical_floor(every.images[i * count : (i + 1) * count], LINEAR, "x0", TIMESTEPS)
+            floor_bounds(every.images[i * count : (i + 1) * count], LINEAR, "x0", TIMESTEPS).lower
             for i in range(20)
         ]
         means.append(torch.stack(floors).mean(0))
@@ -92,13 +92,13 @@ def test_at_zero_snr_the_mean_image_is_left_and_the_noise_is_seen():
         rtol=1e-5,
         atol=0,
     )
-    assert float(empirical_floor(images, schedule, "epsilon", last)) == 0
+    assert float(floor_bounds(images, schedule, "epsilon", last).lower) == 0
     assert floor_bounds(images, schedule, "v", last).upper().isfinite().all()
 
 
 def test_a_floor_of_all_timesteps_serves_the_weighting_of_excess_losses():
     schedule = NoiseSchedule.linear(20)
-    floor = empirical_floor(dysigma.leaves(30, 8), schedule, "epsilon", num_samples=8)
+    floor = floor_bounds(dysigma.leaves(30, 8), schedule, "epsilon", num_samples=8).lower
     weighting = dysigma.make_weighting("dy-sigma", schedule, variant="excess", floor=floor, bins=4)
     timesteps = torch.arange(20)
     loss = weighting(floor[timesteps].float() + 0.1, timesteps)

@@ -112,7 +112,7 @@ def test_a_network_gets_its_input_in_the_precision_of_its_weights(dtype):
 
 def test_a_schedule_on_another_device_is_named():
     schedule = NoiseSchedule.linear(10).to("meta")
-    with pytest.raises(ValueError, match="on meta and x0 on cpu"):
+    with pytest.raises(ValueError, match=r"meta.*cpu"):
         sample_losses(
             nn.Identity(), schedule, torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([0, 1])
         )

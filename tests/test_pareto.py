@@ -169,23 +169,19 @@ def test_stationarity_of_built_jacobians():
     )  # K orthogonal gradients of length 2
 
 
-def test_held_out_stationarity_has_no_noise_floor():
-    """At a stationary point, gradient-to-noise ratio 1: the plain squared value is 1 / K, the judged one 0."""
+def test_noise_keeps_stationarity_away_from_zero():
+    """At a stationary point, gradient-to-noise ratio 1: the squared value reads 1 / K."""
     rng = np.random.default_rng(2)
-    k, p, repeats = 10, 4000, 40
+    k, p, repeats = 10, 4000, 20
     gradients = rng.normal(size=(k, p)) / np.sqrt(p)
     gradients -= gradients.mean(0)
     gradients /= np.linalg.norm(gradients, axis=1, keepdims=True)
-    exact = pareto.stationarity(gradients @ gradients.T)
-    plain, judged = [], []
+    squares = []
     for _ in range(repeats):
-        a, b, c = (gradients + rng.normal(size=(k, p)) / np.sqrt(p) for _ in range(3))
-        plain.append(pareto.stationarity(a @ a.T) ** 2)
-        value = pareto.stationarity(a @ a.T, (b @ c.T + c @ b.T) / 2)
-        judged.append(np.sign(value) * value**2)
-    assert exact < 0.01
-    assert np.mean(plain) == pytest.approx(1 / k, rel=0.15)
-    assert abs(np.mean(judged)) < 4 * np.std(judged) / np.sqrt(repeats) + 0.01 / k
+        noisy = gradients + rng.normal(size=(k, p)) / np.sqrt(p)
+        squares.append(pareto.stationarity(noisy @ noisy.T) ** 2)
+    assert pareto.stationarity(gradients @ gradients.T) < 0.01
+    assert np.mean(squares) == pytest.approx(1 / k, rel=0.15)
 
 
 def test_non_dominated_agrees_with_moocore():
@@ -235,30 +231,3 @@ def test_hypervolume_by_hand():
 def test_bad_points_are_refused(points, reference, message):
     with pytest.raises(ValueError, match=message):
         pareto.hypervolume(points, reference)
-
-
-def test_knee():
-    angles = np.linspace(0, np.pi / 2, 9)
-    arc = 1 - np.stack(
-        [np.sin(angles), np.cos(angles)], 1
-    )  # bulges towards the utopia point (0, 0)
-    assert pareto.knee(arc) == 4
-    assert pareto.knee(arc * [1000, 1] + [5, -3]) == 4
-    assert pareto.knee(np.vstack([arc, [[0.9, 0.9]]])) == 4
-    assert pareto.knee(np.column_stack([arc, np.full(9, 7)])) == 4, (
-        "an objective without a span says nothing"
-    )
-
-
-def test_attainment_agrees_with_moocore():
-    moocore = pytest.importorskip("moocore")
-    rng = np.random.default_rng(5)
-    fronts = [rng.random((8, 2)) for _ in range(5)]
-    x, y = pareto.attainment(fronts)
-    levels = moocore.eaf(np.concatenate(fronts), np.repeat(np.arange(5), 8))
-    for k in range(1, 6):
-        corners = levels[np.isclose(levels[:, 2], 20 * k), :2]
-        np.testing.assert_allclose(y[k - 1][np.searchsorted(x, corners[:, 0])], corners[:, 1])
-        assert len(np.unique(y[k - 1][np.isfinite(y[k - 1])])) == len(corners)  # and no other steps
-    with pytest.raises(ValueError, match="each"):
-        pareto.attainment([rng.random((4, 3))])

@@ -137,23 +137,9 @@ def test_interval_by_hand():
     assert np.isnan(plots.t_interval([7.0])[1]), "one seed has no interval"
 
 
-def test_log_series_are_averaged_geometrically(ax):
-    plots.loss_by_timestep(ax, [10, 20], {"a": torch.tensor([[1.0, 0.1], [4.0, 0.4]])})
-    assert ax.lines[0].get_ydata() == pytest.approx([2, 0.2])
-    assert ax.get_yscale() == "log"
-
-
 def test_lengths_that_disagree_are_named(ax):
     with pytest.raises(ValueError, match=r"'a' has shape \(3,\).*N = 2"):
         plots.trajectories(ax, [0, 1], {"a": [1, 2, 3]})
-
-
-def test_weight_curves_leave_out_only_the_step_without_snr(ax):
-    plots.weight_curves(
-        ax, torch.tensor([2.0, 0.0, -torch.inf]), {"a": torch.tensor([0.1, 0.5, 7.0])}
-    )
-    assert ax.lines[0].get_xdata().tolist() == [2, 0]
-    assert ax.lines[0].get_ydata() == pytest.approx([0.1, 0.5])
 
 
 def test_unknown_cells_are_hatched_not_coloured(ax):

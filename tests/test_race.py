@@ -181,7 +181,7 @@ def test_stopping_a_race_leaves_other_processes_of_the_caller_alone(tmp_path, mo
     own = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
     own.start()
     try:
-        with pytest.raises(KeyboardInterrupt, match="go on with the same command"):
+        with pytest.raises(KeyboardInterrupt, match="same command"):
             race(Race.from_dict(SPEC), tmp_path, progress=False)
         own.join(0.5)
         assert own.is_alive()
@@ -215,14 +215,12 @@ def test_a_stopped_race_saves_and_the_workers_of_a_killed_one_end_with_it(tmp_pa
         raise AssertionError(process.communicate(process.kill()))
 
     process = begin()
-    with pytest.raises(RunError, match=f"out is in use by process {process.pid} on "):
+    with pytest.raises(RunError, match=rf"out.*in use.*{process.pid}"):
         race(Race.from_dict(SPEC), tmp_path / "out", progress=False)
     process.terminate()
     said = process.communicate(timeout=120)[1].splitlines()[-1]
-    assert (
-        process.returncode == 130
-        and said == f"dysigma: stopped, all saved in {tmp_path}/out; go on with the same command"
-    )
+    assert process.returncode == 130
+    assert "saved" in said and f"{tmp_path}/out" in said and "same command" in said
     assert load_run(metrics.parent).summary["status"] == "interrupted"
 
     process = begin()
@@ -244,9 +242,7 @@ def die(*_):
 @pytest.mark.slow
 def test_a_training_killed_from_outside_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("dysigma.lab.race._run_entry_in_worker", die)
-    with pytest.raises(
-        RunError, match=r"a training of .* was ended from outside; go on with the same command"
-    ):
+    with pytest.raises(RunError, match=r"ended from outside.*same command"):
         race(Race.from_dict(SPEC), tmp_path, progress=False)
 
 

@@ -235,7 +235,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(training.parallel, "rank_and_count", lambda: (0, 3))
     with pytest.raises(
         ValueError,
-        match=r"batch_size must be a multiple of .* got batch_size 8, accumulate 1, 3 ranks",
+        match=r"batch_size.*multiple.*8.*3 ranks",
     ):
         train(BASE, tmp_path / "run", progress=False)
 
@@ -256,5 +256,5 @@ def test_ranks_on_gpus_need_one_each(tmp_path, monkeypatch):
     for local in (None, "2"):
         if local:
             monkeypatch.setenv("LOCAL_RANK", local)
-        with pytest.raises(ValueError, match="LOCAL_RANK must name one of the 2 GPUs"):
+        with pytest.raises(ValueError, match=r"LOCAL_RANK.*2 GPUs"):
             train(dataclasses.replace(BASE, device="auto"), tmp_path / "run", progress=False)

@@ -99,7 +99,7 @@ def test_no_whole_checkpoint_is_an_error_that_names_the_damage(tmp_path):
     harm(tmp_path / "state-000000001.safetensors", "a bit flipped")
     with pytest.raises(
         RunError,
-        match=r"state-000000001\.safetensors does not match .*no other: move it away to start again",
+        match=r"state-000000001\.safetensors does not match.*move it away",
     ):
         load_checkpoint(tmp_path)
 
@@ -109,7 +109,7 @@ def test_a_checkpoint_of_another_run_is_passed_over(tmp_path):
     save_checkpoint(tmp_path, 1, TENSORS, {"config": ours})
     save_checkpoint(tmp_path, 2, TENSORS, {"config": theirs})
     with pytest.warns(
-        UserWarning, match=r"state-000000002.safetensors is of another run \(seed 1 there, 0 here\)"
+        UserWarning, match=r"state-000000002\.safetensors.*another run.*seed 1 there, 0 here"
     ):
         assert load_checkpoint(tmp_path, ours)[0] == 1
     assert load_checkpoint(tmp_path, theirs | {"device": "cuda", "new": 3})[0] == 2
@@ -150,7 +150,7 @@ def test_without_locks_in_the_system_a_warning_says_so(tmp_path, monkeypatch):
 
     monkeypatch.setattr("fcntl.flock", no_locks)
     with (
-        pytest.warns(UserWarning, match="no locks on this system .*not implemented"),
+        pytest.warns(UserWarning, match=r"no locks.*not implemented"),
         lock(tmp_path),
     ):
         pass
@@ -187,7 +187,7 @@ def test_metrics_survive_a_line_cut_short(tmp_path):
 )
 def test_a_damaged_line_in_the_middle_is_named(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n' + line + '\n{"step": 2}\n')
-    with pytest.raises(RunError, match=r"line 2 of .*metrics\.jsonl is damaged"):
+    with pytest.raises(RunError, match=r"line 2.*metrics\.jsonl.*damaged"):
         read_metrics(tmp_path / "metrics.jsonl", until_step=2)
 
 

@@ -116,13 +116,3 @@ def test_the_banner_names_the_device_that_trains(capsys):
     assert "trains on" not in capsys.readouterr().out
     teaching.banner("07_train", "cpu")
     assert "trains on the CPU" in capsys.readouterr().out
-
-
-def test_the_environment_check_finds_what_is_missing(capsys, monkeypatch):
-    assert teaching.check_environment()
-    assert "you can start" in capsys.readouterr().out
-    declared = ["torch>=2", "no-such-thing>=1", 'gone; extra == "docs"']
-    monkeypatch.setattr(teaching, "requires", lambda _: declared)
-    assert not teaching.check_environment()
-    out = capsys.readouterr().out
-    assert "no-such-thing" in out and "gone" not in out

@@ -235,7 +235,7 @@ def test_every_law_has_a_weighting_that_breaks_it():
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda case: case.__name__)
 def test_each_law_catches_what_breaks_it(broken):
     with pytest.raises(
-        AssertionError, match=f"{broken.__name__}.*breaks the law '{BROKEN[broken]}"
+        AssertionError, match=rf"{broken.__name__}.*breaks the law '{BROKEN[broken]}"
     ):
         check_weighting(broken)
 
@@ -331,14 +331,12 @@ def test_only_module_and_function_are_looked_up(own_module, name, error, message
 
 
 def test_bad_parameters_and_formulas_are_refused(own_module):
-    with pytest.raises(
-        ValueError, match=r"my_weightings:quarter has no parameter \['gamma'\]; it has \['power'\]"
-    ):
+    with pytest.raises(ValueError, match=r"quarter.*'gamma'.*'power'"):
         make_weighting(f"{own_module}:quarter", LINEAR, gamma=2.0)
     with pytest.raises(ValueError, match="Harder has no parameter"):
         make_weighting(f"{own_module}:Harder", LINEAR, gamma=2.0)
     for formula in (lambda log_snr: 1.0, lambda log_snr: log_snr[:3], lambda log_snr: log_snr / 0):
-        with pytest.raises(ValueError, match="must give a log-weight below inf for each of 100"):
+        with pytest.raises(ValueError, match=r"log-weight below inf.*100"):
             make_weighting(formula, LINEAR)
 
 

@@ -192,9 +192,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_step_bin_and_weighting(tmp_pa
         )
 
     monkeypatch.setattr("dysigma.training.step.sample_losses", poisoned)
-    with pytest.raises(
-        TrainingDiverged, match=r"loss is not finite at step \d+.*bin \d.*'min-snr'"
-    ):
+    with pytest.raises(TrainingDiverged, match=r"not finite.*step \d+.*bin \d.*'min-snr'"):
         train(with_(weighting="min-snr"), tmp_path / "run", progress=False)
     failure = json.loads((tmp_path / "run" / "failure.json").read_text())
     assert failure["losses"].count("nan") == 1 and failure["what"] == "loss"
@@ -202,7 +200,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_step_bin_and_weighting(tmp_pa
 
 
 def test_a_network_destroyed_by_its_last_step_is_not_called_done(tmp_path):
-    with pytest.raises(TrainingDiverged, match="validation losses are not finite after step 1"):
+    with pytest.raises(TrainingDiverged, match=r"validation.*not finite.*step 1"):
         train(with_(images=8, lr=1e30, warmup_images=0), tmp_path / "run", progress=False)
     assert load_run(tmp_path / "run").summary["status"] == "failed"
     assert not (tmp_path / "run" / "pipeline").exists()

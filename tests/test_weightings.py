@@ -86,11 +86,11 @@ def train(weighting, steps, lr=0.02, size=24, seed=0, gramian_every=5):
     return weighting
 
 
-def settle(weighting, losses, steps=700, lr=0.3):
+def settle(weighting, losses, steps=350, lr=0.3):
     """Every timestep once a step with constant losses (T,), until the parameters rest; returns weights()."""
     timesteps = torch.arange(weighting.num_timesteps)
     optimizer = torch.optim.Adam(weighting.parameter_groups(lr), betas=(0.8, 0.9))
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.98)
     for _ in range(steps):
         optimizer.zero_grad()
         weighting(losses, timesteps).backward()
@@ -461,7 +461,7 @@ def test_bad_noise_levels_are_refused():
     good = torch.zeros(3)
     bad = [good[:2], good.long(), good + torch.nan, good + torch.inf, good - torch.inf]
     for log_snr in bad:
-        with pytest.raises(ValueError, match=r"log_snr must be \(3,\) real, finite;"):
+        with pytest.raises(ValueError, match=r"log_snr.*\(3,\).*finite"):
             weighting.at(torch.rand(3), log_snr)
     with pytest.raises(ValueError, match="finite or -inf"):
         make_weighting("min-snr", LINEAR, "v").at(torch.rand(3), good + torch.inf)
@@ -997,7 +997,7 @@ def test_without_torchjd_the_message_says_what_to_install(monkeypatch):
 )
 @pytest.mark.parametrize(("name", "params"), [("ugd", {}), ("dy-sigma", {"variant": "conflict"})])
 def test_bad_gramians_are_refused(name, params, gramian, words):
-    with pytest.raises(ValueError, match=f"gramian must be .*{words}"):
+    with pytest.raises(ValueError, match=rf"gramian must be .*{words}"):
         make_weighting(name, SHORT, bins=6, **params).observe_gramian(gramian)
 
 
@@ -1372,26 +1372,16 @@ def test_the_table_has_one_unit():
 
 
 def test_fluctuation_by_hand():
-    steady, noisy = (
-        torch.full((400,), 2.0),
-        2 + torch.randn(400, generator=torch.Generator().manual_seed(0)),
-    )
+    steady = torch.full((400,), 2.0)
     drift = torch.linspace(1, 3, 400)
-    trajectory = torch.stack([steady, noisy, drift], 1)
-    plain, detrended = fluctuation(trajectory), fluctuation(trajectory, detrend=True)
-    torch.testing.assert_close(plain, trajectory.double().std(0) / trajectory.double().mean(0))
-    assert (
-        plain[0] == 0
-        and abs(float(detrended[1] / plain[1]) - 1) < 0.1
-        and detrended[2] < plain[2] / 100
-    )
-    for detrend in (
-        False,
-        True,
-    ):  # two rows are enough: 1 and 3 have standard deviation sqrt(2) and mean 2
-        assert float(fluctuation(torch.tensor([[1.0], [3.0]]), detrend)) == pytest.approx(0.5**0.5)
+    trajectory = torch.stack([steady, drift], 1)
+    found = fluctuation(trajectory)
+    torch.testing.assert_close(found, trajectory.double().std(0) / trajectory.double().mean(0))
+    assert found[0] == 0
+    # Two rows are enough: 1 and 3 have standard deviation sqrt(2) and mean 2.
+    assert float(fluctuation(torch.tensor([[1.0], [3.0]]))) == pytest.approx(0.5**0.5)
     for short in (torch.ones(5), torch.ones(1, 5)):
-        with pytest.raises(ValueError, match="trajectory must"):
+        with pytest.raises(ValueError, match="trajectory"):
             fluctuation(short)
 
 
@@ -1407,7 +1397,10 @@ def test_learned_weights_fluctuate_less_the_more_they_are_anchored():
             weighting(losses, timesteps).backward()
             optimizer.step()
             rows.append(weighting.weights())
-        return float(fluctuation(torch.stack(rows[150:]), detrend=True).mean())
+        late_rows = torch.stack(rows[150:])
+        # From one step to the next, so that a weight that drifts slowly does not count as unsteady.
+        changes = late_rows.diff(dim=0).square().mean(0).sqrt()
+        return float((changes / late_rows.mean(0)).mean())
 
     free = late(name="uncertainty")
     anchored = [late(kappa=kappa) for kappa in (0.25, 1.0, 4.0)]
@@ -1581,7 +1574,7 @@ def ddpm():
     ],
 )
 def test_what_is_no_schedule_is_told_so(schedule, words):
-    with pytest.raises(TypeError, match=f"must be a NoiseSchedule.*{words}"):
+    with pytest.raises(TypeError, match=rf"must be a NoiseSchedule.*{words}"):
         make_weighting("dy-sigma", schedule())
 
 
@@ -1606,7 +1599,7 @@ def test_a_module_is_no_name_and_a_schedule_no_setting():
     ],
 )
 def test_what_are_no_timesteps_is_told_so(timesteps, words):
-    with pytest.raises(ValueError, match=f"timesteps must be.*{words}"):
+    with pytest.raises(ValueError, match=rf"timesteps must be.*{words}"):
         make_weighting("min-snr", LINEAR)(torch.rand(2), timesteps)
 
 
@@ -1621,7 +1614,7 @@ def test_what_are_no_timesteps_is_told_so(timesteps, words):
     ],
 )
 def test_what_are_no_levels_is_told_so(levels, words):
-    with pytest.raises(ValueError, match=f"log_snr must be.*{words}"):
+    with pytest.raises(ValueError, match=rf"log_snr must be.*{words}"):
         make_weighting("min-snr", LINEAR, "v").at(torch.rand(2), levels)
 
 
@@ -1645,9 +1638,7 @@ def test_timesteps_may_lie_on_the_cpu():
 def test_unknown_names_show_the_choices():
     with pytest.raises(KeyError, match="min-snr"):
         make_weighting("minsnr", LINEAR)
-    with pytest.raises(
-        ValueError, match=r"min-snr has no parameter \['gama'\]; it has \['gamma'\]"
-    ):
+    with pytest.raises(ValueError, match=r"min-snr.*'gama'.*'gamma'"):
         make_weighting("min-snr", LINEAR, gama=5.0)
     with pytest.raises(ValueError, match=r"dy-sigma has no parameter \['lr'\]"):
         make_weighting("dy-sigma", LINEAR, lr=0.1)

@@ -2,7 +2,6 @@
 
 `audit` compares the loss weights of a function with what they claim to be, up to a factor, and names what they are.
 `preview` multiplies the density of the timesteps with the weight: the objective that a training run really minimises.
-`dysigma.auditing.vectors` writes test vectors for projects in any language.
 """
 
 from .levels import LEVELS

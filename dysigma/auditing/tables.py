@@ -66,11 +66,11 @@ def log_ratio(log_weights: Tensor, reference: Tensor) -> Tensor:
     return difference - difference.nanmedian()
 
 
-def share_off(log_weights: Tensor, reference: Tensor, tolerance: float = TOLERANCE) -> float:
-    """Share of timesteps whose weight is more than `tolerance` off the reference, from the median ratio."""
+def share_off(log_weights: Tensor, reference: Tensor) -> float:
+    """Share of timesteps whose weight is more than TOLERANCE off the reference, from the median ratio."""
     ratio = log_ratio(log_weights, reference).exp()
     # Both weights 0 (NaN) is agreement.
-    return float(((ratio - 1).abs() > tolerance).double().mean())
+    return float(((ratio - 1).abs() > TOLERANCE).double().mean())
 
 
 def total_variation(log_weights: Tensor, reference: Tensor) -> float:

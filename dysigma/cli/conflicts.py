@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..pareto import MAX_OBJECTIVES
 from .common import add_command, add_draw_options, check_folder, open_run, write_record
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from ..weightings.base import Weighting
     from .common import Commands
 
-MOST_BINS = 64
 MEASURED = "only networks on pixels that need timesteps, and classes at most, are measured"
 IMAGES_FOR_PIPELINE = 1000  # of leaves, if no others are named
 
@@ -244,8 +244,8 @@ def _output(args: argparse.Namespace) -> Path:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    if not 2 <= args.bins <= MOST_BINS:
-        raise ValueError(f"--bins must be from 2 to {MOST_BINS}; got {args.bins}")
+    if not 2 <= args.bins <= MAX_OBJECTIVES:
+        raise ValueError(f"--bins must be from 2 to {MAX_OBJECTIVES}; got {args.bins}")
     if args.transfer and args.transfer_steps < 1:
         raise ValueError(f"--transfer-steps must be 1 or more; got {args.transfer_steps}")
     out = check_folder(_output(args))

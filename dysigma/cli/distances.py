@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..distances import FEWEST_IMAGES, Features
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from ..data.dataset import ImageData
-    from ..distances import Features
     from ..training.config import TrainConfig
 
-FEWEST_IMAGES = 20  # of each kind, for KID
 TITLES = {"pixels": "pixels (not FID)", "fid": "FID"}
 
 

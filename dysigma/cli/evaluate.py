@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..distances import FEWEST_IMAGES
 from .common import (
     OpenRun,
     add_command,
@@ -15,7 +16,7 @@ from .common import (
     open_run,
     prepare_output,
 )
-from .distances import FEWEST_IMAGES, load_metric, measure_reference, prepare_reference
+from .distances import load_metric, measure_reference, prepare_reference
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # What one animation may weigh; a page is opened over slow lines too.
 MAX_ANIMATION_BYTES = 1_500_000
+FRAME_MILLISECONDS = 250
+LAST_FRAME_MILLISECONDS = 2000
 
 
 class Lesson:
@@ -100,7 +102,6 @@ class Lesson:
         title: str,
         caption: str,
         alt: str,
-        milliseconds: int = 250,
     ) -> None:
         """Show pictures (H, W, 3) one after the other, as a GIF with a static twin (the last one).
 
@@ -111,7 +112,7 @@ class Lesson:
 
         pictures = [Image.fromarray(frame).quantize(128) for frame in frames]
         stream = io.BytesIO()
-        hold = [milliseconds] * (len(pictures) - 1) + [8 * milliseconds]
+        hold = [FRAME_MILLISECONDS] * (len(pictures) - 1) + [LAST_FRAME_MILLISECONDS]
         pictures[0].save(
             stream, "GIF", save_all=True, append_images=pictures[1:], duration=hold, loop=0
         )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -62,33 +61,6 @@ def watermark() -> None:
     names = ("dysigma", "torch", "diffusers", "numpy", "scipy", "matplotlib", "seaborn")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     print(f"Python {platform.python_version()}, {versions}")
-
-
-def check_environment() -> bool:
-    """Print whether all that the package requires is installed, and return it.
-
-    Which versions fit is pip's task; this finds what was never installed, and packages of the
-    extra ``notebooks`` among it.
-    """
-    missing = []
-    for line in requires("dysigma") or []:
-        extra = re.search(r"extra == ['\"](\w+)['\"]", line)
-        if extra is not None and extra[1] != "notebooks":
-            continue
-        name = re.match(r"[\w.-]+", line)[0]  # type: ignore[index]
-        try:
-            version(name)
-        except PackageNotFoundError:
-            missing.append(name)
-    gpu = "no GPU is needed"
-    if torch.cuda.is_available():
-        gpu = f"a GPU is here: {torch.cuda.get_device_name()}"
-    print(f"Python {platform.python_version()}; {gpu}")
-    if missing:
-        print(f"✗ not installed: {', '.join(missing)}. Run `make setup` and restart the kernel.")
-    else:
-        print("✓ all required packages are here: you can start.")
-    return not missing
 
 
 # Predictions.

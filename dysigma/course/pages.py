@@ -20,6 +20,7 @@ from typing import Any
 from ..runs.files import read_json, write_atomically
 
 MAX_BYTES = 4_000_000  # of a published page, pictures included
+CELL_SECONDS = 600  # that one cell may take
 
 METADATA = {
     "jupytext": {"formats": "ipynb,py:percent", "cell_metadata_filter": "tags,-all"},
@@ -150,7 +151,6 @@ class _Builder:
     """Executes notebooks side by side, one kernel and one CPU thread each."""
 
     fast: bool
-    timeout: int
     solutions: bool
     out: Path | None  # for pages and figures; beside the sources if None
     scratch: Path
@@ -194,7 +194,7 @@ class _Builder:
         notebook = convert(source, solutions=self.solutions)
         client = NotebookClient(
             notebook,
-            timeout=self.timeout,
+            timeout=CELL_SECONDS,
             record_timing=False,
             coalesce_streams=True,
             resources={"metadata": {"path": str(source.parent)}},
@@ -246,15 +246,14 @@ def build(
     *,
     fast: bool = False,
     out: Path | None = None,
-    timeout: int = 600,
     solutions: bool = True,
     jobs: int = 1,
 ) -> None:
     """Execute notebooks and write each .ipynb beside its source, its figures to ``figures/``, or both to ``out``.
 
     fast: shortened sizes (DYSIGMA_FAST=1); what is published stays as it is, and results are kept only in ``out``.
-    timeout: seconds for one cell. solutions=False: leave the solutions out, for a class; needs ``out``. jobs: notebooks
-    at once, one CPU thread each. Goes on after a failure and raises NotebookError at the end.
+    solutions=False: leave the solutions out, for a class; needs ``out``. jobs: notebooks at once, one CPU thread each.
+    Goes on after a failure and raises NotebookError at the end.
     """
     if not solutions and out is None:
         raise ValueError(
@@ -269,7 +268,7 @@ def build(
         folder = scratch / "pages" if fast else None
         if out is not None:
             folder = Path(out).resolve()
-        builder = _Builder(fast, timeout, solutions, folder, scratch / "figures")
+        builder = _Builder(fast, solutions, folder, scratch / "figures")
         # Not in the main thread: there nbclient takes Ctrl-C for itself, and stumbles.
         with ThreadPoolExecutor(jobs) as workers:
             pages = {workers.submit(builder.make, source): source for source in sources}

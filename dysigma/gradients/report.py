@@ -84,10 +84,6 @@ class ConflictReport:
         half = t_quantile(self.settings["micro_batches"]) * self.cosine_se
         return self.cosine_debiased - half, self.cosine_debiased + half
 
-    def lookahead(self, lr: float) -> Tensor:
-        """(K, K): to first order, the relative change of loss j by an SGD step of size lr on bin i."""
-        return -lr * self.gramian / self.losses
-
     def spans(self) -> list[str]:
         """First and last timestep of each bin: ["0-99", "100-199", ...]."""
         return spans(self.edges)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..intervals import holm
 from ..runs.files import RunError
-from .curves import Array, Curve, images_to_threshold, log_area, log_curve_until, worst_to_come
+from .curves import Array, Curve, images_to_threshold, log_curve_until, worst_to_come
 from .records import MACHINE, STRATEGY, UNITS, Curves, load_races, race_curves
 from .speedups import CLAIMED, Speedup, against_claim, speedup
 
@@ -33,7 +33,6 @@ __all__ = [
     "images_to_threshold",
     "levels_at",
     "load_races",
-    "log_area",
     "race_curves",
     "race_table",
     "speedup",
@@ -116,11 +115,8 @@ def _end(runs: Mapping[int, Curve]) -> float:
     return float(np.exp(np.log(last).mean()))
 
 
-def _reached(runs: Mapping[int, Curve], level: float, slack: float) -> dict[int, float]:
-    return {
-        seed: images_to_threshold(images, values, level, slack=slack)
-        for seed, (images, values) in runs.items()
-    }
+def _reached(runs: Mapping[int, Curve], level: float) -> dict[int, float]:
+    return {seed: images_to_threshold(*curve, level) for seed, curve in runs.items()}
 
 
 def _comparisons(
@@ -128,19 +124,17 @@ def _comparisons(
     arms: Mapping[tuple[str, str], Mapping[int, Curve]],
     levels: Sequence[tuple[str, float]],
     budget: float,
-    slack: float,
-    claim: float,
 ) -> list[dict[str, Any]]:
     """One family of tests: a row for each level and arm, Holm's adjustment over all of them."""
     rows: list[dict[str, Any]] = []
     baseline_end = _end(baseline)
     for name, level in levels:
-        baseline_images = _reached(baseline, level, slack)
+        baseline_images = _reached(baseline, level)
         for (label, arm), runs in arms.items():
-            found = speedup(baseline_images, _reached(runs, level, slack), budget)
+            found = speedup(baseline_images, _reached(runs, level), budget)
             row: dict[str, Any] = {"grid": label, "level": name, "threshold": level, "arm": arm}
             row.update(found._asdict())
-            row["claim"] = against_claim(found.estimate_low, found.estimate_high, claim)
+            row["claim"] = against_claim(found.estimate_low, found.estimate_high)
             row["baseline_end"] = baseline_end
             row["arm_end"] = _end(runs)
             rows.append(row)
@@ -165,14 +159,12 @@ def race_table(
     metric: str,
     thresholds: Mapping[str, Levels],
     baseline: str,
-    slack: float = 0.0,
-    claim: float = CLAIMED,
 ) -> pandas.DataFrame:
     """Every arm against a baseline under the same grid label: a row per label, threshold and arm.
 
     thresholds: by grid label, levels in the unit of the metric (UNITS), as thresholds_at or
     levels_at give them, or any others. Columns: grid, level (its name), threshold (the level
-    itself), arm; the fields of Speedup; claim, where the interval lies against a claimed ratio;
+    itself), arm; the fields of Speedup; claim, where the interval lies against CLAIMED;
     baseline_end and arm_end, the level that each reaches at the end; p_holm and estimate_p_holm,
     Holm's adjustment over thresholds x arms of a grid label; outcome, in words, after it.
 
@@ -188,7 +180,7 @@ def race_table(
             raise KeyError(f"no arm {baseline!r} under grid label {label!r}; have {list(curves)}")
         budget = _budget(runs_of.values())
         of_baseline = runs_of.pop((label, baseline))
-        rows += _comparisons(of_baseline, runs_of, _named(levels), budget, slack, claim)
+        rows += _comparisons(of_baseline, runs_of, _named(levels), budget)
     return pandas.DataFrame(rows)
 
 
@@ -230,8 +222,6 @@ def compare_across(
     baseline: tuple[str, str],
     fractions: Sequence[float] = (0.25, 0.5, 0.8, 1.0),
     absolute: Mapping[str, float] | None = None,
-    slack: float = 0.0,
-    claim: float = CLAIMED,
 ) -> pandas.DataFrame:
     """Every target and weighting against one baseline, such as plain training of a noise network.
 
@@ -256,5 +246,5 @@ def compare_across(
     of_baseline = curves.pop(baseline)
     levels = _named_fractions(fractions, _kept_from(of_baseline.values(), fractions))
     levels.update(absolute or {})
-    rows = _comparisons(of_baseline, curves, _named(levels), budget, slack, claim)
+    rows = _comparisons(of_baseline, curves, _named(levels), budget)
     return pandas.DataFrame(rows)

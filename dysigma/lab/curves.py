@@ -1,4 +1,4 @@
-"""Learning curves: how many images until a value is reached, and a whole curve in one number.
+"""Learning curves: how many images until a value is reached.
 
 A curve is a pair of arrays: images seen (M,), rising, and values (M,), positive, lower is better.
 Logarithms are natural.
@@ -56,19 +56,16 @@ def log_curve_until(images: Array, values: Array, end: float) -> Curve:
     return ln_images, ln_values
 
 
-def images_to_threshold(
-    images: ArrayLike, values: ArrayLike, threshold: float, *, slack: float = 0.0
-) -> float:
+def images_to_threshold(images: ArrayLike, values: ArrayLike, threshold: float) -> float:
     """Images until a curve (M,), (M,) reaches a threshold and stays there.
 
-    The curve stays from an evaluation on if that value is at most `threshold` and all later ones
-    are at most threshold (1 + slack). The last evaluation may be the first that does. Between two
-    evaluations ln value is taken as linear in ln images; from the untrained network, at 0 images,
-    as linear in images.
+    The curve stays from an evaluation on if that value and all later ones are at most `threshold`.
+    The last evaluation may be the first that does. Between two evaluations ln value is taken as
+    linear in ln images; from the untrained network, at 0 images, as linear in images.
 
     Returns inf where the curve never gets there (a censored training; an empty curve too). Where
     the first evaluation is already there, its images are returned: an upper bound. Raises
-    ValueError for what is no curve, a threshold that is not positive, or a negative slack.
+    ValueError for what is no curve, or a threshold that is not positive.
 
     >>> images_to_threshold([1, 2, 4], [8, 4, 2], 4)
     2.0
@@ -76,14 +73,9 @@ def images_to_threshold(
     inf
     """
     n, v = check_curve(images, values)
-    threshold_valid = 0 < threshold < math.inf
-    slack_valid = 0 <= slack < math.inf
-    if not (threshold_valid and slack_valid):
-        raise ValueError(
-            "threshold must be finite and above 0, slack finite and 0 or more; "
-            f"got {threshold!r} and {slack!r}"
-        )
-    there = (v <= threshold) & (worst_to_come(v) <= threshold * (1 + slack))
+    if not 0 < threshold < math.inf:
+        raise ValueError(f"threshold must be finite and above 0; got {threshold!r}")
+    there = worst_to_come(v) <= threshold
     if not there.any():
         return math.inf
     after = int(there.argmax())
@@ -95,20 +87,3 @@ def images_to_threshold(
     if n[before] == 0:
         return float(n[after] * share)
     return float(n[before] * (n[after] / n[before]) ** share)
-
-
-def log_area(images: ArrayLike, values: ArrayLike, until: float | None = None) -> float:
-    """Mean of ln value over ln images: a whole curve (M,), (M,) in one number, by trapezoids.
-
-    From the first images above 0 to `until`, by default the last; ValueError if that is not within
-    the record.
-
-    >>> round(log_area([1, 10, 100], [1, 0.1, 0.01]) / math.log(10), 9)
-    -1.0
-    """
-    n, v = check_curve(images, values)
-    end = n.max(initial=0.0) if until is None else until
-    ln_images, ln_values = log_curve_until(n, v, end)
-    widths = np.diff(ln_images)
-    heights = (ln_values[1:] + ln_values[:-1]) / 2
-    return float((widths * heights).sum() / (ln_images[-1] - ln_images[0]))

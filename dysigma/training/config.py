@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..checks import check_name
+from ..checks import check_name, plain_number
 from ..models import PRESETS
 from ..samplers import TIMESTEP_SAMPLERS
 from ..schedule import SCHEDULES, NoiseSchedule, canonical_prediction_type, make_schedule
@@ -32,9 +32,7 @@ def _plain(value: Any) -> Any:
     """A NumPy or torch scalar as the Python number it holds, also inside a dict; all else as it is."""
     if isinstance(value, dict):
         return {name: _plain(inner) for name, inner in value.items()}
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-        return value.item()
-    return value
+    return plain_number(value)
 
 
 @dataclass(frozen=True)

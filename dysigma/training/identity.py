@@ -11,7 +11,7 @@ from ..data.dataset import ImageData
 from ..runs.files import RunError
 
 # Data that are known by name; everything else is a path.
-NAMED = ("leaves", "gaussian-fields", "cifar10")
+NAMED = ("shapes", "leaves", "gaussian-fields", "cifar10")
 
 
 def identity(data: ImageData, *, with_labels: bool = False) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..data.dataset import ImageData
 from ..distances import (
+    FEWEST_IMAGES,
     extract,
     frechet_distance,
     kernel_distance,
@@ -97,14 +98,14 @@ class Measures:
     def distance(self) -> dict[str, Any]:
         """Fréchet distance and KID of samples to the training images; nothing unless prepared.
 
-        KID is left out below the 20 samples that it needs.
+        KID is left out below the FEWEST_IMAGES that it needs.
         """
         if self.reference is None:
             return {}
         samples = self.samples(self.config.distance_images, self.config.distance_steps)
         features = extract(self.features, samples)
         found = {"distance": frechet_distance(moments(features), self.reference)}
-        if min(len(features), len(self.reference_rows)) >= 20:
+        if min(len(features), len(self.reference_rows)) >= FEWEST_IMAGES:
             found["kid"], _ = kernel_distance(features, self.reference_rows)
         return found
 

@@ -73,13 +73,11 @@ def compare_weightings(
     return DataFrame(columns).rename_axis("timestep")
 
 
-def fluctuation(trajectory: Tensor, detrend: bool = False) -> Tensor:
+def fluctuation(trajectory: Tensor) -> Tensor:
     """Coefficient of variation of weights over training: (steps, T) or (steps, K) to (T,) or (K,),
     float64.
 
-    Standard deviation over steps, divided by the mean. detrend=True counts only the changes from
-    one row to the next (root mean square over sqrt 2: the same for independent values), so that a
-    weight that drifts scores near 0.
+    Standard deviation over steps, divided by the mean.
 
     >>> fluctuation(torch.tensor([[1.0], [3.0]]))
     tensor([0.7071], dtype=torch.float64)
@@ -89,8 +87,4 @@ def fluctuation(trajectory: Tensor, detrend: bool = False) -> Tensor:
         raise ValueError(
             f"trajectory must be (steps, T) with at least two steps; got shape {tuple(w.shape)}"
         )
-    if detrend:
-        spread = (w.diff(dim=0) ** 2).mean(0).div(2).sqrt()
-    else:
-        spread = w.std(0)
-    return spread / w.mean(0)
+    return w.std(0) / w.mean(0)

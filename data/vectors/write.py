@@ -1,6 +1,6 @@
 """Test vectors: known weights at known noise levels, as JSON that a project in any language can read.
 
-    python -m dysigma.auditing.vectors --out data/vectors
+    python data/vectors/write.py --out data/vectors
 
 One file for each schedule. Numbers are computed in float64 and written with 13 significant digits.
 """
@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..samplers import make_sampler
-from ..schedule import NoiseSchedule
-from ..weightings import log_weight
-from .mistakes import X0_CODE, code_of
-from .tables import parameters_of
+from dysigma import NoiseSchedule, make_sampler
+from dysigma.auditing.mistakes import X0_CODE, code_of
+from dysigma.auditing.tables import parameters_of
+from dysigma.weightings import log_weight
 
 FORMAT = "dysigma loss-weight vectors"
 # Counts up when a number or the meaning of a key changes; new entries alone change nothing.
