@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from dysigma.samplers import (
     DENSITIES,
     TIMESTEP_SAMPLERS,
+    TimestepSampler,
     effective_weights,
     equivalent_sampler,
     make_sampler,
@@ -602,19 +603,25 @@ def test_parameters_may_be_scalars_of_numpy_and_torch(number):
 
 
 def test_which_samplers_mean_to_be_corrected_and_what_they_observe():
-    corrected = [name for name in TIMESTEP_SAMPLERS if SAMPLERS[name].corrected]
-    assert corrected == [
-        "weight",
-        "sqrt-weight",
-        "weighting",
-        "loss-second-moment",
-        "gradient-norm",
-    ]
-    observed = {name: SAMPLERS[name].observes for name in TIMESTEP_SAMPLERS}
-    assert observed.pop("loss-second-moment") == "losses"
-    assert observed.pop("gradient-norm") == "gradient-norms"
-    assert observed.pop("weighting") == "gradient-norms"
-    assert set(observed.values()) == {"nothing"}
+    found = {name: (SAMPLERS[name].corrected, SAMPLERS[name].observes) for name in SAMPLERS}
+    for name in [*DENSITIES, "stratified"]:
+        assert found[name] == (False, "nothing"), name
+    assert found["weight"] == found["sqrt-weight"] == (True, "nothing")
+    assert found["weighting"] == found["gradient-norm"] == (True, "gradient-norms")
+    assert found["loss-second-moment"] == (True, "losses")
+
+
+def test_a_sampler_of_a_contributor_is_made_with_its_own_parameters(monkeypatch):
+    class Powers(TimestepSampler):
+        def __init__(self, schedule, *, power=1.0):
+            masses = torch.arange(1.0, schedule.num_timesteps + 1) ** power
+            super().__init__(masses)
+
+    monkeypatch.setitem(TIMESTEP_SAMPLERS, "powers", Powers)
+    sampler = make_sampler("powers", SHORT, power=2.0)
+    assert float(sampler.probabilities()[-1]) == pytest.approx(144 / 650)
+    with pytest.raises(ValueError, match=r"'powers'.*'exponent'.*'power'"):
+        make_sampler("powers", SHORT, exponent=2.0)
 
 
 @pytest.mark.parametrize("name", every())
