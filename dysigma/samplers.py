@@ -396,14 +396,14 @@ TIMESTEP_SAMPLERS: dict[str, Callable[..., TimestepSampler]] = {
 }
 
 
-# What the name of a sampler or make_sampler decides, and so no parameter of its user.
-_DECIDED = ("weighting", "density", "power", "observes")
-
-
 def _parameter_names(name: str) -> list[str]:
+    """What a user may give by name: neither the weighting nor what the sampler's name decides."""
+    make = TIMESTEP_SAMPLERS[name]
+    decided = {"weighting", *getattr(make, "keywords", ())}
+    decided.discard("uniform")  # of which the name gives a default
     names = [*keyword_parameters(DENSITIES[name])] if name in DENSITIES else []
-    names += keyword_parameters(TIMESTEP_SAMPLERS[name])
-    return [each for each in names if each not in _DECIDED]
+    names += keyword_parameters(make)
+    return [each for each in names if each not in decided]
 
 
 def make_sampler(
