@@ -6,7 +6,9 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -305,6 +307,19 @@ def test_sample_makes_the_folder_of_its_files(a_run, tmp_path):
     options = ["--num-images", "2", "--steps", "2", "--out", str(out), "--npz", str(npz)]
     assert main(["sample", a_run, *options, "--device", "cpu"]) == 0
     assert out.exists() and np.load(npz)["images"].shape == (2, 8, 8, 3)
+
+
+def test_sample_shows_a_run_that_has_not_ended_and_says_so(a_run, tmp_path):
+    out = tmp_path / "stopped"
+    shutil.copytree(a_run, out)
+    shutil.rmtree(out / "pipeline")
+    command = ["sample", str(out), "--num-images", "2", "--steps", "2", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "dysigma", *command], capture_output=True, text=True, check=True
+    )
+    assert (out / "samples-ddim-2.png").exists()
+    line = done.stderr.splitlines()[0]
+    assert line.startswith("dysigma: ") and "has not ended" in line
 
 
 @pytest.mark.slow

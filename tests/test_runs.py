@@ -22,6 +22,7 @@ from dysigma.runs import (
     write_atomically,
     write_json,
 )
+from dysigma.training import TrainConfig, train
 
 TENSORS = {"a": torch.arange(5.0), "b": torch.tensor(3)}
 
@@ -240,3 +241,45 @@ def test_every_run_and_race_is_listed_with_what_it_has_come_to(tmp_path):
     assert next(find_runs(tmp_path / "deep"))[1] == "interrupted", "free again"
     with pytest.raises(RunError, match="there is no folder"):
         next(find_runs(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    "schedule, prediction, scheduler",
+    [("cosine", "v_prediction", "DDPMScheduler"), ("flow", "sample", "FlowRunScheduler")],
+)
+def test_a_run_that_has_not_ended_opens_with_the_averaged_weights_of_its_checkpoint(
+    tmp_path, schedule, prediction, scheduler
+):
+    config = TrainConfig(
+        data="leaves",
+        model="micro",
+        images=64,
+        batch_size=8,
+        weighting="min-snr",
+        schedule=schedule,
+        prediction=prediction,
+        train_images=8,
+        validation_images=2,
+        validation_timesteps=2,
+        device="cpu",
+    )
+    run = train(config, tmp_path / "run", finish=False, progress=False)
+    _, tensors, _ = load_checkpoint(tmp_path / "run/checkpoint")
+    with pytest.warns(UserWarning, match="has not ended.*64 of 64 images"):
+        so_far = run.pipeline()
+    for name, value in so_far.unet.state_dict().items():
+        assert torch.equal(value, tensors[f"ema.{name}"])
+    assert so_far.unet.config.sample_size == 16
+    assert type(so_far.scheduler).__name__ == scheduler
+    if schedule == "cosine":
+        expected = config.noise_schedule().alphas_cumprod.float()
+        assert torch.allclose(so_far.scheduler.alphas_cumprod, expected)
+        assert so_far.scheduler.config.timestep_spacing == "trailing"
+
+
+def test_a_run_without_pipeline_and_checkpoint_says_so(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"schedule": "linear"}')
+    with pytest.raises(RunError, match=r"no pipeline yet.*no checkpoint"):
+        load_run(folder).pipeline()

@@ -51,12 +51,11 @@ from dysigma.evaluation import elbo, evaluation_timesteps, sample_images, valida
 from dysigma.gradients import conflicts
 from dysigma.lab.benchmark import flops_per_image, matmul_peak, step_costs
 from dysigma.lab.race import Race, race
-from dysigma.models import count_parameters, make_model
+from dysigma.models import count_parameters
 from dysigma.objective import sample_losses
 from dysigma.runs import (
     RunError,
     digest,
-    load_checkpoint,
     load_run,
     provenance,
     read_json,
@@ -64,7 +63,6 @@ from dysigma.runs import (
     write_atomically,
     write_json,
 )
-from dysigma.runs.flow import pipeline_scheduler
 from dysigma.training import TrainConfig, build, load_split, train, train_step
 from dysigma.training.budget import fit_to_minutes
 from dysigma.training.compiled import settle_compilation
@@ -386,7 +384,7 @@ def best(session: Session) -> None:
         if not (folder / "checkpoint/latest.json").exists():
             raise
         print("the training is stopped at its deadline; its averaged weights are kept")
-        _write_pipeline(folder, config)
+        load_run(folder).pipeline().save_pretrained(folder / "pipeline")
     run = load_run(folder)
     session.keep("best", {"config": {**run.config, "data_root": None}, "summary": run.summary})
 
@@ -401,23 +399,6 @@ def _interrupted_in(seconds: float) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-def _write_pipeline(folder: Path, config: TrainConfig) -> None:
-    """The pipeline of a run that was stopped, with the averaged weights of its last checkpoint."""
-    from diffusers import DDPMPipeline
-
-    _, tensors, _ = load_checkpoint(folder / "checkpoint")
-    averages = {
-        name.removeprefix("ema."): value
-        for name, value in tensors.items()
-        if name.startswith("ema.")
-    }
-    channels = averages["conv_in.weight"].shape[1]
-    network: Any = make_model(config.model, config.image_size or 32, channels)
-    network.load_state_dict(averages)
-    scheduler = pipeline_scheduler(config.noise_schedule(), config.prediction)
-    DDPMPipeline(network, scheduler).save_pretrained(folder / "pipeline")
 
 
 def _best_config(session: Session) -> TrainConfig:

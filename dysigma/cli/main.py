@@ -7,8 +7,9 @@ import signal
 import sys
 import sysconfig
 import traceback
-from collections.abc import Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,29 @@ def _on_sigterm(action: Any) -> None:
         signal.signal(signal.SIGTERM, action)
 
 
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Show warnings of this package as its errors are shown; those of others as Python does."""
+    as_python_does = warnings.formatwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        if PACKAGE in Path(filename).parents and category is UserWarning:
+            return f"dysigma: {message}\n"
+        return as_python_does(message, category, filename, lineno, line)
+
+    warnings.formatwarning = show
+    try:
+        yield
+    finally:
+        warnings.formatwarning = as_python_does
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0 done, 2 bad input, 130 interrupted.
 
@@ -127,7 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     _on_sigterm(signal.default_int_handler)
     try:
-        code: int | None = args.run(args)
+        with _warnings_in_one_line():
+            code: int | None = args.run(args)
     except KeyboardInterrupt as stop:
         print(f"\ndysigma: {str(stop) or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED

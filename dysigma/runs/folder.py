@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..schedule import make_schedule
+from .checkpoints import load_checkpoint
 from .files import RunError, read_config, read_metrics
-from .flow import read_flow_scheduler
+from .flow import pipeline_scheduler, read_flow_scheduler
 from .locks import is_in_use
 
 if TYPE_CHECKING:
     import pandas
     from diffusers import DiffusionPipeline
+    from torch import Tensor
 
 # A file of any of these names beside a damaged one tells that the folder was a run or a race.
 MARKS = {"race.json", "summary.json", "metrics.jsonl"}
@@ -38,20 +42,63 @@ class Run:
     def pipeline(self) -> DiffusionPipeline:
         """A diffusers DDPMPipeline with the EMA weights.
 
+        A run that has not ended gives the EMA weights of its last checkpoint, and a warning that says
+        after how many images.
+
         That of a flow has a FlowRunScheduler, which knows how the run calls its network. Opened with
         DDPMPipeline.from_pretrained it is the same, after `import dysigma`; without that import
         diffusers says that it is missing, except for flow_prediction without a shift, which needs
         nothing of ours and is right to one timestep. Raises RunError if the run has
-        not written a pipeline yet, or it is damaged.
+        written neither a pipeline nor a checkpoint yet, or it is damaged.
         """
         folder = self.path / "pipeline"
         if not (folder / "model_index.json").exists():
-            status = self.summary.get("status")
-            raise RunError(f"{self.path} has no pipeline yet (status: {status}): let it finish")
+            return self._pipeline_so_far()
         try:
             return _read_pipeline(folder, self.config)
         except Exception as error:  # damaged files raise almost anything
             raise RunError(f"{folder} is damaged ({str(error).splitlines()[0]})") from None
+
+    def _pipeline_so_far(self) -> DiffusionPipeline:
+        """Of the last checkpoint, with a warning."""
+        status = self.summary.get("status")
+        nothing_yet = f"{self.path} has no pipeline yet (status: {status})"
+        if not (self.path / "checkpoint/latest.json").exists():
+            raise RunError(f"{nothing_yet}, and no checkpoint: let it train on")
+        step, tensors, meta = load_checkpoint(self.path / "checkpoint")
+        if "network" not in meta:
+            raise RunError(
+                f"{nothing_yet}: finish it with dysigma train --resume --out {self.path}"
+            )
+        images = step * self.config["batch_size"]
+        warnings.warn(
+            f"{self.path} has not ended: averaged weights after {images:,} of "
+            f"{self.config['images']:,} images",
+            stacklevel=3,
+        )
+        return _make_pipeline(tensors, meta["network"], self.config)
+
+
+def _make_pipeline(
+    tensors: dict[str, Tensor], network_config: dict[str, Any], config: dict[str, Any]
+) -> DiffusionPipeline:
+    """The pipeline that a run writes at its end, from the tensors of a checkpoint."""
+    from diffusers import DDPMPipeline, UNet2DModel
+
+    network = UNet2DModel.from_config(network_config)
+    averages = {}
+    for name, value in tensors.items():
+        if name.startswith("ema."):
+            averages[name.removeprefix("ema.")] = value
+    network.load_state_dict(averages)
+    params = {"shift": config.get("shift", 1.0)} if config["schedule"] == "flow" else {}
+    schedule = make_schedule(
+        config["schedule"],
+        config["num_timesteps"],
+        zero_terminal_snr=config.get("zero_terminal_snr", False),
+        **params,
+    )
+    return DDPMPipeline(network.eval(), pipeline_scheduler(schedule, config["prediction"]))
 
 
 def _read_pipeline(folder: Path, config: dict[str, Any]) -> DiffusionPipeline:

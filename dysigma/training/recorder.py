@@ -170,6 +170,8 @@ class Recorder:
                 tensors[f"pending.{name}"] = torch.stack(column)
         rest["seconds"] = self.seconds
         rest["config"] = self.config.to_dict()
+        network: Any = self.state.model
+        rest["network"] = dict(network.config)  # makes the network again without the images
         if self.state.scaler.is_enabled():
             rest["skipped_steps"] = self.skipped
         with writing(self.out):
