@@ -25,7 +25,7 @@
 # **You need** [01](01_forward_process_and_snr.ipynb) (log-SNR, the floor of the loss) and the training loop of
 # [00](00_start_here.ipynb).
 #
-# **Time** reading 25 min · running about 5 min (short run 45 s) on one CPU core · memory under 1 GB.
+# **Time** reading 25 min · running about 2 min (short run 15 s) on one CPU core · memory under 1 GB.
 #
 # **Functions introduced** `dysigma.bins.Bins`, `dysigma.exact.gaussian_fields`, `dysigma.exact.OptimalDenoiser`,
 # `dysigma.pareto.non_dominated`, `dysigma.gradients.negative_transfer`.
@@ -36,8 +36,10 @@ import copy
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from IPython.display import Markdown, display
+from torch import nn
 
-from dysigma import NoiseSchedule, make_model, plots, sample_losses
+from dysigma import NoiseSchedule, plots, sample_losses
 from dysigma.bins import Bins
 from dysigma.course.lesson import Lesson
 from dysigma.data import batch
@@ -77,7 +79,7 @@ lesson.gallery(
     "02_five_jobs",
     columns=5,
     pixels=128,
-    title="One network, five jobs: from sharpening pixels to guessing the mean",
+    title="Five jobs: from sharpening pixels to guessing the mean",
     caption="One image at the middle timestep of each band. On the left the best answer keeps nearly every pixel. On "
     "the right it keeps only the largest shapes, and at last hardly anything.",
     alt="Three rows of five grey pictures. First row: the same cloud-like image five times. Second row: it drowns in "
@@ -123,7 +125,7 @@ best = OptimalDenoiser(GaussianField(8), schedule, "epsilon")(x_t, timesteps)
 @torch.no_grad()
 def excess(model):
     """The loss above the floor at each probe: (40,)."""
-    predicted = model.eval()(x_t, timesteps).sample
+    predicted = model(x_t, timesteps)
     squared = (predicted - best).square().mean((1, 2, 3))
     return squared.view(40, TEST_IMAGES).mean(1)
 
@@ -144,10 +146,12 @@ facts["loss of the best denoiser"] = by_band(loss_of_best)
 lesson.table(facts, caption="The five bands (cosine schedule)")
 gap = (by_band(loss_of_best) / by_band(floor) - 1).abs().max()
 assert gap < lesson.fast(0.1, 0.4), "the best denoiser must reach the floor"
+floors = facts["floor"]
+assert TEST_IMAGES < 32 or floors["cleanest"] > 100 * floors["noisiest"], "as the text says"
 
 # %% [markdown]
-# The floor of the cleanest band is more than a hundred times that of the noisiest. A small excess disappears in it.
-# Without the split, the loss of the cleanest band would hide what the network has learned there.
+# The floor of the cleanest band is more than a hundred times that of the noisiest. In the loss of the cleanest band most is
+# floor. So that loss would hide what the network has learned there, and the excess shows it.
 #
 # ## One network or five?
 #
@@ -155,24 +159,70 @@ assert gap < lesson.fast(0.1, 0.4), "the best denoiser must reach the floor"
 # depends on what we keep equal. Five networks share the work of one, so each gets a fifth of the *images*, or else a
 # fifth of the *steps*. A young network needs many steps more than it needs many images. So we try both.
 #
-# | plan | networks | steps of each | images in a step | images in all |
-# |---|---|---|---|---|
-# | shared | 1 | 300 | 32 | 9,600 |
-# | specialists, fewer steps | 5 | 60 | 32 | 9,600 |
-# | specialists, equal steps | 5 | 300 | 6 | 9,000 |
+# - **Shared:** one network, with some number of steps at 32 images each.
+# - **Specialists, fewer steps:** five networks. Each gets a fifth of the steps, at 32 images each.
+# - **Specialists, equal steps:** five networks. Each gets all the steps, at 6 images each.
 #
-# The training loop is that of page 00, for any range of timesteps. The learning rate falls to 0 in a straight line.
+# In all three plans the images in all are nearly the same. The next cell computes them.
 
 # %%
 STEPS = lesson.fast(300, 15)
 SEEDS = range(lesson.fast(3, 2))
-is_default = lesson.fast(STEPS == 300, False)
+WIDTH = 32  # channels of the network
 data = gaussian_fields(8192)
 
+# Claims about this experiment are checked for the default settings, and not in a short run.
+is_cosine = torch.equal(schedule.alphas_cumprod, NoiseSchedule.cosine(1000).alphas_cumprod)
+is_full_size = STEPS == 300 and len(SEEDS) == 3 and WIDTH == 32
+is_default = is_cosine and lesson.fast(is_full_size, False)
 
+plans = pd.DataFrame(columns=["networks", "steps of each", "images in a step"])
+plans.loc["shared"] = [1, STEPS, 32]
+plans.loc["specialists, fewer steps"] = [5, STEPS // 5, 32]
+plans.loc["specialists, equal steps"] = [5, STEPS, 6]
+plans["images in all"] = plans.prod(axis=1)
+lesson.table(plans, caption="Three plans with nearly the same number of images")
+
+# %% [markdown]
+# The network is small, so that this page takes a minute or two: four convolutions, and a vector of the timestep that
+# shifts their channels.
+
+
+# %%
+class SmallDenoiser(nn.Module):
+    """Predicts the noise in images of 8 x 8 pixels."""
+
+    def __init__(self, width=WIDTH):
+        super().__init__()
+        self.register_buffer("frequencies", torch.logspace(0, -2.6, 16))
+        self.of_time = nn.Sequential(nn.Linear(32, width), nn.SiLU(), nn.Linear(width, 3 * width))
+        self.first = nn.Conv2d(1, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+        self.third = nn.Conv2d(width, width, 3, padding=1)
+        self.last = nn.Conv2d(width, 1, 3, padding=1)
+
+    def forward(self, x_t, timesteps):
+        angles = timesteps[:, None] * self.frequencies
+        time = self.of_time(torch.cat([angles.sin(), angles.cos()], 1))
+        shift_1, shift_2, shift_3 = time[:, :, None, None].chunk(3, dim=1)
+        hidden = nn.functional.silu(self.first(x_t) + shift_1)
+        hidden = hidden + nn.functional.silu(self.second(hidden) + shift_2)
+        hidden = hidden + nn.functional.silu(self.third(hidden) + shift_3)
+        return self.last(hidden)
+
+
+def new_network(seed):
+    torch.manual_seed(seed)
+    return SmallDenoiser()
+
+
+# %% [markdown]
+# The training loop is that of page 00, for any range of timesteps. The learning rate falls to 0 in a straight line.
+
+
+# %%
 def train(model, learning_rates, seed, first=0, last=1000, batch_size=32):
     """One Adam step for each learning rate, on timesteps from first to last - 1."""
-    model.train()
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     for step, rate in enumerate(learning_rates):
         optimizer.param_groups[0]["lr"] = rate
@@ -185,11 +235,6 @@ def train(model, learning_rates, seed, first=0, last=1000, batch_size=32):
         loss.backward()
         optimizer.step()
     return model
-
-
-def new_network(seed):
-    torch.manual_seed(seed)
-    return make_model("micro", 8, 1)
 
 
 def falling(steps):
@@ -240,8 +285,8 @@ lesson.table(result, caption=f"Excess × 1000, mean of {len(SEEDS)} seeds", digi
 
 # %%
 PLANS = {
-    "fewer steps (60 × 32 images)": own_fewer,
-    "equal steps (300 × 6 images)": own_equal,
+    f"fewer steps\n({STEPS // 5} × 32 images)": own_fewer,
+    f"equal steps\n({STEPS} × 6 images)": own_equal,
 }
 places = torch.arange(5)
 
@@ -252,7 +297,7 @@ for number, (label, values) in enumerate(PLANS.items()):
     for of_seed in ratio:
         ax.plot(places, of_seed, color=f"C{number}", marker=".", linewidth=0, alpha=0.6)
     height = float(ratio[:, 4].log().mean().exp())
-    ax.text(4.12, height, label.replace(" (", "\n("), color=f"C{number}", va="center", fontsize=9)
+    ax.text(4.12, height, label, color=f"C{number}", va="center", fontsize=9)
 ax.axhline(1, color="0.3", linewidth=1)
 ax.text(4.12, 1.04, "shared network", color="0.3", va="bottom", fontsize=9)
 ax.set_xticks(places, labels=NAMES)
@@ -263,26 +308,34 @@ ax.minorticks_off()
 lesson.show(
     fig,
     "02_specialists",
-    title="Do specialists beat one shared network? It depends on what is kept equal",
+    title="Specialists lose with fewer steps; with equal steps they often win",
     caption="Excess of each specialist in its own band, relative to the shared network. Below the line specialists are "
     "better. Lines: geometric mean of the seeds. Dots: single seeds. Images in all are nearly equal in the three plans.",
     alt="Two lines over five bands on a logarithmic axis. The one for fewer steps lies far above one everywhere. The one "
     "for equal steps is near one in the second and third band and below it in the other three.",
 )
 
-# %% [markdown]
-# With fewer steps the specialists have a larger excess in every band, by a factor of 2 to 6. The reason is the number
-# of steps, and not the sharing. With equal steps and about as many images, the specialists have a smaller excess in
-# three bands of five. In the remaining two bands theirs is at most 8 % larger. So the first comparison does not show
-# that sharing is good, and the second does not show that it is bad. "At equal work" can mean equal images or equal
-# steps, and the two lead to different answers. A report that a shared network beats specialists must say what was equal.
-
 # %%
+times_fewer = (own_fewer / shared).log().mean(0).exp()
+times_equal = (own_equal / shared).log().mean(0).exp()
+display(
+    Markdown(
+        f"With fewer steps, the excess of specialists is {times_fewer.min():.1f} to {times_fewer.max():.1f} times that of the "
+        f"shared network. With equal steps, it is {times_equal.min():.2f} to {times_equal.max():.2f} times."
+    )
+)
 if is_default:
-    assert (own_fewer > shared).all(), "with fewer steps the specialists must lose in every band"
-    won = own_equal.mean(0) < shared.mean(0)
-    assert won.sum() == 3, "with equal steps the specialists must win three bands"
-    assert (own_equal.mean(0) < 1.15 * shared.mean(0)).all(), "and nearly tie in the others"
+    assert (own_fewer > shared).all(), "with fewer steps specialists must lose in every band"
+    assert (times_equal < 0.85).sum() >= 3, "with equal steps they must win clearly in most bands"
+    assert times_equal.max() < 1.15, "and nearly tie in the others"
+
+# %% [markdown]
+# With fewer steps the specialists lose in every band. The reason is the number of steps, and not the sharing. With equal
+# steps and about as many images, the specialists win clearly in most bands, and nearly tie in the others.
+#
+# So the first comparison does not show that sharing is good, and the second does not show that it is bad. "At equal work"
+# can mean equal images or equal steps, and the two lead to different answers. A report that a shared network beats
+# specialists must say what was equal.
 
 # %% [markdown]
 # ## Four words for many losses
@@ -316,48 +369,52 @@ lesson.table(table, mark="shared", caption="Excess × 1000 of six networks in fi
 
 package_agrees = non_dominated(points) == ~torch.tensor(is_dominated)
 assert package_agrees.all(), "the definition and the package must agree"
+if is_default:
+    assert not is_dominated[0], "no specialist may dominate the shared network"
+    assert points[1, 4] > 5 * points[0, 4], "the cleanest specialist must be bad at the noisiest"
+    assert points[5, 0] > 5 * points[0, 0], "and the other way round"
 
 # %% [markdown]
-# Far from its own band a specialist is several times worse than the shared network. The shared network is dominated by none
-# of the five. That is weak evidence, because in five dimensions few points dominate each other. It does not make the
-# shared network Pareto optimal either: after more training, a better network exists. So look at training itself.
+# Far from its own band a specialist is many times worse than the shared network. None of the five dominates the shared
+# network. That is weak evidence, because with five objectives few points dominate each other. It does not make the shared
+# network Pareto optimal either: after more training, a better network exists. So look at training itself.
 #
 # ## Transfer: what one band's training does to the others
 #
 # Take a shared network. Make five copies. Train each copy a little further, on one band alone: 20 Adam steps. Then measure
-# all five bands again. We report the change as a share of the excess that was there before:
+# all five bands again. We report the part of the excess that is gone:
 #
-# $$\text{transfer}_{ij}=\frac{\text{excess}_j(\text{copy trained on }i)-\text{excess}_j(\text{before})}{\text{excess}_j(\text{before})}.$$
+# $$\text{transfer}_{ij}=\frac{\text{excess}_j(\text{before})-\text{excess}_j(\text{copy trained on }i)}{\text{excess}_j(\text{before})}.$$
 #
-# A value of −0.3 means that 30 % of what was left to learn is gone. A value of +1 means that it has doubled. A positive
-# value off the diagonal is **negative transfer**: training on band $i$ harmed band $j$.
+# A value of 0.3 means that 30 % of what was left to learn is gone. A value of −1 means that the excess has doubled. A
+# negative value off the diagonal is **negative transfer**: training on band $i$ harmed band $j$.
 
 # %%
-TUNING_RATES = [3e-4] * lesson.fast(20, 3)
+TUNING_RATES = [1e-4] * lesson.fast(20, 3)
 
 
 def transfer_matrix(network, seed):
-    """Row: the band a copy trains on. Column: the relative change of a band's excess."""
+    """Row: the band a copy trains on. Column: the part of a band's excess that is gone."""
     before = by_band(excess(network))
     rows = []
     for band in range(5):
         first, last = bands.edges[band], bands.edges[band + 1]
         tuned = copy.deepcopy(network)
         train(tuned, TUNING_RATES, 1000 + seed, int(first), int(last))
-        rows.append(by_band(excess(tuned)) / before - 1)
+        rows.append(1 - by_band(excess(tuned)) / before)
     return torch.stack(rows)
 
 
 # %% [markdown]
-# We do this at three ages of the shared network. Guess for the oldest: a copy trains on the noisiest band. By which share
-# does its excess in the band called "clean" change? Mind the sign.
+# We do this at three ages of the shared network. Guess for the oldest: a copy trains on the cleanest band. What is the
+# transfer to the band called "noisy"? Mind the sign: negative means harm.
 
 # %%
-FAR = "Oldest network, trained on 'noisiest': relative change in 'clean'?"
+FAR = "Oldest network: transfer from 'cleanest' to 'noisy'?"
 lesson.predict(FAR, None)
 
 # %%
-AGES = [10, lesson.fast(60, 12), STEPS]
+AGES = [5, lesson.fast(60, 10), STEPS]
 networks_at = {STEPS: shared_networks}
 for age in AGES[:2]:
     networks_at[age] = [train(new_network(seed), falling(age), seed) for seed in SEEDS]
@@ -369,12 +426,15 @@ for age in AGES:
         matrices.append(transfer_matrix(network, seed))
     transfer[age] = torch.stack(matrices)  # (seeds, 5, 5)
 
-lesson.reveal(FAR, float(transfer[STEPS].mean(0)[4, 1]))
+lesson.reveal(FAR, float(transfer[STEPS].mean(0)[0, 3]))
 
 # %%
 fig, axes = plt.subplots(1, 3, figsize=(12.5, 4.4), sharey=True)
 for ax, age in zip(axes, AGES, strict=True):
-    plots.heatmap(ax, transfer[age].mean(0), labels=NAMES, unit="transfer", colorbar=age == STEPS)
+    of_age = transfer[age].mean(0)
+    is_last = age == STEPS
+    unit = "part of the excess gone"
+    plots.heatmap(ax, of_age, labels=NAMES, limit=0.5, unit=unit, colorbar=is_last)
     ax.set(title=f"network of {age} steps", xlabel="measured on")
     ax.tick_params(axis="x", labelrotation=30)
 axes[0].set_ylabel("trained on")
@@ -382,17 +442,20 @@ lesson.show(
     fig,
     "02_transfer",
     title="First every band helps every other; later most of them compete",
-    caption="Relative change of the excess in the band of the column, when a copy trains 20 steps on the band of the row. "
-    "Blue: it got better. Red: it got worse. Means over seeds.",
-    alt="Three signed five by five matrices. In the first every cell is blue. In the second the first row and column turn "
-    "red. In the third the diagonal is blue and most other cells are red, the reddest far from the diagonal.",
+    caption=f"Part of the excess in the band of the column that is gone, when a copy trains {len(TUNING_RATES)} steps on the "
+    "band of the row. Red: the band got better. Blue: it got worse. Means over seeds; the colours end at ±0.5.",
+    alt="Three signed five by five matrices. In the first every cell is red. In the last the diagonal is red and most other "
+    "cells are blue, the bluest far from the diagonal.",
 )
 
 # %% [markdown]
-# Read the figure from left to right. In the youngest network all cells are blue: the first things to learn are the
-# same at every noise level. In the middle one, training on the cleanest band harms the other four bands, and training
-# on any of them harms the cleanest. In the oldest the diagonal is blue and most of the rest is red. How many of the 20
-# pairs are clear of seed noise?
+# Read the figure from left to right.
+#
+# - *Youngest.* All cells are red: the first things to learn are the same at every noise level.
+# - *Middle.* There are two camps. Training on the two clean bands makes the two noisy bands worse, and the other way round.
+# - *Oldest.* The diagonal is red. Most of the rest is blue, most of all between the clean and the noisy bands.
+#
+# How many of the 20 pairs are clear of seed noise?
 
 # %%
 off_diagonal = ~torch.eye(5, dtype=torch.bool)
@@ -402,29 +465,36 @@ for age in AGES:
     mean, half_width = plots.t_interval(transfer[age])
     mean = torch.as_tensor(mean)[off_diagonal]
     half_width = torch.as_tensor(half_width)[off_diagonal]
-    counts.loc[age, "helped"] = int((mean < 0).sum())
-    counts.loc[age, "hurt"] = int((mean > 0).sum())
-    counts.loc[age, "surely helped"] = int((mean + half_width < 0).sum())
-    counts.loc[age, "surely hurt"] = int((mean - half_width > 0).sum())
+    counts.loc[age, "helped"] = int((mean > 0).sum())
+    counts.loc[age, "hurt"] = int((mean < 0).sum())
+    counts.loc[age, "surely helped"] = int((mean - half_width > 0).sum())
+    counts.loc[age, "surely hurt"] = int((mean + half_width < 0).sum())
 lesson.table(
     counts.astype(int), mark=STEPS, caption="Of 20 pairs (surely: 95 % interval excludes 0)"
 )
 
 # %%
 youngest = transfer[AGES[0]].mean(0)
+middle_aged = transfer[AGES[1]].mean(0)
 oldest = transfer[STEPS].mean(0)
-assert (youngest < 0).all(), "at first every band must help every other"
 if is_default:
-    assert (oldest.diagonal() < 0).all(), "a copy must get better at what it trains on"
-    assert (oldest[off_diagonal] > 0).sum() > 10, "in the oldest network most pairs must compete"
-    assert oldest[4, 1] > oldest[3, 4], "distant bands must suffer more than these neighbours"
+    assert (youngest > 0).all(), "at first every band must help every other"
+    for matrix in (middle_aged, oldest):
+        assert (matrix.diagonal() > 0).all(), "a copy must get better at what it trains on"
+        assert (matrix[:2, 3:] < 0).all(), "training on clean bands must harm noisy ones"
+        assert (matrix[3:, :2] < 0).all(), "training on noisy bands must harm clean ones"
+    assert (oldest[off_diagonal] < 0).sum() > 10, "in the oldest network most pairs must compete"
 
 # %% [markdown]
+# The table says how sure this is. In the middle network most of the harm is clear of seed noise. In the oldest one most
+# pairs are hurt in the mean, but few of them for sure: the changes are smaller there, and three seeds are few. So the
+# competition is clearest in the middle of this training.
+#
 # ## Is it specialising, or just more training?
 #
-# A copy that trains on one band also trains 20 steps *more*. Perhaps anything would improve by that. The control is a
-# copy that trains 20 more steps on **all** bands. If its excess falls by the same share, specialising gains nothing. A
-# second control is a copy with learning rate 0. It must change nothing at all.
+# A copy that trains on one band also trains *longer* than the shared network. Perhaps anything would improve by that. The
+# control is a copy that trains as many more steps on **all** bands. If the same part of its excess is gone, specialising
+# gains nothing. A second control is a copy with learning rate 0. It must change nothing at all.
 
 # %%
 comparison = pd.DataFrame(columns=NAMES)
@@ -432,7 +502,7 @@ for age in (AGES[0], STEPS):
     changes = []
     for seed, network in zip(SEEDS, networks_at[age], strict=True):
         tuned = train(copy.deepcopy(network), TUNING_RATES, 1000 + seed)
-        changes.append(by_band(excess(tuned)) / by_band(excess(network)) - 1)
+        changes.append(1 - by_band(excess(tuned)) / by_band(excess(network)))
     all_bands = torch.stack(changes).mean(0)
     own_band = transfer[age].mean(0).diagonal()
     comparison.loc[f"{age} steps: own band"] = own_band.numpy()
@@ -440,18 +510,18 @@ for age in (AGES[0], STEPS):
     comparison.loc[f"{age} steps: gain of specialising"] = (own_band - all_bands).numpy()
 
 gains = [row for row in comparison.index if "gain" in row]
-lesson.table(comparison, mark=gains, caption="Relative change of the excess", digits=2)
+lesson.table(comparison, mark=gains, caption="Part of the excess that is gone", digits=2)
 
 idle = train(copy.deepcopy(shared_networks[0]), [0.0], seed=0)
 assert torch.equal(excess(idle), excess(shared_networks[0])), "a rate of 0 must change nothing"
 if is_default:
     gain_young = comparison.loc[gains[0]].mean()
     gain_old = comparison.loc[gains[1]].mean()
-    assert gain_old < gain_young - 0.05, "specialising must gain more in the older network"
+    assert gain_old > gain_young + 0.05, "specialising must gain more in the older network"
 
 # %% [markdown]
-# In the young network specialising gains little or nothing: all bands want the same step. In the old one it lowers the
-# excess clearly below that of the control. The shared network gives up this gain in one band so that the other bands
+# Read the two rows of gains. In the young network specialising gains little: all bands want nearly the same step. In the
+# old one it gains clearly more than the control. The shared network gives up this gain in one band, so that the other bands
 # do not get worse. It is one measured piece of the price of sharing.
 #
 # ## What this has to do with loss weights
@@ -476,12 +546,12 @@ of_package = negative_transfer(
     steps=len(TUNING_RATES),
     batch_size=32,
     samples_per_bin=lesson.fast(128, 32),
-    optimizer=lambda parameters: torch.optim.Adam(parameters, lr=3e-4),
+    optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-4),
     progress=False,
 )
 print(of_package.sentence())
 
-by_hand = transfer[STEPS][0] * shared[0]  # back from shares to changes of the loss
+by_hand = -transfer[STEPS][0] * shared[0]  # back from parts gone to changes of the loss
 pairs = torch.stack([by_hand[off_diagonal].double(), of_package.change[off_diagonal]])
 correlation = float(torch.corrcoef(pairs)[0, 1])
 print(f"correlation with the changes measured by hand, 20 pairs: {correlation:.2f}")
@@ -489,12 +559,11 @@ if is_default:
     assert correlation > 0.7, "the package must find the same pattern as we did"
 
 # %% [markdown]
-# The package and our measurement by hand agree on which band harms which. In percent of the loss the clean bands
-# change least, because most of their loss is floor.
+# The package and our measurement by hand agree on which band harms which. Mind that the package reports the *change* of the
+# loss: there a positive number is harm.
 #
 # **Try it yourself.** `STEPS = 120` or `600`: when does the competition start? Or `NoiseSchedule.linear(1000)` in the
-# second cell: which bands are now far apart? Then also set `is_default = False` below `STEPS`, because some checks
-# hold for the cosine schedule only.
+# second cell: which bands are now far apart? Or `WIDTH = 8`: does a smaller network compete earlier?
 #
 # ## Exercises
 #
@@ -532,11 +601,13 @@ loss_after = torch.tensor([0.95, 0.38, 0.11])
 excess_before = loss_shared - loss_floor
 lesson.exercise(
     "2.3",
-    expected=(loss_after - loss_shared) / excess_before,
+    expected=(loss_shared - loss_after) / excess_before,
     mistakes={
-        "That is a share of the whole loss, floor included.": loss_after / loss_shared - 1,
-        "That is the change itself; divide it by the excess before.": loss_after - loss_shared,
-        "Measure the excess from the floor.": (loss_after - loss_shared)
+        "That is a part of the whole loss, floor included.": 1 - loss_after / loss_shared,
+        "That is the change itself; divide it by the excess before.": loss_shared - loss_after,
+        "The sign: transfer is positive where the excess fell.": (loss_after - loss_shared)
+        / excess_before,
+        "Measure the excess from the floor.": (loss_shared - loss_after)
         / (loss_shared - loss_alone),
     },
 )
@@ -571,7 +642,7 @@ lesson.check("2.2", price)
 
 # %% [markdown]
 # **2.3** (●●○, 5 min) A copy of the shared network of 2.2 trains on the second band alone, and has the losses `loss_after`.
-# Compute its row of the transfer matrix: the change as a share of the excess before, `(3,)`. Where is negative transfer?
+# Compute its row of the transfer matrix: the part of the excess that is gone, `(3,)`. Where is negative transfer?
 #
 # <details><summary>Hint</summary>
 #
@@ -596,9 +667,9 @@ price = loss_shared - loss_alone
 lesson.check("2.2", price)
 
 # %% tags=["solution"]
-row_of_transfer = (loss_after - loss_shared) / (loss_shared - loss_floor)
+row_of_transfer = (loss_shared - loss_after) / (loss_shared - loss_floor)
 lesson.check("2.3", row_of_transfer)
-print("negative transfer in the bands with a positive value:", row_of_transfer.tolist())
+print("negative transfer where the value is below 0:", row_of_transfer)
 
 # %% [markdown]
 # ## What you can now do
