@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +20,9 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device of a name; "auto" is CUDA where there is a GPU, else the CPU.
+    """The torch device of a name; "auto" is CUDA where there is a GPU that works, else the CPU.
 
+    A GPU that "auto" finds and cannot use is told in a warning: too old for this torch, say.
     Apple's MPS is never used, because schedules are float64 and MPS has no such numbers. Raises
     ValueError for a device that is not there or that cannot hold float64.
 
@@ -27,15 +30,66 @@ def resolve_device(name: str) -> torch.device:
     device(type='cpu')
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        try:
+            return resolve_device("cuda")
+        except ValueError as error:
+            reason = str(error).removesuffix("; use auto or cpu")
+            warnings.warn(f"the CPU is used: {reason}", stacklevel=2)
+            return torch.device("cpu")
     try:
         probe = torch.zeros(1, device=name, dtype=torch.float64)
         probe.item()
         return probe.device
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(
-            f"device {name!r} cannot be used ({str(error).splitlines()[0]}); use auto or cpu"
-        ) from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used ({reason}); use auto or cpu") from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device has no memory left.
+
+    TorchScript and the libraries below torch say so in errors of other classes.
+
+    >>> is_out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
+    True
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    words = str(error)
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in words or "STATUS_ALLOC_FAILED" in words
+    )
+
+
+_Result = TypeVar("_Result")
+
+
+def in_parts_that_fit(work: Callable[[range], _Result], count: int, size: int) -> Iterator[_Result]:
+    """work(numbers) for 0 ... count - 1 in parts of `size`, or of half of that where memory runs out.
+
+    The last part may go beyond count: work cuts it, or throws away what is too much. Raises what work
+    raises, and when not even one number fits.
+
+    >>> list(in_parts_that_fit(lambda part: list(part), count=4, size=2))
+    [[0, 1], [2, 3]]
+    """
+    first = 0
+    while first < count:
+        try:
+            found = work(range(first, first + size))
+        except RuntimeError as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+        else:
+            first += size
+            yield found
+            continue
+        # Only here, after the error, is the memory of the failed attempt free.
+        size = size // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def compile_problem(device: torch.device) -> str | None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .devices import in_parts_that_fit, is_out_of_memory
 from .downloads import check_digest, data_folder, download
 from .images import to_real
 from .runs.files import digest, write_atomically
@@ -53,9 +54,9 @@ class Features:
         """
         try:
             found = self.function(images)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:  # what TorchScript raises, on many lines
+            if is_out_of_memory(error):
+                raise
             reason = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")
             raise ValueError(
                 f"{self.name} cannot be applied to uint8 images {tuple(images.shape)} ({reason}): give a "
@@ -167,18 +168,20 @@ def extract(
     """Features (N, D) float64 of uint8 images (N, C, H, W).
 
     They stay on a CUDA device if the images come from one, and come to the CPU otherwise.
-    batch_size: by default 256, and 1024 on CUDA. Two images go first, so that a network that does not
-    fit is told at once.
+    batch_size: by default 256, and 1024 on CUDA; half as many, and again half, where they do not fit
+    in memory. Two images go first, so that a network that cannot take them is told at once.
     """
     from tqdm.auto import tqdm
 
     size = batch_size or (1024 if images.is_cuda else 256)
     features(images[:2])
     found = []
-    parts = tqdm(images.split(size), "features", unit="img", unit_scale=size, disable=not progress)
-    for part in parts:
-        values = features(part)
-        found.append(values.to(values.device if values.is_cuda else "cpu"))
+    with tqdm(total=len(images), desc="features", unit="img", disable=not progress) as bar:
+        for values in in_parts_that_fit(
+            lambda part: features(images[part.start : part.stop]), len(images), size
+        ):
+            found.append(values.to(values.device if values.is_cuda else "cpu"))
+            bar.update(len(values))
     return torch.cat(found).double()
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_name
-from .devices import compile_problem, fast_kernels
+from .devices import compile_problem, fast_kernels, in_parts_that_fit
 from .images import to_uint8
 from .objective import predict
 from .randomness import generator
@@ -97,7 +97,8 @@ def sample_images(
     num_steps: evaluations of the network for each image, of which heun uses an odd number.
     seed: the latents are a function of (seed, image number).
     labels: (N,), by default the classes in turn of a diffusers network that has classes.
-    batch_size: images at a time; by default 256, and 2048 on CUDA.
+    batch_size: images at a time; by default 256, and 2048 on CUDA. Half as many, and again half,
+        where they do not fit in memory. No draw depends on it but those of "ddpm".
     compile: the network, for batches of one size; None does it on CUDA for 20,000 images or
         more, unless the GPU is below compute capability 8 or Triton is missing.
     precision: torch.bfloat16 runs the network under autocast; None as it is.
@@ -119,6 +120,25 @@ def sample_images(
     size = _batch_size(batch_size, shape, sampler, device)
     path = _FlowPath if schedule.is_flow else _DiffusionPath
     title = f"sampling ({sampler}, {num_steps} steps)"
+
+    def draw(numbers: range) -> Tensor:
+        if not compile:  # else the last batch is as large as the others: the surplus is cut off
+            numbers = numbers[: count - numbers.start]
+        first = numbers.start
+        noise = generator(seed, first, "sampler noise", device) if sampler == "ddpm" else None
+        kwargs = {}
+        if labels is not None:
+            places = [number % count for number in numbers]
+            kwargs["class_labels"] = labels[places].to(device)
+        denoise = functools.partial(_denoise, network, precision, kwargs)
+        steps = path(schedule, kind, sampler, num_steps)
+        images = steps.run(denoise, _latents(numbers, shape, seed, device), noise)
+        if not images.isfinite().all():
+            raise ValueError(
+                f"{sampler}, {num_steps} steps: values are not finite. Is the network whole?"
+            )
+        return to_uint8(images)
+
     was_training = model.training
     model.eval()
     done = []
@@ -126,24 +146,9 @@ def sample_images(
         tqdm(total=count, unit="img", desc=title, disable=not progress) as bar,
         fast_kernels(device),
     ):
-        for first in range(0, count, size):
-            # A compiled network gets a last batch as large as the others: the surplus is cut off.
-            stop = first + size if compile else min(first + size, count)
-            numbers = range(first, stop)
-            noise = generator(seed, first, "sampler noise", device) if sampler == "ddpm" else None
-            kwargs = {}
-            if labels is not None:
-                places = [number % count for number in numbers]
-                kwargs["class_labels"] = labels[places].to(device)
-            denoise = functools.partial(_denoise, network, precision, kwargs)
-            steps = path(schedule, kind, sampler, num_steps)
-            images = steps.run(denoise, _latents(numbers, shape, seed, device), noise)
-            if not images.isfinite().all():
-                raise ValueError(
-                    f"{sampler}, {num_steps} steps: values are not finite. Is the network whole?"
-                )
-            done.append(to_uint8(images))
-            bar.update(min(stop, count) - first)
+        for images in in_parts_that_fit(draw, count, size):
+            done.append(images)
+            bar.update(min(len(images), count - bar.n))
     model.train(was_training)
     return torch.cat(done)[:count]
 

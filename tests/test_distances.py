@@ -425,6 +425,20 @@ def test_networks_that_do_not_fit_are_told_in_one_line(tmp_path, network, words,
     assert "net.pt" in message and r"(N, 3, H, W)" in message and "\n" not in message
 
 
+def test_where_memory_runs_out_fewer_images_are_measured_at_once():
+    """TorchScript says so in a RuntimeError of its own."""
+    images = leaves(9).images
+
+    def small(part):
+        if len(part) > 4:
+            raise RuntimeError("The following operation failed in the TorchScript interpreter.\n"
+                               "RuntimeError: CUDA out of memory. Tried to allocate 2 GiB")  # fmt: skip
+        return part.flatten(1).float()
+
+    found = extract(distances.Features(small), images)
+    torch.testing.assert_close(found, images.flatten(1).double())
+
+
 def test_a_network_is_tried_on_two_images_first():
     sizes = []
 

@@ -111,6 +111,32 @@ def test_samples_are_a_function_of_seed_and_image_number():
     assert not torch.equal(many, sample_images(model, schedule, (5, 3, 4, 4), num_steps=5, seed=2))
 
 
+def test_where_memory_runs_out_fewer_images_are_drawn_at_once():
+    schedule = NoiseSchedule.linear(100)
+    seen = []
+
+    class Small(Gaussian):
+        """No more than three images at once fit."""
+
+        def forward(self, x, timesteps):
+            if len(x) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            seen.append(len(x))
+            return super().forward(x, timesteps)
+
+    wanted = sample_images(Gaussian(schedule, 0.25), schedule, (11, 3, 4, 4), num_steps=2)
+    found = sample_images(Small(schedule, 0.25), schedule, (11, 3, 4, 4), num_steps=2)
+    assert torch.equal(found, wanted) and set(seen) == {2, 1}
+
+    def full(part):
+        raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED" if part.start == 0 else "another fault")
+
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+        list(devices.in_parts_that_fit(full, 4, 4))
+    with pytest.raises(RuntimeError, match="another fault"):
+        list(devices.in_parts_that_fit(lambda part: part.start == 0 or full(part), 8, 4))
+
+
 def test_heun_evaluates_the_network_as_often_as_asked_or_once_less():
     schedule, calls = NoiseSchedule.linear(), []
 

@@ -11,11 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dysigma.data import shapes
 from dysigma.lab.records import load_races
 from dysigma.models import make_model
 from dysigma.runs import RunError, load_run
-from dysigma.training import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKLOG = (ROOT / "data/gpu-backlog.md").read_text()
@@ -91,39 +89,6 @@ def test_a_session_of_another_device_is_left_alone(capsys, place, tmp_path):
     text = refusal(capsys, "--rehearse", *place)
     assert "another session" in text and "some GPU" in text
     assert known.read_text() == other
-
-
-# A GPU that is too small.
-
-
-@pytest.fixture
-def small_memory(monkeypatch):
-    """A device on which more than two images at once do not fit."""
-    real = gpu_run.train_step
-
-    def step(state, data, config):
-        if config.batch_size // config.accumulate > 2:
-            raise torch.OutOfMemoryError
-        return real(state, data, config)
-
-    monkeypatch.setattr(gpu_run, "train_step", step)
-
-
-def micro(batch_size: int) -> TrainConfig:
-    return TrainConfig(
-        data="shapes", image_size=8, model="micro", batch_size=batch_size, device="cpu", threads=1
-    )
-
-
-def test_batches_are_divided_until_they_fit_and_that_is_told(small_memory, capsys):
-    fitting = gpu_run.fit_in_memory(micro(8), shapes(16, size=8))
-    assert (fitting.batch_size, fitting.accumulate) == (8, 4)
-    assert "8 images do not fit" in capsys.readouterr().out
-
-
-def test_a_network_of_which_no_image_fits_is_refused(small_memory):
-    with pytest.raises(RunError, match="not even 3 of the images"):
-        gpu_run.fit_in_memory(micro(3), shapes(16, size=8))
 
 
 # Parts and their deadlines.

@@ -10,10 +10,9 @@ import torch
 from diffusers.training_utils import compute_snr
 
 from dysigma.checks import check_timesteps
-from dysigma.objective import sample_losses
 from dysigma.randomness import generator
 from dysigma.schedule import SCHEDULES, NoiseSchedule, canonical_prediction_type, make_schedule
-from dysigma.weightings import make_weighting
+from dysigma.weightings import PREDEFINED, WEIGHTINGS, compare_weightings, make_weighting
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of numpy, about diffusers
 PRESERVING = [name for name in SCHEDULES if name != "flow"]
@@ -596,13 +595,30 @@ def test_networks_of_all_targets_on_a_flow_have_one_objective(kind):
     torch.testing.assert_close(at, weighting(per_sample[:-1], inner), rtol=1e-5, atol=0)
 
 
-def test_epsilon_on_a_flow_has_no_weight_where_there_is_no_signal():
-    schedule = make_schedule("flow", 10)
-    with pytest.raises(ValueError, match="SNR = 0"):
-        make_weighting("min-snr", schedule, "epsilon")
-    x = torch.randn(9, 3)
-    losses = sample_losses(lambda x, t: x, schedule, x, x, torch.arange(9), "epsilon")
-    assert losses.isfinite().all()
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_epsilon_on_a_flow_has_no_weight_where_there_is_no_signal(name, shift):
+    """The last level of a flow is pure noise; everywhere else a noise network has the weights it should."""
+    schedule = make_schedule("flow", 40, shift=shift)
+    weighting = make_weighting(name, schedule, "epsilon")
+    weights = weighting.weights()
+    assert weights.isfinite().all() and (weights[:-1] >= 0).all()
+    torch.testing.assert_close(weights.double().mean(), torch.tensor(1.0).double())
+    if name in PREDEFINED:
+        assert weights[-1] == 0
+        on_x0 = make_weighting(name, schedule, "sample").weights()[:-1].double()
+        ratio = weights[:-1].double() * schedule.log_snr[:-1].exp() / on_x0
+        inside = on_x0 > 0
+        torch.testing.assert_close(ratio[inside] / ratio[0], torch.ones_like(ratio[inside]))
+    # A step learns, also at that level, and nothing becomes infinite.
+    losses = torch.rand(40, requires_grad=True)
+    loss = weighting(losses, torch.arange(40))
+    loss.backward()
+    assert losses.grad.isfinite().all() and weighting.weights().isfinite().all()
+    table = compare_weightings(schedule, "flow_prediction", {"it": weighting})
+    assert np.isfinite(table.to_numpy()).all() and table["it"].iloc[-1] == 0
+    table = compare_weightings(schedule, "epsilon", {"it": weighting})
+    assert np.isfinite(table.to_numpy()).all()
 
 
 @pytest.mark.parametrize("kind", ["sample", "epsilon", "v_prediction"])

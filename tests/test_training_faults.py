@@ -31,7 +31,7 @@ from dysigma.training import (
     load_split,
     train,
 )
-from dysigma.training.budget import fit_to_minutes
+from dysigma.training.budget import fit_in_memory, fit_to_minutes
 from dysigma.training.threads import number_of_threads
 
 CPU = torch.device("cpu")
@@ -127,6 +127,23 @@ def test_building_a_network_reseeds_nobody(monkeypatch):
     before = torch.get_rng_state()
     build(SHORT, load_split(SHORT, "train", CPU))
     assert torch.equal(before, torch.get_rng_state()) and not seeded
+
+
+def test_auto_falls_back_to_the_cpu_where_a_gpu_cannot_be_used(monkeypatch):
+    """One too old for this torch, or taken by another process; "cuda" alone is refused."""
+    real = torch.zeros
+
+    def zeros(*shape, device=None, **options):
+        if device == "cuda":
+            raise RuntimeError("CUDA error: no kernel image is available for execution\nmore")
+        return real(*shape, device=device, **options)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.warns(UserWarning, match="the CPU is used: .*no kernel image"):
+        assert resolve_device("auto") == CPU
+    with pytest.raises(ValueError, match="no kernel image"):
+        resolve_device("cuda")
 
 
 def test_auto_never_takes_a_device_without_float64(monkeypatch):
@@ -381,6 +398,64 @@ def test_a_budget_of_time_becomes_a_number_of_images(monkeypatch):
     config = fit_to_minutes(with_(validation_images=1), 60)
     assert config.images % config.batch_size == 0 and config.images >= 80
     assert dataclasses.replace(config, images=SHORT.images) == with_(validation_images=1)
+
+
+@pytest.fixture
+def small_memory(monkeypatch):
+    """A device on which more than two images at once do not fit, as torch says it and as others do."""
+    real = training.step.sample_losses
+    errors = [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA out of memory.")]
+    errors.append(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"))
+
+    def losses(model, schedule, x0, *rest, **kwargs):
+        if len(x0) > 2:
+            raise errors[len(x0) % len(errors)]
+        return real(model, schedule, x0, *rest, **kwargs)
+
+    monkeypatch.setattr(training.step, "sample_losses", losses)
+
+
+def test_batches_are_divided_until_they_fit_and_that_is_told(small_memory):
+    data = load_split(SHORT, "train", CPU)
+    with pytest.warns(UserWarning, match="8 images at once do not fit .* 2 do"):
+        fitting = fit_in_memory(with_(batch_size=8), data)
+    assert fitting == with_(batch_size=8, accumulate=4)
+    # One that was divided already is divided on, into parts of one size.
+    with pytest.warns(UserWarning, match="10 images at once do not fit .* 2 do"):
+        assert fit_in_memory(with_(batch_size=20, accumulate=2), data).accumulate == 10
+    with pytest.warns(UserWarning, match="3 images at once do not fit .* 1 do"):
+        assert fit_in_memory(with_(batch_size=3), data).accumulate == 3
+
+
+def test_a_network_of_which_no_image_fits_is_refused(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(training.step, "sample_losses", full)
+    with pytest.raises(RunError, match="not even one image"):
+        fit_in_memory(with_(batch_size=4), load_split(SHORT, "train", CPU))
+
+
+def test_a_budget_of_time_divides_batches_that_do_not_fit(small_memory, monkeypatch):
+    monkeypatch.setattr(training.budget, "TIMED_SHARE", 0.0)
+    with pytest.warns(UserWarning, match="do not fit"):
+        config = fit_to_minutes(with_(batch_size=8, validation_images=1), 60)
+    assert config == with_(batch_size=8, validation_images=1, accumulate=4, images=config.images)
+
+
+def test_a_training_that_runs_out_of_memory_says_what_fits(small_memory, tmp_path):
+    with pytest.raises(RunError, match=r"do not fit .*--accumulate 4 takes the same"):
+        quick(with_(batch_size=8), tmp_path / "run")
+
+
+def test_running_out_of_memory_anywhere_is_one_line(tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB.\nMore lines")
+
+    monkeypatch.setattr(training.loop, "train", full)
+    assert main(["train", "--out", str(tmp_path / "run"), "--quiet"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "out of memory" in said and "--device cpu" in said
 
 
 def test_a_budget_too_small_says_what_is_enough(monkeypatch):

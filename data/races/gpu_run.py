@@ -64,7 +64,7 @@ from dysigma.runs import (
     write_json,
 )
 from dysigma.training import TrainConfig, build, load_split, train, train_step
-from dysigma.training.budget import fit_to_minutes
+from dysigma.training.budget import fit_in_memory, fit_to_minutes
 from dysigma.training.compiled import settle_compilation
 from dysigma.training.precision import autocast, low_precision
 
@@ -214,43 +214,6 @@ class Session:
 
 
 # The parts.
-
-
-def _fits(config: TrainConfig, data: Any) -> bool:
-    """Whether a compiled step, or a plain one where compiling fails, has memory enough."""
-    try:
-        state = build(config, data)
-        settle_compilation(state, data, config)
-        train_step(state, data, config)
-    except torch.OutOfMemoryError:
-        return False
-    return True
-
-
-def fit_in_memory(config: TrainConfig, data: Any) -> TrainConfig:
-    """The configuration with its batches in as few parts as fit in memory.
-
-    The steps stay the same up to rounding. Raises RunError if not even one image fits.
-    """
-    divided = config
-    while not _fits(divided, data):
-        if data.images.is_cuda:
-            torch.cuda.empty_cache()
-        parts = 2 * divided.accumulate
-        if config.batch_size % parts:
-            raise RunError(
-                f"{config.model}: not even {config.batch_size // divided.accumulate} of the images of "
-                f"a step fit in the memory of {data.images.device}; leave out this part, or take "
-                "another GPU"
-            )
-        divided = replace(divided, accumulate=parts)
-    if divided.accumulate > 1:
-        print(
-            f"{config.model}: {config.batch_size} images do not fit in the memory of "
-            f"{data.images.device}; {config.batch_size // divided.accumulate} do, so a step takes "
-            f"{divided.accumulate} parts"
-        )
-    return divided
 
 
 def precision_error(config: TrainConfig, data: Any) -> float:
@@ -404,10 +367,10 @@ def _interrupted_in(seconds: float) -> Iterator[None]:
 def _best_config(session: Session) -> TrainConfig:
     """The recipe, with as many images as fit into the time."""
     config = session.config(**session.sizes.best)
-    device = resolve_device(session.device)
-    with fast_kernels(device):
+    if "images" in session.sizes.best:
+        device = resolve_device(session.device)
         config = fit_in_memory(config, load_split(config, "train", device))
-    if "images" not in session.sizes.best:
+    else:
         # Samples along the way take their time too.
         config = fit_to_minutes(config, 0.9 * session.seconds_left() / 60)
     images = config.images

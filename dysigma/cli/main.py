@@ -101,10 +101,18 @@ def _explain(error: Exception) -> int | None:
     """Print one line about an error that the user can mend and return the exit code; None for any other error."""
     # What is raised there is imported here: --help must not wait for it.
     from ..course.pages import NotebookError
+    from ..devices import is_out_of_memory
     from ..training.step import TrainingDiverged
 
     if isinstance(error, TrainingDiverged | NotebookError):
         print(f"dysigma: {error}", file=sys.stderr)
+        return FAILED
+    if is_out_of_memory(error):
+        reason = _words_of(error).splitlines()[0]
+        print(
+            f"dysigma: {reason} Take a smaller batch or network, end what else uses the GPU, or use --device cpu",
+            file=sys.stderr,
+        )
         return FAILED
     if words := _words_of_foreign_code(error):
         print(f"dysigma: {words} (--debug prints the traceback)", file=sys.stderr)

@@ -18,6 +18,7 @@ from ..runs.folder import Run, load_run
 from ..sampling import sample_images
 from ..training.config import TrainConfig
 from ..training.parts import TrainState
+from ..training.precision import low_precision
 from ..training.step import StepRecord
 
 # As seen from the pages, which run in their own folder.
@@ -59,6 +60,7 @@ class AlongTraining:
             (self.count, network.config.in_channels, height, width),
             prediction_type=config.prediction,
             num_steps=self.steps,
+            precision=low_precision(config, next(network.parameters()).device),
         )
         self.networks[seen] = network
         self.samples[seen] = drawn.cpu()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..data.dataset import ImageData, batch
-from ..devices import compile_problem
+from ..devices import compile_problem, is_out_of_memory
 from ..objective import sample_losses
 from ..randomness import generator
 from .config import TrainConfig
@@ -32,9 +32,9 @@ def settle_compilation(state: TrainState, data: ImageData, config: TrainConfig) 
         return f"no: {problem}" if asked else "no"
     try:
         error = check_compiled(state, data, config)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as failure:  # compilers fail with almost any error
+        if is_out_of_memory(failure):
+            raise
         first_line = (str(failure).strip() or type(failure).__name__).splitlines()[0]
         reason = f"torch.compile failed ({type(failure).__name__}: {first_line:.200})"
     else:

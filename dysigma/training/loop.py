@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ import torch
 
 from .. import runs
 from ..data.dataset import ImageData
-from ..devices import fast_kernels
+from ..devices import fast_kernels, is_out_of_memory
 from ..models import GROUPS_BEFORE_THEY_WERE_RECORDED
 from ..parallel import over_ranks
 from ..runs.files import RunError
 from ..runs.folder import Run
+from .budget import fit_in_memory
 from .compiled import settle_compilation
 from .config import TrainConfig
 from .identity import check_images, check_place
@@ -75,12 +76,19 @@ def train(
         earlier = from_first(_read_summary(out) if first and resume else None, device)
         threads_before = (earlier or {}).get("provenance", {}).get("cpu_threads")
         tracker = Tracker(log_with, config, out) if log_with is not None and first else None
+        ran_out = False
         try:
             with threads(number_of_threads(config, data, threads_before)):
                 _train_on(data, test, config, out, earlier, tracker, progress, finish)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            ran_out = True
         finally:
             if tracker is not None:
                 tracker.finish()
+        if ran_out:  # only here, after the error, is the memory of what failed free
+            raise RunError(_advice_on_memory(config, data))
         run = runs.load_run(out) if first else Run(out, {}, {})
         return from_first(run, device)
 
@@ -137,39 +145,46 @@ def _train_on(
     if earlier is not None:
         before = GROUPS_BEFORE_THEY_WERE_RECORDED.get(config.model)
         groups = earlier.get("norm_num_groups", before)
-    try:
-        recorder = Recorder(
-            config,
-            data,
-            test,
-            out,
-            norm_num_groups=groups,
-            earlier=earlier,
-            tracker=tracker,
-        )
-        if recorder.first and earlier is not None and "data" in earlier:
-            for split, found in recorder.about["data"].items():
-                check_images(earlier["data"][split], found, f"{split} images of {config.data}", out)
-        recorder.about["compile"] = settle_compilation(recorder.state, data, config)
-        if recorder.about["compile"].startswith("no: "):
-            reason = recorder.about["compile"].removeprefix("no: ")
-            warnings.warn(f"training goes on uncompiled: {reason}", stacklevel=4)
-        # Claimed only now, so that a misspelled name or missing data leaves no half-made run behind.
-        with _claimed(out) if recorder.first else nullcontext():
-            if resume:
-                recorder.restore()
-            if recorder.first:
-                check_folder(config, out, resume)  # again, now that nobody else can write to it
-                recorder.begin()
-            recorder.summarise("running")
-            with stop_signals() as stopped:
-                _train_to_the_end(data, recorder, stopped, progress, finish)
-    except torch.OutOfMemoryError:
-        raise RunError(
-            f"batches of {config.batch_size} images in {config.accumulate} parts do not fit in the "
-            f"memory of {data.images.device}: --accumulate {2 * config.accumulate} takes the same "
-            "steps with less, in another --out; or use a smaller --batch-size or --model"
-        ) from None
+    recorder = Recorder(
+        config,
+        data,
+        test,
+        out,
+        norm_num_groups=groups,
+        earlier=earlier,
+        tracker=tracker,
+    )
+    if recorder.first and earlier is not None and "data" in earlier:
+        for split, found in recorder.about["data"].items():
+            check_images(earlier["data"][split], found, f"{split} images of {config.data}", out)
+    recorder.about["compile"] = settle_compilation(recorder.state, data, config)
+    if recorder.about["compile"].startswith("no: "):
+        reason = recorder.about["compile"].removeprefix("no: ")
+        warnings.warn(f"training goes on uncompiled: {reason}", stacklevel=4)
+    # Claimed only now, so that a misspelled name or missing data leaves no half-made run behind.
+    with _claimed(out) if recorder.first else nullcontext():
+        if resume:
+            recorder.restore()
+        if recorder.first:
+            check_folder(config, out, resume)  # again, now that nobody else can write to it
+            recorder.begin()
+        recorder.summarise("running")
+        with stop_signals() as stopped:
+            _train_to_the_end(data, recorder, stopped, progress, finish)
+
+
+def _advice_on_memory(config: TrainConfig, data: ImageData) -> str:
+    """What to do where memory ran out: the number of parts of a step that fits, found by trying."""
+    parts = 2 * config.accumulate
+    if rank_and_count()[1] == 1:
+        with warnings.catch_warnings(), suppress(RunError):
+            warnings.simplefilter("ignore")
+            parts = max(parts, fit_in_memory(config, data).accumulate)
+    return (
+        f"batches of {config.batch_size} images in {config.accumulate} parts do not fit in the "
+        f"memory of {data.images.device}: --accumulate {parts} takes the same steps with less, in "
+        "another --out; or use a smaller --batch-size or --model"
+    )
 
 
 @contextmanager

@@ -213,13 +213,17 @@ def log_error_factor(log_snr: Tensor, prediction_type: str, is_flow: bool = Fals
 def log_conversion(log_snr: Tensor, prediction_type: str, is_flow: bool = False) -> Tensor:
     """What a log-weight on the x0 error gains on the error of another target: (T,) to (T,).
 
-    The error of the target is log_error_factor larger, so the log-weight is less by as much. Raises
-    ValueError for epsilon where SNR = 0.
+    The error of the target is log_error_factor larger, so the log-weight is less by as much. Where
+    SNR = 0 the input is the noise, and an error in it says nothing about x0. A flow always ends
+    there, and epsilon gets the log-weight -inf at that level. On other schedules that is a choice,
+    and ValueError is raised for epsilon.
 
     >>> log_conversion(torch.tensor([2.0, -1.0]), "epsilon")
     tensor([-2.,  1.])
     """
     kind = canonical_prediction_type(prediction_type)
+    if kind == "epsilon" and is_flow:
+        return torch.where(torch.isneginf(log_snr), -math.inf, -log_snr)
     if kind == "epsilon" and bool(torch.isneginf(log_snr).any()):
         raise ValueError(
             "prediction_type='epsilon' has no weight where SNR = 0 (zero terminal SNR): the input there is the noise, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -67,7 +68,10 @@ def compare_weightings(
     unit = log_conversion(schedule.log_snr, prediction_type, schedule.is_flow)
     columns = {}
     for label, weighting in weightings.items():
-        on_x0 = weighting.weights().double().log() - weighting.log_conversion
+        conversion = weighting.log_conversion
+        on_x0 = weighting.weights().double().log() - conversion
+        # Epsilon at the end of a flow: whatever its weight there, none is on x0.
+        on_x0 = torch.where(torch.isneginf(conversion), -math.inf, on_x0)
         share = (on_x0 + unit).softmax(0)
         columns[label] = (share * len(share)).cpu().numpy()
     return DataFrame(columns).rename_axis("timestep")

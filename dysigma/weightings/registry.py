@@ -45,7 +45,7 @@ def make_weighting(
     the x0 error, like those of PREDEFINED. normalize=True: weights of mean 1 over timesteps; False:
     the formula's own scale. params: those of the weighting, by name. Raises KeyError for an unknown
     name, ImportError for a module that does not load, TypeError for what is no NoiseSchedule,
-    ValueError for an unknown or bad parameter, epsilon where SNR = 0, a target that the schedule
+    ValueError for an unknown or bad parameter, epsilon where SNR = 0 off the flow, a target that the schedule
     does not have, and weights all 0 or not finite.
 
     >>> weighting = make_weighting("p2", NoiseSchedule.linear(1000), "v_prediction", gamma=0.5)
