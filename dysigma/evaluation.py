@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .devices import in_parts_that_fit
 from .images import check_bytes, to_real
 from .objective import predict, sample_losses
 from .randomness import generator
@@ -85,9 +87,9 @@ def validation_losses(
     totals = torch.zeros(len(timesteps), dtype=torch.float64, device=images.device)
     # Every image at every timestep, in one long list that is cut into batches.
     count = len(images) * len(timesteps)
-    starts = range(0, count, batch_size)
-    for start in tqdm(starts, desc="losses", unit="batch", disable=not progress):
-        pairs = torch.arange(start, min(start + batch_size, count), device=images.device)
+
+    def measure(numbers: range) -> int:
+        pairs = torch.arange(numbers.start, min(numbers.stop, count), device=images.device)
         image = pairs % len(images)
         position = pairs // len(images)
         losses = sample_losses(
@@ -100,6 +102,11 @@ def validation_losses(
             **_model_kwargs(labels, image),
         )
         totals.index_add_(0, position, losses.double())
+        return len(pairs)
+
+    with tqdm(total=count, desc="losses", unit="img", disable=not progress) as bar:
+        for done in in_parts_that_fit(measure, count, batch_size):
+            bar.update(done)
     model.train(was_training)
     return totals.cpu() / len(images)
 
@@ -227,13 +234,30 @@ def _diffusion_nats(
         gap = torch.searchsorted(cumulative, u.to(device)).clamp(max=len(proposal) - 1)
         t = 1 + gap
         factor = half_gap[gap] / proposal[gap] / timesteps_per_image
-        for part in torch.arange(len(images), device=device).split(batch_size):
-            x_t = schedule.add_noise(x0[part], noise[part], t[part])
-            output = predict(model, x_t, t[part], **_model_kwargs(labels, part))
-            x0_hat = schedule.to_x0(output.float(), x_t, t[part], prediction_type)
-            squares = (x0_hat - x0[part]).double().square().flatten(1).sum(1)
-            nats[part] += factor[part] * squares
+        work = functools.partial(
+            _x0_squares, model, schedule, prediction_type, labels, x0, noise, t
+        )
+        squares = torch.cat(list(in_parts_that_fit(work, len(images), batch_size)))
+        nats += factor * squares
     return nats
+
+
+def _x0_squares(
+    model: nn.Module,
+    schedule: NoiseSchedule,
+    prediction_type: str,
+    labels: Tensor | None,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    numbers: range,
+) -> Tensor:
+    """|x0_hat - x0|^2 (n,) float64 of the images of some numbers."""
+    part = torch.arange(numbers.start, min(numbers.stop, len(x0)), device=x0.device)
+    x_t = schedule.add_noise(x0[part], noise[part], t[part])
+    output = predict(model, x_t, t[part], **_model_kwargs(labels, part))
+    x0_hat = schedule.to_x0(output.float(), x_t, t[part], prediction_type)
+    return (x0_hat - x0[part]).double().square().flatten(1).sum(1)
 
 
 def _prior_nats(images: Tensor, schedule: NoiseSchedule) -> Tensor:

@@ -434,6 +434,10 @@ def _race_specification(session: Session) -> dict[str, Any]:
         images = int(0.6 * rate * session.seconds_left() / trainings)
         batch_size = base["batch_size"]
         base["images"] = max(20, images // batch_size) * batch_size
+    known = {key: value for key, value in base.items() if key != "device"}
+    device = resolve_device(session.device)
+    config = session.config(**known)
+    base["accumulate"] = fit_in_memory(config, load_split(config, "train", device)).accumulate
     base["checkpoint_every"] = base["images"]
     base["validate_every"] = max(1, base["images"] // 10)
     base.pop("device", None)
