@@ -113,7 +113,7 @@ def test_targets_paths_and_samplers_make_up_the_grid_and_arms(tmp_path):
 
 
 def test_targets_weightings_and_samplers_are_raced_on_a_flow(tmp_path):
-    """Every kind of sampler on two targets, one of them on a shifted flow, from training to samples."""
+    """Every kind of sampler on three targets, one of them on a shifted flow, from training to samples."""
     change = {
         "seeds": [0],
         "base": SPEC["base"]
@@ -121,6 +121,7 @@ def test_targets_weightings_and_samplers_are_raced_on_a_flow(tmp_path):
         "grid": {
             "velocity": {"prediction": "flow_prediction"},
             "x0, shift 3": {"prediction": "sample", "shift": 3.0},
+            "noise": {"prediction": "epsilon"},
         },
         "arms": {
             "const-flow": {"weighting": "const-flow"},
