@@ -10,7 +10,6 @@ import json
 import os
 import pickle
 import random
-import re
 import shutil
 import socket
 import struct
@@ -27,6 +26,7 @@ import torch
 from diffusers import DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from words import in_order
 
 import dysigma
 from dysigma import pareto
@@ -120,12 +120,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     np.savez(tmp_path / "float.npz", images=np.zeros((4, 8, 8, 3)))
     np.savez(tmp_path / "few.npz", images=np.zeros((20, 8, 8), np.uint8))
     return tmp_path
-
-
-def in_order(words: str, message: str) -> bool:
-    """Whether a message has these words, in this order, whatever stands between them."""
-    pattern = ".*".join(re.escape(word) for word in words.split())
-    return re.search(pattern, message, re.IGNORECASE | re.DOTALL) is not None
 
 
 @pytest.mark.slow

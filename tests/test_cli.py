@@ -26,6 +26,7 @@ from diffusers import (
     UNet2DModel,
 )
 from safetensors.torch import load_file
+from words import in_order
 
 import dysigma
 import dysigma.evaluation
@@ -652,39 +653,30 @@ class Timeless(torch.nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "words"),
     [
-        (
-            [],
-            "takes 4 channels, and images have 1 or 3: networks on latents are not measured",
-        ),
-        (["--data=NPZ"], "is conditioned on 4 classes; plain.npz has none"),
-        (["--data=leaves"], "is conditioned on 4 classes; leaves has 10"),
-        (["--bins=1"], "--bins must be from 2 to 64; got 1"),
-        (["--bins=65"], "--bins must be from 2 to 64; got 65"),
-        (["--micro-batches=5"], "need micro_batches >= 6"),
-        (
-            ["--weighting=uncertainty"],
-            "--weighting takes a predefined one; uncertainty learns its weights in training",
-        ),
+        ([], "4 channels 1 or 3 latents"),
+        (["--data=NPZ"], "4 classes plain.npz none"),
+        (["--data=leaves"], "4 classes leaves 10"),
+        (["--bins=1"], "--bins 2 64 1"),
+        (["--bins=65"], "--bins 2 64 65"),
+        (["--micro-batches=5"], "micro_batches >= 6 5"),
+        (["--weighting=uncertainty"], "--weighting predefined uncertainty learns"),
         (["--weighting=min-srn"], "unknown weighting 'min-srn'"),
-        (
-            ["--out=PATH/sub"],
-            "lies in the pipeline's folder, which is left as it is; choose another --out",
-        ),
-        (["--num-images=0"], "train_images must be positive"),
+        (["--out=PATH/sub"], "pipeline's folder another --out"),
+        (["--num-images=0"], "train_images positive"),
     ],
 )
-def test_conflicts_refuses_bad_options(tmp_path, monkeypatch, capsys, options, message):
+def test_conflicts_refuses_bad_options(tmp_path, monkeypatch, capsys, options, words):
     monkeypatch.chdir(tmp_path)
     np.savez(tmp_path / "plain.npz", images=np.zeros((10, 8, 8, 3), np.uint8))
-    kind = {"in_channels": 4, "out_channels": 4} if "4 channels" in message else {}
-    kind |= {"num_class_embeds": 4} if "4 classes" in message else {}
+    kind = {"in_channels": 4, "out_channels": 4} if "4 channels" in words else {}
+    kind |= {"num_class_embeds": 4} if "4 classes" in words else {}
     path, before = a_pipeline(tmp_path / "p", **kind)
     options = [o.replace("NPZ", "plain.npz").replace("PATH", path) for o in options]
     assert main(["conflicts", path, *SMALL, *options]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("dysigma: ") and message in error
+    assert error.startswith("dysigma: ") and in_order(words, error), error
     assert contents(tmp_path / "p") == before and not (tmp_path / "conflicts-p").exists()
 
 
@@ -735,7 +727,6 @@ def test_conflicts_shows_networks_images_of_the_shape_they_take(
 
 
 def test_conflicts_refuses_other_pipelines_with_the_reason(tmp_path, capsys):
-    refused = "only networks on pixels that need timesteps, and classes at most, are measured"
     cross = {
         "down_block_types": ("CrossAttnDownBlock2D",) * 2,
         "up_block_types": ("CrossAttnUpBlock2D",) * 2,
@@ -744,16 +735,16 @@ def test_conflicts_refuses_other_pipelines_with_the_reason(tmp_path, capsys):
         **BLOCKS, **cross, cross_attention_dim=8, in_channels=3, out_channels=3
     )
     reasons = {
-        "prompted": f"needs encoder_hidden_states, as of a prompt; {refused}",
-        "latent": f"has a vqvae, for latents or prompts; {refused}",
-        "headless": "must have a unet or transformer, and a scheduler; it has ['scheduler']",
-        "damaged": "does not open as a diffusers pipeline: ",
-        "pickled": "does not open as a diffusers pipeline: Error no file named diffusion_pytorch_model.safetensors",
-        "stranger": "has a unet of os; no code but that of diffusers is run",
+        "prompted": "encoder_hidden_states prompt pixels",
+        "latent": "vqvae latents pixels",
+        "headless": "unet scheduler ['scheduler']",
+        "damaged": "does not open",
+        "pickled": "does not open safetensors",
+        "stranger": "unet of os no code",
         "continuous": "continuum of levels",
-        "edm": "has no alphas_cumprod",
-        "alone/unet": "is neither a run folder nor a diffusers pipeline (it has no model_index.json)",
-        "none": "is neither a run folder nor a diffusers pipeline",
+        "edm": "no alphas_cumprod",
+        "alone/unet": "neither run folder pipeline model_index.json",
+        "none": "neither run folder pipeline",
     }
     a_pipeline(tmp_path / "prompted", network=prompted)
     for name in ("latent", "headless", "damaged", "alone", "pickled", "stranger"):
@@ -772,7 +763,7 @@ def test_conflicts_refuses_other_pipelines_with_the_reason(tmp_path, capsys):
     for name, reason in reasons.items():
         assert main(["conflicts", str(tmp_path / name), *SMALL]) == 2, name
         error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith(f"dysigma: {tmp_path / name}") and reason in error, name
+        assert error.startswith(f"dysigma: {tmp_path / name}") and in_order(reason, error), error
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import diffusers
 import pytest
 import torch
 from torch import nn
+from toys import GaussianDenoiser
 
 from dysigma import devices, sampling
 from dysigma.evaluation import (
@@ -21,21 +22,6 @@ from dysigma.sampling import FLOW_SAMPLERS
 from dysigma.schedule import NoiseSchedule
 
 
-class Gaussian(nn.Module):
-    """Optimal denoiser of pixels ~ N(0, std^2), as an epsilon network."""
-
-    def __init__(self, schedule, std):
-        super().__init__()
-        self.schedule, self.std, self.dummy = schedule, std, nn.Parameter(torch.zeros(()))
-
-    def forward(self, x_t, timesteps):
-        timesteps = timesteps.long()
-        alpha, sigma = (
-            c[timesteps].view(-1, 1, 1, 1) for c in (self.schedule.alpha, self.schedule.sigma)
-        )
-        return sigma / (alpha**2 * self.std**2 + sigma**2) * x_t
-
-
 def gaussian_images(n, std, seed=0, size=8):
     x = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed)) * std
     return x.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
@@ -45,7 +31,7 @@ def test_validation_losses_equal_the_known_optimum():
     schedule = NoiseSchedule.linear()
     timesteps = evaluation_timesteps(1000, 5)
     losses = validation_losses(
-        Gaussian(schedule, 0.25), gaussian_images(64, 0.25), schedule, timesteps=timesteps
+        GaussianDenoiser(schedule, 0.25), gaussian_images(64, 0.25), schedule, timesteps=timesteps
     )
     snr = schedule.log_snr[timesteps].exp()
     torch.testing.assert_close(losses, snr / (snr + 1 / 0.25**2), rtol=0.03, atol=0)
@@ -54,7 +40,7 @@ def test_validation_losses_equal_the_known_optimum():
 def test_validation_losses_do_not_depend_on_the_batch_size_or_the_mode():
     schedule = NoiseSchedule.cosine()
     model, images, timesteps = (
-        Gaussian(schedule, 0.3),
+        GaussianDenoiser(schedule, 0.3),
         gaussian_images(6, 0.3),
         evaluation_timesteps(1000, 7),
     )
@@ -69,7 +55,7 @@ def test_validation_losses_do_not_depend_on_the_batch_size_or_the_mode():
 def test_elbo_equals_its_closed_form_for_gaussian_pixels_and_bounds_their_entropy():
     schedule, std = NoiseSchedule.linear(), 0.25
     bound = elbo(
-        Gaussian(schedule, std), gaussian_images(128, std), schedule, timesteps_per_image=50
+        GaussianDenoiser(schedule, std), gaussian_images(128, std), schedule, timesteps_per_image=50
     )
     snr = schedule.log_snr.exp()
     diffusion = float((0.5 * (snr[:-1] - snr[1:]) / (snr[1:] + std**-2)).sum()) / math.log(2)
@@ -80,7 +66,10 @@ def test_elbo_equals_its_closed_form_for_gaussian_pixels_and_bounds_their_entrop
         bound.bits_per_dim, bound.diffusion + bound.prior + bound.reconstruction, rel_tol=1e-9
     )
     wrong = elbo(
-        Gaussian(schedule, 2 * std), gaussian_images(128, std), schedule, timesteps_per_image=50
+        GaussianDenoiser(schedule, 2 * std),
+        gaussian_images(128, std),
+        schedule,
+        timesteps_per_image=50,
     )
     assert wrong.bits_per_dim > bound.bits_per_dim + 0.05
 
@@ -88,7 +77,7 @@ def test_elbo_equals_its_closed_form_for_gaussian_pixels_and_bounds_their_entrop
 def test_elbo_is_refused_where_it_does_not_exist():
     schedule = NoiseSchedule.linear(zero_terminal_snr=True)
     with pytest.raises(ValueError, match="zero SNR"):
-        elbo(Gaussian(schedule, 1.0), gaussian_images(2, 0.2), schedule)
+        elbo(GaussianDenoiser(schedule, 1.0), gaussian_images(2, 0.2), schedule)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -96,7 +85,7 @@ def test_samplers_recover_the_deviation_of_gaussian_data(sampler):
     schedule = NoiseSchedule.linear()
     steps = 250
     images = sample_images(
-        Gaussian(schedule, 0.25), schedule, (64, 3, 8, 8), sampler=sampler, num_steps=steps
+        GaussianDenoiser(schedule, 0.25), schedule, (64, 3, 8, 8), sampler=sampler, num_steps=steps
     )
     deviation = float(images.double().div(127.5).sub(1).std())
     assert math.isclose(deviation, 0.25, rel_tol=0.05), deviation
@@ -104,7 +93,7 @@ def test_samplers_recover_the_deviation_of_gaussian_data(sampler):
 
 def test_samples_are_a_function_of_seed_and_image_number():
     schedule = NoiseSchedule.linear()
-    model = Gaussian(schedule, 0.25)
+    model = GaussianDenoiser(schedule, 0.25)
     few = sample_images(model, schedule, (3, 3, 4, 4), num_steps=5, seed=1, batch_size=2)
     many = sample_images(model, schedule, (5, 3, 4, 4), num_steps=5, seed=1)
     assert (few.int() - many[:3].int()).abs().max() <= 1
@@ -138,26 +127,20 @@ def test_where_memory_runs_out_fewer_images_are_drawn_at_once():
 
 
 def test_heun_evaluates_the_network_as_often_as_asked_or_once_less():
-    schedule, calls = NoiseSchedule.linear(), []
-
-    class Counted(Gaussian):
-        def forward(self, x_t, timesteps):
-            calls.append(int(timesteps[0]))
-            return super().forward(x_t, timesteps)
-
+    schedule = NoiseSchedule.linear()
     for steps, made in ((7, 7), (8, 7), (1, 1)):
-        calls.clear()
-        sample_images(
-            Counted(schedule, 0.25), schedule, (2, 3, 4, 4), sampler="heun", num_steps=steps
-        )
-        assert len(calls) == made
-    assert calls == [999]
+        network = GaussianDenoiser(schedule, 0.25)
+        sample_images(network, schedule, (2, 3, 4, 4), sampler="heun", num_steps=steps)
+        assert len(network.calls) == made
+    assert network.calls == [999]
 
 
 def test_every_image_has_a_label_of_its_own():
     schedule = NoiseSchedule.linear()
     with pytest.raises(ValueError, match=r"label.*5 images.*2"):
-        sample_images(Gaussian(schedule, 0.25), schedule, (5, 3, 4, 4), labels=torch.tensor([0, 1]))
+        sample_images(
+            GaussianDenoiser(schedule, 0.25), schedule, (5, 3, 4, 4), labels=torch.tensor([0, 1])
+        )
 
 
 def test_a_network_that_has_classes_draws_them_in_turn_unless_told():
@@ -181,7 +164,7 @@ def test_a_network_that_has_classes_draws_them_in_turn_unless_told():
 def test_a_compiled_network_gives_the_same_samples_from_batches_of_one_size(sampler, monkeypatch):
     schedule, sizes = NoiseSchedule.cosine(), []
 
-    class Seen(Gaussian):
+    class Seen(GaussianDenoiser):
         def forward(self, x_t, timesteps):
             sizes.append(len(x_t))
             return super().forward(x_t, timesteps)
@@ -200,18 +183,7 @@ def test_a_compiled_network_gives_the_same_samples_from_batches_of_one_size(samp
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_a_zero_terminal_snr_schedule_is_sampled_or_refused(sampler):
     schedule = NoiseSchedule.linear(zero_terminal_snr=True)
-    model = Gaussian(schedule, 0.25)
-    velocity = nn.Module()
-    velocity.dummy = nn.Parameter(torch.zeros(()))
-
-    def forward(x_t, timesteps):
-        alpha, sigma = (
-            c[timesteps.long()].view(-1, 1, 1, 1) for c in (schedule.alpha, schedule.sigma)
-        )
-        noise = model(x_t, timesteps)
-        return alpha * noise - sigma * (alpha * 0.25**2 / (alpha**2 * 0.25**2 + sigma**2) * x_t)
-
-    velocity.forward = forward
+    velocity = GaussianDenoiser(schedule, 0.25, "v_prediction")
     options = {"prediction_type": "v", "num_steps": 250}
     images = sample_images(velocity, schedule, (64, 3, 8, 8), sampler=sampler, **options)
     assert math.isclose(float(images.double().div(127.5).sub(1).std()), 0.25, rel_tol=0.05)
@@ -221,7 +193,7 @@ def test_a_zero_terminal_snr_schedule_is_sampled_or_refused(sampler):
 
 
 def test_a_broken_network_gives_no_black_images():
-    class Broken(Gaussian):
+    class Broken(GaussianDenoiser):
         def forward(self, x_t, timesteps):
             return x_t * float("nan")
 
@@ -250,33 +222,6 @@ def test_many_samples_are_compiled_only_where_that_works(monkeypatch, capability
 # --- rectified flows ---------------------------------------------------------------------------------------------------
 
 
-class Optimal(nn.Module):
-    """Optimal denoiser of pixels ~ N(0, std^2), of any target on any path."""
-
-    def __init__(self, schedule, std, kind):
-        super().__init__()
-        self.schedule, self.std, self.kind = schedule, std, kind
-        self.dummy = nn.Parameter(torch.zeros(()))
-        self.calls = []
-
-    def forward(self, x_t, timesteps):
-        self.calls.append(int(timesteps[0]))
-        t = timesteps.long()
-        alpha = self.schedule.alpha[t].view(-1, 1, 1, 1)
-        sigma = self.schedule.sigma[t].view(-1, 1, 1, 1)
-        variance = alpha**2 * self.std**2 + sigma**2
-        x0 = alpha * self.std**2 / variance * x_t
-        noise = sigma / variance * x_t
-        velocity = alpha * noise - sigma * x0
-        outputs = {
-            "sample": x0,
-            "epsilon": noise,
-            "flow_prediction": noise - x0,
-            "v_prediction": velocity,
-        }
-        return outputs[self.kind]
-
-
 FLOW_KINDS = ("flow_prediction", "sample", "epsilon", "v_prediction")
 
 
@@ -290,7 +235,11 @@ def test_validation_losses_on_a_flow_equal_the_known_optimum(kind):
     schedule, std = NoiseSchedule.flow(1000), 0.25
     timesteps = evaluation_timesteps(1000, 5)
     losses = validation_losses(
-        Optimal(schedule, std, kind), gaussian_images(64, std), schedule, kind, timesteps=timesteps
+        GaussianDenoiser(schedule, std, kind),
+        gaussian_images(64, std),
+        schedule,
+        kind,
+        timesteps=timesteps,
     )
     s = schedule.sigma[timesteps].double()
     variance = (1 - s) ** 2 * std**2 + s**2
@@ -309,9 +258,11 @@ def test_the_elbo_of_a_flow_is_that_of_the_diffusion_with_its_snr(kind):
     if kind == "epsilon":
         flow = no_zero(flow)
     diffusion = NoiseSchedule(flow.alphas_cumprod)
-    on_flow = elbo(Optimal(flow, std, kind), images, flow, kind, timesteps_per_image=10)
+    on_flow = elbo(GaussianDenoiser(flow, std, kind), images, flow, kind, timesteps_per_image=10)
     same = "epsilon" if kind == "epsilon" else "sample"
-    wanted = elbo(Optimal(diffusion, std, same), images, diffusion, same, timesteps_per_image=10)
+    wanted = elbo(
+        GaussianDenoiser(diffusion, std, same), images, diffusion, same, timesteps_per_image=10
+    )
     for value, other in zip(on_flow, wanted, strict=True):
         assert math.isclose(value, other, rel_tol=1e-4, abs_tol=1e-6)
 
@@ -319,7 +270,7 @@ def test_the_elbo_of_a_flow_is_that_of_the_diffusion_with_its_snr(kind):
 def test_the_elbo_of_a_flow_is_its_closed_form():
     schedule, std = NoiseSchedule.flow(1000), 0.25
     bound = elbo(
-        Optimal(schedule, std, "flow_prediction"), gaussian_images(128, std), schedule, "flow",
+        GaussianDenoiser(schedule, std, "flow_prediction"), gaussian_images(128, std), schedule, "flow",
         timesteps_per_image=50,
     )  # fmt: skip
     snr = schedule.log_snr.exp()
@@ -330,7 +281,7 @@ def test_the_elbo_of_a_flow_is_its_closed_form():
 
 def test_the_elbo_of_one_image_has_no_standard_error():
     schedule = NoiseSchedule.linear(100)
-    bound = elbo(Gaussian(schedule, 0.25), gaussian_images(1, 0.25), schedule)
+    bound = elbo(GaussianDenoiser(schedule, 0.25), gaussian_images(1, 0.25), schedule)
     assert math.isfinite(bound.bits_per_dim) and math.isnan(bound.standard_error)
 
 
@@ -339,7 +290,7 @@ def test_the_elbo_of_one_image_has_no_standard_error():
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_samplers_on_a_flow_recover_the_deviation_of_gaussian_data(sampler, kind, shift):
     schedule = NoiseSchedule.flow(1000, shift=shift)
-    network = Optimal(schedule, 0.25, kind)
+    network = GaussianDenoiser(schedule, 0.25, kind)
     images = sample_images(
         network, schedule, (64, 3, 8, 8), prediction_type=kind, sampler=sampler, num_steps=100
     )
@@ -355,7 +306,7 @@ def test_euler_on_a_flow_is_ddim_on_the_diffusion_of_the_same_snr():
     diffusion = NoiseSchedule(flow.alphas_cumprod)
     drawn = [
         sample_images(
-            Optimal(schedule, 0.2, "sample"), schedule, (8, 3, 8, 8), prediction_type="sample", num_steps=20
+            GaussianDenoiser(schedule, 0.2, "sample"), schedule, (8, 3, 8, 8), prediction_type="sample", num_steps=20
         )
         for schedule in (flow, diffusion)
     ]  # fmt: skip
@@ -365,7 +316,7 @@ def test_euler_on_a_flow_is_ddim_on_the_diffusion_of_the_same_snr():
 
 def test_heun_on_a_flow_is_heun():
     schedule, std = NoiseSchedule.flow(40), 0.2
-    network = Optimal(schedule, std, "flow_prediction")
+    network = GaussianDenoiser(schedule, std, "flow_prediction")
     found = sample_images(
         network, schedule, (2, 1, 4, 4), prediction_type="flow", sampler="heun", num_steps=9, seed=5
     )
@@ -407,7 +358,7 @@ def test_the_solver_that_takes_quantiles_gets_no_larger_batches_than_it_can_take
     monkeypatch.setattr(sampling, "_LARGEST_QUANTILE", 3 * 4 * 4 * 2 + 5)
     schedule, sizes = NoiseSchedule.linear(), set()
 
-    class Seen(Gaussian):
+    class Seen(GaussianDenoiser):
         def forward(self, x_t, timesteps):
             sizes.add(len(x_t))
             return super().forward(x_t, timesteps)

@@ -5,27 +5,10 @@ import math
 import pytest
 import torch
 from torch import nn
+from toys import GaussianDenoiser
 
 from dysigma.objective import OutputLayerGradients, predict, sample_losses
 from dysigma.schedule import NoiseSchedule
-
-
-class GaussianDenoiser(nn.Module):
-    """The optimal denoiser of x0 ~ N(0, std^2), in any of the three prediction types."""
-
-    def __init__(self, schedule: NoiseSchedule, std: float, prediction_type: str) -> None:
-        super().__init__()
-        self.schedule, self.std, self.prediction_type = schedule, std, prediction_type
-
-    def forward(self, x_t, timesteps):
-        alpha, sigma = (
-            c[timesteps].view(-1, 1) for c in (self.schedule.alpha, self.schedule.sigma)
-        )
-        x0 = alpha * self.std**2 / (alpha**2 * self.std**2 + sigma**2) * x_t
-        noise = (x_t - alpha * x0) / sigma
-        return {"sample": x0, "epsilon": noise, "v_prediction": alpha * noise - sigma * x0}[
-            self.prediction_type
-        ]
 
 
 def draws(size=512):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .common import add_command, prepare_figure, read_pairs
-from .schedules import _add_sampler, _add_schedule, _read_schedule
+from .schedules import add_sampler, add_schedule, read_schedule
 
 if TYPE_CHECKING:
     from .common import Commands
@@ -42,8 +42,8 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--params", nargs="+", default=[], metavar="NAME=VALUE", help="of the claim, as gamma=5"
     )
-    _add_schedule(parser)
-    _add_sampler(parser)
+    add_schedule(parser)
+    add_sampler(parser)
     parser.add_argument(
         "--as",
         dest="as_",
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.figure:
         prepare_figure(args.figure)
-    schedule = _read_schedule(args, args.target)
+    schedule = read_schedule(args, args.target)
     function = args.function
     if function not in WEIGHTINGS:
         function = find_named(function, WEIGHTINGS, "weight function")

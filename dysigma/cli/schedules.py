@@ -11,7 +11,8 @@ from ..schedule import NoiseSchedule, canonical_prediction_type, make_schedule
 from .common import read_pairs
 
 
-def _add_schedule(parser: argparse.ArgumentParser) -> None:
+def add_schedule(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name a schedule."""
     either = parser.add_mutually_exclusive_group()
     either.add_argument(
         "--schedule",
@@ -34,7 +35,8 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _read_schedule(args: argparse.Namespace, target: str) -> NoiseSchedule:
+def read_schedule(args: argparse.Namespace, target: str) -> NoiseSchedule:
+    """The schedule that they name; by default one that the target is usual on."""
     params = read_pairs(args.schedule_params)
     if args.scheduler is not None:
         if params:
@@ -64,7 +66,8 @@ def _load_scheduler(path: Path) -> Any:
     return scheduler.from_config(config)
 
 
-def _add_sampler(parser: argparse.ArgumentParser) -> None:
+def add_sampler(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name a density of timesteps."""
     parser.add_argument(
         "--timestep-sampler", metavar="NAME", help="density of timesteps (default: uniform)"
     )

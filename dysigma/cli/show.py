@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .common import add_command, prepare_figure, read_pairs
-from .schedules import _add_sampler, _add_schedule, _read_schedule
+from .schedules import add_sampler, add_schedule, read_schedule
 
 if TYPE_CHECKING:
     from .common import Commands
@@ -36,8 +36,8 @@ def add(commands: Commands) -> None:
         metavar="TARGET",
         help="of the network (default: epsilon)",
     )
-    _add_sampler(parser)
-    _add_schedule(parser)
+    add_sampler(parser)
+    add_schedule(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="figure to write")
 
 
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.out:
         prepare_figure(args.out)
-    schedule = _read_schedule(args, args.prediction)
+    schedule = read_schedule(args, args.prediction)
     weighting = make_weighting(
         args.weighting, schedule, args.prediction, **read_pairs(args.weighting_params)
     )

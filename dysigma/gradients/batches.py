@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bins import Bins
+from ..checks import check_number
 from ..data.dataset import ImageData
 from ..images import check_pixels, to_real
 from ..objective import sample_losses
@@ -57,12 +57,7 @@ def spans(edges: list[int]) -> list[str]:
 
 def check_count(name: str, value: Any, least: int) -> int:
     """value as an int of at least `least`; NumPy and torch integers count. ValueError otherwise."""
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise ValueError(f"need {name} >= {least}, an integer; got {value!r}") from None
-    if count < least:
-        raise ValueError(f"need {name} >= {least}; got {count}")
+    count: int = check_number(name, value, least, int, inclusive=True)
     return count
 
 
@@ -80,7 +75,7 @@ def resolve_bins(schedule: NoiseSchedule, bins: int | Bins) -> Bins:
     """
     total = schedule.num_timesteps
     if not isinstance(bins, Bins):
-        bins = Bins.uniform(total, check_count("bins", bins, 1))
+        bins = Bins.uniform(total, bins)
     if bins.edges[-1] != total:
         raise ValueError(
             f"need bins that end at the schedule's {total} timesteps; got edges {bins.edges.tolist()}"
@@ -113,6 +108,25 @@ def check_model_kwargs(model_kwargs: ModelKwargs, count: int) -> None:
             raise ValueError(
                 f"model_kwargs must be tensors with one row for each of {count} images; {name} has {got}"
             )
+
+
+def check_request(
+    model: nn.Module,
+    images: Images,
+    schedule: NoiseSchedule,
+    bins: int | Bins,
+    prediction_type: str,
+    model_kwargs: ModelKwargs,
+) -> tuple[Tensor, Bins, str]:
+    """The images as a tensor, the bins, and the prediction type by its own name, if a measurement can be made of these.
+
+    Raises ValueError or TypeError, in one line, for anything that would fail later.
+    """
+    table = image_table(images)
+    check_model(model, schedule, table)
+    check_model_kwargs(model_kwargs, len(table))
+    kind = schedule.canonical(prediction_type)
+    return table, resolve_bins(schedule, bins), kind
 
 
 def draw_batches(

@@ -17,11 +17,8 @@ from .batches import (
     ModelKwargs,
     batch_losses,
     check_count,
-    check_model,
-    check_model_kwargs,
+    check_request,
     draw_batches,
-    image_table,
-    resolve_bins,
 )
 from .estimator import GramianAccumulator, layer_group, sum_over_ranks, without_ranks
 from .optimizer import adam_step
@@ -108,11 +105,7 @@ def conflicts(
     micro_batches = check_count("micro_batches", micro_batches, 6)
     batch_per_bin = check_count("batch_per_bin", batch_per_bin, 1)
     seed = check_count("seed", seed, 0)
-    table = image_table(images)
-    check_model(model, schedule, table)
-    check_model_kwargs(model_kwargs, len(table))
-    kind = schedule.canonical(prediction_type)
-    cut = resolve_bins(schedule, bins)
+    table, cut, kind = check_request(model, images, schedule, bins, prediction_type, model_kwargs)
     weights = _loss_weights(weighting, schedule, kind)
 
     network = without_ranks(model)

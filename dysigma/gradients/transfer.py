@@ -18,11 +18,8 @@ from .batches import (
     ModelKwargs,
     batch_losses,
     check_count,
-    check_model,
-    check_model_kwargs,
+    check_request,
     draw_batches,
-    image_table,
-    resolve_bins,
     spans,
 )
 from .estimator import without_ranks
@@ -92,11 +89,7 @@ def negative_transfer(
     batch_size = check_count("batch_size", batch_size, 1)
     samples_per_bin = check_count("samples_per_bin", samples_per_bin, 2)
     seed = check_count("seed", seed, 0)
-    table = image_table(images)
-    check_model(model, schedule, table)
-    check_model_kwargs(model_kwargs, len(table))
-    kind = schedule.canonical(prediction_type)
-    cut = resolve_bins(schedule, bins)
+    table, cut, kind = check_request(model, images, schedule, bins, prediction_type, model_kwargs)
     held_out = draw_batches(table, cut, samples_per_bin, seed, 0, paired=False)
 
     def losses(network: nn.Module, batch: BinBatch) -> Tensor:
