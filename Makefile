@@ -11,6 +11,8 @@ CONSTRAINTS ?= constraints.txt
 PYTEST_FLAGS ?= -n 2
 # What `make quick` tests: what a new weighting or sampler can break. Another room: make quick QUICK=tests/test_schedule.py
 QUICK ?= $(addprefix tests/test_,architecture.py bins.py objective.py samplers.py weightings.py) dysigma/weightings dysigma/samplers.py
+# It imports the whole package in a process of its own.
+NOT_QUICK := tests/test_architecture.py::test_importing_every_module_loads_nothing_slow
 # Replaces lines of `make lowest`: torch==2.13.0 where the lowest torch has no small build.
 LOWEST ?=
 
@@ -47,7 +49,7 @@ slow: $(STAMP)  ## the tests that train, race, compile or kill whole runs; befor
 
 quick: $(STAMP)  ## lint, and the tests of the core without the slow ones: for the time between two edits
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q $(PYTEST_FLAGS) -m "not slow" $(QUICK)
+	$(BIN)/python -m pytest -q $(PYTEST_FLAGS) -m "not slow" --deselect $(NOT_QUICK) $(QUICK)
 
 check-docs: $(STAMP)  ## rules of documents: commands of the README run, pages and sources agree, figures and links exist
 	$(BIN)/python -m pytest -q $(PYTEST_FLAGS) -m "not slow" tests/docs

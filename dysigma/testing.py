@@ -114,6 +114,7 @@ def _eval_mode(weighting: Weighting, fresh: Weighting) -> None:
 
 
 def _state_dict(weighting: Weighting, fresh: Weighting) -> None:
+    fresh = copy.deepcopy(fresh)
     fresh.load_state_dict(weighting.state_dict())
     _equal(_state(fresh), _state(weighting))
     _equal(_state(_trained(fresh, 3, 4)), _state(_trained(weighting, 3, 4)))
@@ -199,6 +200,7 @@ def _not_finite(weighting: Weighting, fresh: Weighting) -> None:
 
 def _zero(weighting: Weighting, fresh: Weighting) -> None:
     """Samples with a loss of exactly 0, as a mask leaves them: some, a whole bin, a whole batch."""
+    fresh = copy.deepcopy(fresh)
     losses, timesteps, importance = _batch(8)
     for mask in (timesteps % 3 > 0, timesteps < NUM_TIMESTEPS // 2, torch.zeros_like(timesteps)):
         weighting.zero_grad()
@@ -235,7 +237,7 @@ def _device(weighting: Weighting, fresh: Weighting) -> None:
     weighting.to("meta")(*(column.detach().to("meta") for column in _batch(7)))
 
 
-# Of a weighting and a fresh one of its kind.
+# Of a weighting, which is the law's own, and a fresh one of its kind, which must stay as it is.
 LAWS: dict[str, Law] = {
     "weights() is a table of mean 1": _table,
     "the gradient of a loss is its weight over the batch size": _gradient,
@@ -251,6 +253,8 @@ LAWS: dict[str, Law] = {
     "levels between timesteps have weights of their own": _between,
     "nothing waits for the device": _device,
 }
+# A law without numbers, for which what is trained is no other case than what is not.
+NUMBERLESS = "nothing waits for the device"
 
 
 # ---------------------------------------------------------------- the report
@@ -301,7 +305,7 @@ class Report:
 
 
 class _Case:
-    """A weighting for one schedule and target, after so many steps; every law gets copies of it."""
+    """A weighting for one schedule and target, after so many steps; every law gets a copy of it."""
 
     def __init__(self, fresh: Weighting, steps: int) -> None:
         self.fresh = fresh
@@ -313,7 +317,7 @@ class _Case:
         return _trained(copy.deepcopy(self.fresh), 0, self.steps)
 
     def try_law(self, law: Law) -> None:
-        law(copy.deepcopy(self.trained), copy.deepcopy(self.fresh))
+        law(copy.deepcopy(self.trained), self.fresh)
 
 
 def _cases(make: Make) -> list[_Case]:
@@ -331,6 +335,8 @@ def _cases(make: Make) -> list[_Case]:
 def _try(law: str, cases: list[_Case]) -> Verdict:
     """The law in every case, up to the first that breaks it."""
     for case in cases:
+        if law == NUMBERLESS and case.steps > 0:
+            continue
         try:
             case.try_law(LAWS[law])
         except Exception as error:  # of any kind: the code under test is someone else's

@@ -628,6 +628,12 @@ def test_a_sampler_of_a_contributor_is_made_with_its_own_parameters(monkeypatch)
 def test_copies_and_low_precision_keep_the_probabilities(name):
     sampler = SAMPLERS[name]
     assert torch.equal(copy.deepcopy(sampler).half().probabilities(), sampler.probabilities())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", every())
+def test_a_compiled_sampler_draws_the_same(name):
+    sampler = SAMPLERS[name]
     torch._dynamo.reset()
     u = torch.rand(8, generator=torch.Generator().manual_seed(0))
     compiled = torch.compile(sampler, fullgraph=True, backend="eager")
