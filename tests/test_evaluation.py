@@ -104,7 +104,7 @@ def test_where_memory_runs_out_fewer_images_are_drawn_at_once():
     schedule = NoiseSchedule.linear(100)
     seen = []
 
-    class Small(Gaussian):
+    class Small(GaussianDenoiser):
         """No more than three images at once fit."""
 
         def forward(self, x, timesteps):
@@ -113,7 +113,7 @@ def test_where_memory_runs_out_fewer_images_are_drawn_at_once():
             seen.append(len(x))
             return super().forward(x, timesteps)
 
-    wanted = sample_images(Gaussian(schedule, 0.25), schedule, (11, 3, 4, 4), num_steps=2)
+    wanted = sample_images(GaussianDenoiser(schedule, 0.25), schedule, (11, 3, 4, 4), num_steps=2)
     found = sample_images(Small(schedule, 0.25), schedule, (11, 3, 4, 4), num_steps=2)
     assert torch.equal(found, wanted) and set(seen) == {2, 1}
 
