@@ -230,19 +230,20 @@ def heatmap(
     limit: float = 1,
     unit: str = "cosine",
     colorbar: bool = True,
+    numbers: bool = True,
 ) -> Axes:
     """A signed matrix (R, C) on a diverging map from -limit to limit, with ``seaborn.heatmap``.
 
-    Numbers are written into cells up to 12 x 12; NaN (unknown) is hatched. labels: of rows and columns. The cell of
-    row r and column c has its centre at (c + 0.5, r + 0.5).
+    Numbers are written into cells up to 12 x 12, unless `numbers` is False; NaN (unknown) is hatched. labels: of
+    rows and columns. The cell of row r and column c has its centre at (c + 0.5, r + 0.5).
     """
     import seaborn as sns
 
     values = np.asarray(matrix, dtype=float)
     texts: Any = False
-    if max(values.shape) <= 12:
-        numbers = [f"{value:.2f}".replace("-", "\N{MINUS SIGN}") for value in values.flat]
-        texts = np.reshape(numbers, values.shape)
+    if numbers and max(values.shape) <= 12:
+        written = [f"{value:.2f}".replace("-", "\N{MINUS SIGN}") for value in values.flat]
+        texts = np.reshape(written, values.shape)
     ticks: Any = list(labels) if labels else True
     # Cells without a value are left out, so the hatched background shows.
     ax.patch.set(facecolor="white", edgecolor="0.5", hatch="////", linewidth=0)

@@ -25,7 +25,7 @@
 # **You need** log-SNR from [01](01_forward_process_and_snr.ipynb) and the training step of
 # [07](07_train_a_compact_ddpm.ipynb). [02](02_one_network_many_objectives.ipynb) shows why the question matters.
 #
-# **Time** reading 25 min · running about 150 s (short run 35 s) on one CPU core · memory under 1 GB.
+# **Time** reading 25 min · running about 100 s (short run 25 s) on one CPU core · memory under 1 GB.
 #
 # **Functions introduced** `dysigma.conflicts`, `dysigma.gradients.bin_gramian`, `bin_timesteps`, `cosine_matrix`.
 
@@ -63,11 +63,11 @@ config = TrainConfig(
     data="leaves",
     image_size=8,
     model="micro",
-    images=lesson.fast(16_000, 3_200),
+    images=lesson.fast(9_600, 3_200),
     lr=2e-3,
     device="cpu",
 )
-is_default = config.lr == 2e-3 and config.images == 16_000
+is_default = config.lr == 2e-3 and config.images == 9_600
 data = leaves(4096, size=8)
 schedule = NoiseSchedule.linear(1000)
 seeds = range(lesson.fast(3, 2))
@@ -157,7 +157,7 @@ ax.minorticks_off()
 lesson.show(
     fig,
     "08_angle",
-    title="Few samples make opposed gradients look orthogonal",
+    title="Few samples make opposed gradients look less opposed",
     caption="Cosine of the gradients at t = 80 and t = 700 of one network, several fresh batches for each size. Black: "
     "their mean. It moves towards 0 as batches get smaller.",
     alt="Dots of measured cosines against the number of samples. At 4 samples they scatter about a mean close to zero, "
@@ -342,12 +342,17 @@ torch.testing.assert_close(
 
 lengths = pd.DataFrame(
     {
-        "true": gramian.diagonal(),
-        "naive": naive_gramian.diagonal(),
-        "debiased": debiased.diagonal(),
+        "true": 1000 * gramian.diagonal(),
+        "naive": 1000 * naive_gramian.diagonal(),
+        "debiased": 1000 * debiased.diagonal(),
     }
 ).T
-lesson.table(lengths, caption="Squared lengths of the ten gradients, one batch", mark="debiased")
+lesson.table(
+    lengths,
+    caption="1000 × squared lengths of the ten gradients, one batch",
+    mark="debiased",
+    digits=1,
+)
 
 # %% [markdown]
 # The naive squared lengths are too large where the true ones are small. The debiased ones are right on average. They
@@ -551,6 +556,7 @@ lesson.table(
 if is_default:
     assert means.loc["before training", "sure conflict"] == 0, "no conflict before training"
     assert means.loc["end, averaged", "sure conflict"] > 0.2, "conflict at the averaged weights"
+    assert means.loc["end, averaged", "length-weighted"] > -1 / 9, "not at a minimum yet"
     assert means.loc["end", "sure conflict"] < means.loc["end, averaged", "sure conflict"], (
         "the raw weights of the same runs must show less conflict"
     )
@@ -576,23 +582,29 @@ few_samples = few.settings["micro_batches"] * 4
 many_samples = many.settings["micro_batches"] * many.settings["batch_per_bin"]
 labels = [f"{value:.0f}".replace("-", "−") for value in many.log_snr]
 
-fig, axes = plt.subplots(1, 3, figsize=(15, 5.2))
-plots.heatmap(axes[0], few.cosine, labels=labels, colorbar=False)
-plots.heatmap(axes[1], few.cosine_debiased, labels=labels, colorbar=False)
-plots.heatmap(axes[2], many.cosine_debiased, labels=labels, colorbar=False)
-axes[0].set(title=f"naive, {few_samples} samples a bin", ylabel="log-SNR (clean → noisy)")
-axes[1].set(title=f"debiased, {few_samples} samples a bin")
-axes[2].set(title=f"debiased, {many_samples} samples a bin")
-for ax in axes:
-    ax.set_xlabel("log-SNR (clean → noisy)")
+fig = plt.figure(figsize=(10.5, 6.4))
+grid = fig.add_gridspec(2, 2, width_ratios=[1, 2.15], hspace=0.32, wspace=0.22)
+upper_left = fig.add_subplot(grid[0, 0])
+lower_left = fig.add_subplot(grid[1, 0])
+large = fig.add_subplot(grid[:, 1])
+plots.heatmap(upper_left, few.cosine, labels=labels, colorbar=False, numbers=False)
+plots.heatmap(lower_left, few.cosine_debiased, labels=labels, colorbar=False, numbers=False)
+plots.heatmap(large, many.cosine_debiased, labels=labels, colorbar=False)
+upper_left.set_title(f"naive, {few_samples} samples a bin")
+lower_left.set_title(f"debiased, the same {few_samples} samples")
+large.set_title(f"debiased, {many_samples} samples a bin")
+for small in (upper_left, lower_left):
+    small.tick_params(labelsize=8)
+lower_left.set_xlabel("log-SNR (clean → noisy)")
+large.set(xlabel="log-SNR of the bin (clean → noisy)", ylabel="log-SNR of the bin")
 lesson.show(
     fig,
     "08_matrices",
-    title="The naive matrix looks like an answer; most of it is not known",
-    caption="Cosines between ten bins of one network. Red agrees, blue conflicts, hatched is undetermined. From the same "
-    "samples, the naive matrix (left) fills in what the debiased one (middle) leaves open. Right: many samples.",
-    alt="Three ten by ten matrices of cosines. The left one is mostly pale, the middle one mostly hatched, the right one "
-    "has strong red blocks and strong blue cells.",
+    title=f"The naive matrix pales the conflicts, and fills in {few.undetermined} of 45 pairs that are not known",
+    caption="Cosines between ten bins of one network. Red agrees, blue conflicts, hatched is undetermined. Left: one set of "
+    "samples, read in two ways. Right: many samples.",
+    alt="Three ten by ten matrices of cosines. The upper left one is paler, the lower left one partly hatched. The "
+    "large one on the right has strong red blocks and strong blue cells.",
 )
 
 # %%
@@ -637,17 +649,19 @@ between, own = np.mean(ratios, axis=0)
 print(f"bins that are alike: mean inner product over mean squared length = {between / own:.2f}")
 if is_default:
     assert abs(between / own - 1) < 0.4, "bins with one distribution must agree"
+of_real_bins = means.loc["end, averaged", "debiased"]
+print(f"bins of noise levels, from the table above: mean cosine {of_real_bins:.2f}")
 
 # %% [markdown]
 # The result is near 1, and not exactly 1. The averaged weights have short gradients and much noise, so a mean over a
-# few batches still scatters; the check allows 0.6 to 1.4. The real bins of the same kind of network, in the table
-# above, have a mean cosine near 0.
+# few batches still scatters; the check allows 0.6 to 1.4. The bins of noise levels have a far lower mean cosine. So what
+# the matrix shows is not an artefact of the estimate.
 #
 # ## How noisy is a training step?
 #
 # The gradient-to-noise ratio grows with the number of samples. The number at which gradient and noise are equal is the
 # **noise scale** (McCandlish et al. 2018). We compute it for the gradient that training uses, where timesteps are random
-# too. Our batches had 32 images.
+# too.
 
 
 # %%
@@ -665,13 +679,25 @@ for version, of_networks in reports.items():
 lesson.table(
     pd.DataFrame(noise_scales, [f"network {seed}" for seed in seeds]).T,
     caption="Noise scale of the training gradient, in images (– : undetermined)",
+    mark="end",
     digits=1,
+)
+at_end = noise_scales["end"]
+averaged = noise_scales["end, averaged"]
+more_gradient = sum(scale < config.batch_size for scale in at_end)
+display(
+    Markdown(
+        f"Gradient and noise are equal at **{min(at_end):.0f} to {max(at_end):.0f} images** at the raw weights, and at "
+        f"{min(averaged):.0f} to {max(averaged):.0f} images at the averaged ones. The batches of this training had "
+        f"{config.batch_size} images. So at its end a step holds more gradient than noise in **{more_gradient} of "
+        f"{len(at_end)} networks**."
+    )
 )
 
 # %% [markdown]
-# Read the row `end`, the raw weights, because steps are taken there. In the full run all three networks are below the
-# 32 images of a batch. So even at the end of this training a step holds more gradient than noise. The averaged weights
-# have shorter gradients and a far larger noise scale, but no step is ever taken from them.
+# Read the row `end`, the raw weights, because steps are taken there. If the noise scale is near the size of a batch, a step
+# is about half gradient and half noise. The averaged weights have shorter gradients and a larger noise scale, but no step is
+# ever taken from them.
 #
 # ## A real data set, and your own network
 #

@@ -152,8 +152,9 @@ def test_unknown_cells_are_hatched_not_coloured(ax):
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["a", "b"]
 
 
-def test_large_matrices_carry_no_numbers(ax):
-    plots.heatmap(ax, np.eye(13), colorbar=False)
+@pytest.mark.parametrize(("size", "numbers"), [(13, True), (2, False)])
+def test_large_matrices_carry_no_numbers_and_small_ones_none_on_request(ax, size, numbers):
+    plots.heatmap(ax, np.eye(size), colorbar=False, numbers=numbers)
     assert not ax.texts and len(ax.figure.axes) == 1
 
 
