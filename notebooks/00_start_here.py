@@ -280,9 +280,10 @@ assert samples_along[f"after {IMAGES:,} images"].shape == (20, 3, 16, 16), "twen
 # sections of 03, then 12. *The full course:* in order; each page says what it needs and how long it takes. *Only the
 # package:* the loop above, then 13.
 #
-# **About the name.** Dy-Sigma was published by Liu, Ye, Liu and Qin at IJCNN 2024. Only its abstract is public. What
-# this course contains is an **independent reconstruction from that abstract**: a family of formulas that fit its words,
-# each derived and tested. It is not the authors' code. Where our results differ from theirs, our reading may be wrong.
+# **About the name.** Dy-Sigma was published by Liu, Ye, Liu and Qin at IJCNN 2024. When we last looked, in November 2026,
+# we found no more of it than its abstract. What this course contains is an **independent reconstruction from that
+# abstract**: a family of formulas that fit its words, each derived and tested. It is not the authors' code. Where our
+# results differ from theirs, our reading may be wrong.
 #
 # ## Exercises
 #
