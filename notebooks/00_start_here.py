@@ -42,6 +42,7 @@ from dysigma import EMA, NoiseSchedule, make_model, make_weighting, sample_losse
 from dysigma.course.lesson import Lesson
 from dysigma.data import batch, shapes
 from dysigma.evaluation import sample_images
+from dysigma.images import tile
 from dysigma.runs import read_metrics
 
 lesson = Lesson("00_start_here", trains_on="cpu")
@@ -107,7 +108,9 @@ of_target = distance["noise, plain loss"] / distance["image, plain loss"]
 of_target_at_lower_rate = distance_at_lower_rate / distance["image, plain loss"]
 of_min_snr = distance["image, min-snr"] / distance["image, plain loss"]
 of_dy_sigma = distance["image, dy-sigma"] / distance["image, plain loss"]
-assert of_target > 10, "in this record the target changes the distance more than tenfold"
+assert of_target > 10, (
+    "in this record the target changes the distance more than tenfold"
+)
 assert of_target_at_lower_rate > 9, "and about as much at a quarter of the rate"
 assert 1.04 < of_min_snr < 1.06, "min-snr must be 5 % further from the data"
 assert 0.89 < of_dy_sigma < 0.91, "and dy-sigma 10 % nearer"
@@ -122,6 +125,45 @@ assert 0.89 < of_dy_sigma < 0.91, "and dy-sigma 10 % nearer"
 # To train these runs again, and at more rates: `data/races/first_minute.py`. An idle core needs about three minutes for
 # each run.
 #
+# ## Watch two of them learn
+#
+# How do the shapes appear? We trained the first network and the third again, and stopped from time to time to draw from
+# the same twenty latents. In each frame, both have seen the same images.
+
+# %%
+along_noise = np.load(RECORD / "along-noise-plain-loss.npz")
+along_image = np.load(RECORD / "along-image-min-snr.npz")
+
+frames = []
+for number, seen in enumerate(along_noise["seen"]):
+    noise_pictures = along_noise["images"][number].transpose(0, 3, 1, 2)
+    image_pictures = along_image["images"][number].transpose(0, 3, 1, 2)
+    fig, axes = plt.subplots(2, 1, figsize=(6.6, 3.9), dpi=90)
+    axes[0].imshow(tile(noise_pictures, 10), interpolation="nearest")
+    axes[0].set_title("predicts the noise, plain loss", loc="left")
+    axes[1].imshow(tile(image_pictures, 10), interpolation="nearest")
+    axes[1].set_title("predicts the image, Min-SNR", loc="left")
+    for ax in axes:
+        ax.axis("off")
+    fig.suptitle(
+        f"Shapes appear sooner if the network predicts the image · {seen:,} images"
+    )
+    fig.canvas.draw()
+    frames.append(np.asarray(fig.canvas.buffer_rgba())[..., :3].copy())
+    plt.close(fig)
+
+lesson.animate(
+    frames,
+    "00_two_networks_learn",
+    title="Shapes appear sooner if the network predicts the image",
+    caption="Samples from the same twenty latents while two networks train on the same images.",
+    alt="Two blocks of twenty small pictures that change together. In the lower block shapes stand out from the "
+    "background earlier than in the upper one.",
+)
+
+# %% [markdown]
+# This is the same pair of runs in time, again with one seed. The order of the shapes is that of the list above.
+#
 # ## Your own first minute
 #
 # Now train one yourself. First the data. `shapes` draws them in memory from a seed; your own folder of pictures or
@@ -129,7 +171,14 @@ assert 0.89 < of_dy_sigma < 0.91, "and dy-sigma 10 % nearer"
 
 # %%
 data = shapes(lesson.fast(10_000, 1_000))
-print(len(data), "images of", tuple(data.images.shape[1:]), "in", data.num_classes, "classes")
+print(
+    len(data),
+    "images of",
+    tuple(data.images.shape[1:]),
+    "in",
+    data.num_classes,
+    "classes",
+)
 
 # %% [markdown]
 # **The noise levels.** A schedule says how strong the noise is at each of 1000 timesteps. Timestep 0 is nearly clean,
@@ -188,7 +237,11 @@ averaged_model = make_model("tiny", image_size=16, num_classes=data.num_classes)
 def draw_samples(count):
     average.copy_to(averaged_model)
     return sample_images(
-        averaged_model, schedule, (count, 3, 16, 16), prediction_type="sample", num_steps=25
+        averaged_model,
+        schedule,
+        (count, 3, 16, 16),
+        prediction_type="sample",
+        num_steps=25,
     )
 
 
@@ -248,7 +301,9 @@ lesson.gallery(
 
 # %%
 assert last_loss < loss_curve[0] / 3, "the loss must fall at least to a third"
-assert samples_along[f"after {IMAGES:,} images"].shape == (20, 3, 16, 16), "twenty samples"
+assert samples_along[f"after {IMAGES:,} images"].shape == (20, 3, 16, 16), (
+    "twenty samples"
+)
 
 # %% [markdown]
 # **Try it yourself.** In the cell that makes `weighting`, first delete the last line, which checks the formula of
@@ -314,7 +369,8 @@ lesson.exercise(
     mistakes={
         "That is the plain mean: no weights yet.": losses_of_batch.mean(),
         "That is a sum; take the mean over the batch.": weighted_sum,
-        "Do not divide by the weights of this batch.": weighted_sum / w[timesteps].sum(),
+        "Do not divide by the weights of this batch.": weighted_sum
+        / w[timesteps].sum(),
     },
 )
 lesson.exercise(

@@ -74,7 +74,9 @@ for i in range(3):
 # %%
 fig, ax = plt.subplots(figsize=(9, 3.9))
 plots.image_grid(ax, torch.cat(noised), columns=8)
-ax.set_xticks([33 * column + 16 for column in range(8)], labels=[f"t = {t}" for t in SHOWN])
+ax.set_xticks(
+    [33 * column + 16 for column in range(8)], labels=[f"t = {t}" for t in SHOWN]
+)
 lesson.show(
     fig,
     "01_noising_strip",
@@ -157,7 +159,9 @@ for name in simulated.columns:
     centre, half_width = plots.t_interval(simulated[name].tolist())
     chain.loc[name] = [centre, half_width, formula[name]]
     tolerance = 5 / math.sqrt(5 * COPIES)
-    assert abs(centre - formula[name]) < tolerance, f"the {name} must agree with the formula"
+    assert abs(centre - formula[name]) < tolerance, (
+        f"the {name} must agree with the formula"
+    )
 lesson.table(chain, caption="The number 1 after 301 steps", digits=4)
 
 # %% [markdown]
@@ -179,7 +183,9 @@ log_alphas_cumprod = torch.log1p(-betas).cumsum(0)
 log_of_noise_power = torch.log(-torch.expm1(log_alphas_cumprod))
 by_hand = log_alphas_cumprod - log_of_noise_power
 
-torch.testing.assert_close(by_hand, NoiseSchedule.linear(1000).log_snr, rtol=1e-9, atol=1e-9)
+torch.testing.assert_close(
+    by_hand, NoiseSchedule.linear(1000).log_snr, rtol=1e-9, atol=1e-9
+)
 print(f"linear schedule: log-SNR falls from {by_hand[0]:.2f} to {by_hand[-1]:.2f}")
 
 # %% [markdown]
@@ -193,7 +199,9 @@ torch.testing.assert_close(torch.sigmoid(-log_snr), 1 - schedule.alphas_cumprod)
 half_way = int(log_snr.abs().argmin())
 lesson.reveal(QUESTION_HALF, half_way)
 if is_default:
-    assert half_way == 258, "the linear schedule must reach SNR 1 after a quarter of the way"
+    assert half_way == 258, (
+        "the linear schedule must reach SNR 1 after a quarter of the way"
+    )
 
 # %% [markdown]
 # Many people guess the middle. The linear schedule is there after a quarter of the way. The reason: its betas grow
@@ -203,7 +211,9 @@ if is_default:
 # %%
 at_end = float(-log_alphas_cumprod[-1])
 estimate = math.sqrt(math.log(2) / at_end)
-print(f"-ln(alphas_cumprod) at the end: {at_end:.1f}; estimated share of the way: {estimate:.2f}")
+print(
+    f"-ln(alphas_cumprod) at the end: {at_end:.1f}; estimated share of the way: {estimate:.2f}"
+)
 assert abs(estimate - 0.258) < 0.02, "the estimate must be near the measured 0.258"
 
 # %% [markdown]
@@ -225,15 +235,26 @@ lesson.predict(QUESTION_ABOVE_5, None)
 NAMES = ["linear", "scaled-linear", "cosine", "sigmoid"]
 
 curves = {name: make_schedule(name).log_snr for name in NAMES}
-counts = pd.DataFrame(columns=["SNR at t = 0", "SNR > 5, %", "SNR < 1, %", "log-SNR at t = 999"])
+counts = pd.DataFrame(
+    columns=["SNR at t = 0", "SNR > 5, %", "SNR < 1, %", "log-SNR at t = 999"]
+)
 for name, curve in curves.items():
     above_5 = float((curve > math.log(5)).double().mean())
     below_1 = float((curve < 0).double().mean())
-    counts.loc[name] = [float(curve[0].exp()), 100 * above_5, 100 * below_1, float(curve[-1])]
+    counts.loc[name] = [
+        float(curve[0].exp()),
+        100 * above_5,
+        100 * below_1,
+        float(curve[-1]),
+    ]
 
 lesson.reveal(QUESTION_ABOVE_5, counts.loc["linear", "SNR > 5, %"] / 100)
-lesson.table(counts, caption="Where four schedules spend 1000 timesteps", mark="linear", digits=1)
-assert abs(counts.loc["linear", "SNR > 5, %"] - 13) < 1, "on the linear schedule 13 % lie above 5"
+lesson.table(
+    counts, caption="Where four schedules spend 1000 timesteps", mark="linear", digits=1
+)
+assert abs(counts.loc["linear", "SNR > 5, %"] - 13) < 1, (
+    "on the linear schedule 13 % lie above 5"
+)
 assert counts.loc["cosine", "SNR > 5, %"] > 1.9 * counts.loc["linear", "SNR > 5, %"], (
     "twice as many"
 )
@@ -371,7 +392,9 @@ lesson.predict(QUESTION_FLOOR, None)
 # - **Control**: Gaussian data of the same variance, where the best denoiser *is* linear.
 
 # %%
-level_log_snr = torch.linspace(float(log_snr[0]), float(log_snr[-1]), 40, dtype=torch.float64)
+level_log_snr = torch.linspace(
+    float(log_snr[0]), float(log_snr[-1]), 40, dtype=torch.float64
+)
 levels = NoiseSchedule(level_log_snr.sigmoid())
 SAMPLES = lesson.fast(20_000, 5_000)
 
@@ -398,8 +421,12 @@ snr = levels.log_snr.exp()
 linear_denoiser = snr * variance / (1 + snr * variance)
 lesson.reveal(QUESTION_FLOOR, round(float(floor_of_points.mean(0)[0]), 3))
 
-torch.testing.assert_close(floor_of_points, snr * floor_of_points_x0, rtol=2e-3, atol=1e-6)
-assert (floor_of_points.mean(0) < linear_denoiser + 0.02).all(), "no worse than the linear one"
+torch.testing.assert_close(
+    floor_of_points, snr * floor_of_points_x0, rtol=2e-3, atol=1e-6
+)
+assert (floor_of_points.mean(0) < linear_denoiser + 0.02).all(), (
+    "no worse than the linear one"
+)
 beyond_linear = (floor_of_gaussian.mean(0) - linear_denoiser).abs()
 assert (beyond_linear < 0.03).all(), "on Gaussian data the linear one must be the best"
 
@@ -450,7 +477,9 @@ every_timestep = torch.arange(1000)
 no_image = torch.zeros(1000, 1, 1, 1, dtype=torch.bfloat16)
 unit_noise = torch.ones(1000, 1, 1, 1, dtype=torch.bfloat16)
 
-of_script = DDPMScheduler(num_train_timesteps=1000).add_noise(no_image, unit_noise, every_timestep)
+of_script = DDPMScheduler(num_train_timesteps=1000).add_noise(
+    no_image, unit_noise, every_timestep
+)
 of_package = NoiseSchedule.linear(1000).add_noise(no_image, unit_noise, every_timestep)
 
 without_noise = int((of_script == 0).sum())
@@ -496,14 +525,21 @@ as_published = NoiseSchedule.scaled_linear(1000)
 rescaled = NoiseSchedule.scaled_linear(1000, zero_terminal_snr=True)
 
 leak = pd.DataFrame(columns=["correlation", "± (95 %)"])
-for name, of_schedule in {"as published": as_published, "zero terminal SNR": rescaled}.items():
+for name, of_schedule in {
+    "as published": as_published,
+    "zero terminal SNR": rescaled,
+}.items():
     of_seeds = [correlation_of_brightness(of_schedule, seed) for seed in range(5)]
     leak.loc[name] = plots.t_interval(of_seeds)
 
 lesson.reveal(QUESTION_BRIGHTNESS, leak.loc["as published", "correlation"])
 lesson.table(leak, caption="Brightness of the image and of the last timestep", digits=2)
-assert leak.loc["as published", "correlation"] > 0.1, "as published, the image leaves a trace"
-assert abs(leak.loc["zero terminal SNR", "correlation"]) < 0.1, "rescaled, it leaves none"
+assert leak.loc["as published", "correlation"] > 0.1, (
+    "as published, the image leaves a trace"
+)
+assert abs(leak.loc["zero terminal SNR", "correlation"]) < 0.1, (
+    "rescaled, it leaves none"
+)
 
 # %% [markdown]
 # The second row is the control: the same schedule, rescaled so that it ends at SNR 0 (Lin et al. 2024). The trace is gone.
@@ -542,7 +578,9 @@ lesson.exercise(
     expected=2 / math.pi * angle,
     mistakes={
         "That is the share below 5.": 1 - 2 / math.pi * angle,
-        "λ has a factor 2 in front: take the square root of 5.": 2 / math.pi * math.atan(1 / 5),
+        "λ has a factor 2 in front: take the square root of 5.": 2
+        / math.pi
+        * math.atan(1 / 5),
         "u is a share of the whole: divide the angle by π/2.": angle,
     },
 )

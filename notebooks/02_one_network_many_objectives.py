@@ -147,7 +147,9 @@ lesson.table(facts, caption="The five bands (cosine schedule)")
 gap = (by_band(loss_of_best) / by_band(floor) - 1).abs().max()
 assert gap < lesson.fast(0.1, 0.4), "the best denoiser must reach the floor"
 floors = facts["floor"]
-assert TEST_IMAGES < 32 or floors["cleanest"] > 100 * floors["noisiest"], "as the text says"
+assert TEST_IMAGES < 32 or floors["cleanest"] > 100 * floors["noisiest"], (
+    "as the text says"
+)
 
 # %% [markdown]
 # The floor of the cleanest band is more than a hundred times that of the noisiest. In the loss of the cleanest band most is
@@ -172,7 +174,9 @@ WIDTH = 32  # channels of the network
 data = gaussian_fields(8192)
 
 # Claims about this experiment are checked for the default settings, and not in a short run.
-is_cosine = torch.equal(schedule.alphas_cumprod, NoiseSchedule.cosine(1000).alphas_cumprod)
+is_cosine = torch.equal(
+    schedule.alphas_cumprod, NoiseSchedule.cosine(1000).alphas_cumprod
+)
 is_full_size = STEPS == 300 and len(SEEDS) == 3 and WIDTH == 32
 is_default = is_cosine and lesson.fast(is_full_size, False)
 
@@ -195,7 +199,9 @@ class SmallDenoiser(nn.Module):
     def __init__(self, width=WIDTH):
         super().__init__()
         self.register_buffer("frequencies", torch.logspace(0, -2.6, 16))
-        self.of_time = nn.Sequential(nn.Linear(32, width), nn.SiLU(), nn.Linear(width, 3 * width))
+        self.of_time = nn.Sequential(
+            nn.Linear(32, width), nn.SiLU(), nn.Linear(width, 3 * width)
+        )
         self.first = nn.Conv2d(1, width, 3, padding=1)
         self.second = nn.Conv2d(width, width, 3, padding=1)
         self.third = nn.Conv2d(width, width, 3, padding=1)
@@ -295,7 +301,9 @@ places = torch.arange(5)
 fig, ax = plt.subplots(figsize=(7.5, 3.8))
 for number, (label, values) in enumerate(PLANS.items()):
     ratio = values / shared
-    ax.plot(places, ratio.log().mean(0).exp(), color=f"C{number}", marker="o", linewidth=2)
+    ax.plot(
+        places, ratio.log().mean(0).exp(), color=f"C{number}", marker="o", linewidth=2
+    )
     for of_seed in ratio:
         ax.plot(places, of_seed, color=f"C{number}", marker=".", linewidth=0, alpha=0.6)
     height = float(ratio[:, 4].log().mean().exp())
@@ -335,8 +343,12 @@ display(
     )
 )
 if is_default:
-    assert (own_fewer > shared).all(), "with fewer steps specialists must lose in every band"
-    assert (times_equal < 0.85).sum() >= 3, "with equal steps they must win clearly in most bands"
+    assert (own_fewer > shared).all(), (
+        "with fewer steps specialists must lose in every band"
+    )
+    assert (times_equal < 0.85).sum() >= 3, (
+        "with equal steps they must win clearly in most bands"
+    )
     assert times_equal.max() < 1.15, "and nearly tie in the others"
 
 # %% [markdown]
@@ -377,13 +389,20 @@ for name in NAMES:
     networks.append(f"specialist: {name}")
 table = pd.DataFrame((1000 * points).numpy(), index=networks, columns=NAMES)
 table["dominated"] = ["yes" if flag else "no" for flag in is_dominated]
-lesson.table(table, mark="shared", caption="Excess × 1000 of six networks in five bands", digits=0)
+lesson.table(
+    table,
+    mark="shared",
+    caption="Excess × 1000 of six networks in five bands",
+    digits=0,
+)
 
 package_agrees = non_dominated(points) == ~torch.tensor(is_dominated)
 assert package_agrees.all(), "the definition and the package must agree"
 if is_default:
     assert not is_dominated[0], "no specialist may dominate the shared network"
-    assert points[1, 4] > 5 * points[0, 4], "the cleanest specialist must be bad at the noisiest"
+    assert points[1, 4] > 5 * points[0, 4], (
+        "the cleanest specialist must be bad at the noisiest"
+    )
     assert points[5, 0] > 5 * points[0, 0], "and the other way round"
 
 # %% [markdown]
@@ -490,7 +509,9 @@ for age in AGES:
     counts.loc[age, "surely helped"] = int((mean - half_width > 0).sum())
     counts.loc[age, "surely hurt"] = int((mean + half_width < 0).sum())
 lesson.table(
-    counts.astype(int), mark=STEPS, caption="Of 20 pairs (surely: 95 % interval excludes 0)"
+    counts.astype(int),
+    mark=STEPS,
+    caption="Of 20 pairs (surely: 95 % interval excludes 0)",
 )
 
 # %%
@@ -500,10 +521,18 @@ oldest = transfer[STEPS].mean(0)
 if is_default:
     assert (youngest > 0).all(), "at first every band must help every other"
     for matrix in (middle_aged, oldest):
-        assert (matrix.diagonal() > 0).all(), "a copy must get better at what it trains on"
-        assert (matrix[:2, 3:] < 0).all(), "training on clean bands must harm noisy ones"
-        assert (matrix[3:, :2] < 0).all(), "training on noisy bands must harm clean ones"
-    assert (oldest[off_diagonal] < 0).sum() > 10, "in the oldest network most pairs must compete"
+        assert (matrix.diagonal() > 0).all(), (
+            "a copy must get better at what it trains on"
+        )
+        assert (matrix[:2, 3:] < 0).all(), (
+            "training on clean bands must harm noisy ones"
+        )
+        assert (matrix[3:, :2] < 0).all(), (
+            "training on noisy bands must harm clean ones"
+        )
+    assert (oldest[off_diagonal] < 0).sum() > 10, (
+        "in the oldest network most pairs must compete"
+    )
 
 # %% [markdown]
 # The table says how sure this is. In the middle network most of the harm is clear of seed noise. In the oldest one most
@@ -527,17 +556,25 @@ for age in (AGES[0], STEPS):
     own_band = transfer[age].mean(0).diagonal()
     comparison.loc[f"{age} steps: own band"] = own_band.numpy()
     comparison.loc[f"{age} steps: all bands"] = all_bands.numpy()
-    comparison.loc[f"{age} steps: gain of specialising"] = (own_band - all_bands).numpy()
+    comparison.loc[f"{age} steps: gain of specialising"] = (
+        own_band - all_bands
+    ).numpy()
 
 gains = [row for row in comparison.index if "gain" in row]
-lesson.table(comparison, mark=gains, caption="Part of the excess that is gone", digits=2)
+lesson.table(
+    comparison, mark=gains, caption="Part of the excess that is gone", digits=2
+)
 
 idle = train(copy.deepcopy(shared_networks[0]), [0.0], seed=0)
-assert torch.equal(excess(idle), excess(shared_networks[0])), "a rate of 0 must change nothing"
+assert torch.equal(excess(idle), excess(shared_networks[0])), (
+    "a rate of 0 must change nothing"
+)
 if is_default:
     gain_young = comparison.loc[gains[0]].mean()
     gain_old = comparison.loc[gains[1]].mean()
-    assert gain_old > gain_young + 0.05, "specialising must gain more in the older network"
+    assert gain_old > gain_young + 0.05, (
+        "specialising must gain more in the older network"
+    )
 
 # %% [markdown]
 # Read the two rows of gains. In the young network specialising gains little: all bands want nearly the same step. In the
@@ -592,7 +629,13 @@ if is_default:
 # %%
 # What the checks expect; there is no need to read this cell.
 vectors = torch.tensor(
-    [[3.0, 2.0, 2.0], [1.0, 4.0, 2.0], [3.0, 3.0, 2.0], [2.0, 2.0, 4.0], [1.0, 4.0, 2.0]]
+    [
+        [3.0, 2.0, 2.0],
+        [1.0, 4.0, 2.0],
+        [3.0, 3.0, 2.0],
+        [2.0, 2.0, 4.0],
+        [1.0, 4.0, 2.0],
+    ]
 )
 lesson.exercise(
     "2.1",
@@ -623,9 +666,13 @@ lesson.exercise(
     "2.3",
     expected=(loss_shared - loss_after) / excess_before,
     mistakes={
-        "That is a part of the whole loss, floor included.": 1 - loss_after / loss_shared,
-        "That is the change itself; divide it by the excess before.": loss_shared - loss_after,
-        "The sign: transfer is positive where the excess fell.": (loss_after - loss_shared)
+        "That is a part of the whole loss, floor included.": 1
+        - loss_after / loss_shared,
+        "That is the change itself; divide it by the excess before.": loss_shared
+        - loss_after,
+        "The sign: transfer is positive where the excess fell.": (
+            loss_after - loss_shared
+        )
         / excess_before,
         "Measure the excess from the floor.": (loss_shared - loss_after)
         / (loss_shared - loss_alone),

@@ -222,7 +222,9 @@ for name, weight in plain.items():
     torch.testing.assert_close(made.weights(), weight.float())
 
 clean_over_noisy = float(plain["const-eps"][0] / plain["const-eps"][-1])
-print(f"const-eps: weight on x0 at the cleanest timestep is {clean_over_noisy:.0e} times the last")
+print(
+    f"const-eps: weight on x0 at the cleanest timestep is {clean_over_noisy:.0e} times the last"
+)
 
 # %% [markdown]
 # This is the first design question. On the error of $x_0$, the loss of DDPM weighs the cleanest timestep many orders of magnitude
@@ -246,8 +248,13 @@ few_snr = torch.tensor([1e4, 5.0, 0.01, 0.0])
 print("min(S, 5) / S at SNR 10000, 5, 0.01 and 0:", few_snr.clamp(max=5) / few_snr)
 
 zero_terminal = NoiseSchedule.linear(1000, zero_terminal_snr=True)
-for_v = make_weighting("min-snr", zero_terminal, "v_prediction", normalize=False).weights()
-print("weight on v at the last timestep of a schedule that ends at S = 0:", float(for_v[-1]))
+for_v = make_weighting(
+    "min-snr", zero_terminal, "v_prediction", normalize=False
+).weights()
+print(
+    "weight on v at the last timestep of a schedule that ends at S = 0:",
+    float(for_v[-1]),
+)
 assert for_v.isfinite().all(), "in logarithms nothing breaks at S = 0"
 assert for_v[-1] == 0, "Min-SNR has no weight where there is no signal"
 
@@ -323,7 +330,9 @@ for name in ["linear", "scaled-linear", "cosine"]:
     elsewhere[name] = float(difference.abs().mean() / 2)
 
 lesson.reveal(QUESTION_MEASURE, elsewhere["linear"])
-measures = pd.DataFrame({"share that sits elsewhere": elsewhere}).rename_axis("schedule")
+measures = pd.DataFrame({"share that sits elsewhere": elsewhere}).rename_axis(
+    "schedule"
+)
 lesson.table(measures, caption="One formula, stated per timestep and per log-SNR")
 assert min(elsewhere.values()) > 0.05, "the measure must matter on all three schedules"
 assert max(elsewhere, key=elsewhere.get) == "cosine", "and most on the cosine one"
@@ -408,7 +417,10 @@ drawn, standard_error = two_points.irreducible(
 )
 for i in range(2):
     by_integral = floor_of_two_points(float(snr_of_check[i]))
-    print(f"SNR {snr_of_check[i]:g}: drawn {drawn[i]:.5f} ± {2 * standard_error[i]:.5f}", end=", ")
+    print(
+        f"SNR {snr_of_check[i]:g}: drawn {drawn[i]:.5f} ± {2 * standard_error[i]:.5f}",
+        end=", ",
+    )
     print(f"integral {by_integral:.5f}")
     tolerance = 4 * standard_error[i] + 1e-4
     assert abs(drawn[i] - by_integral) < tolerance, "draws must agree with the integral"
@@ -561,7 +573,9 @@ soft_row = uses.loc["soft-min-snr"]
 assert soft_row["changed by > 1 %"] > 0.85, "at 1 % most timesteps count as changed"
 assert 0.25 < soft_row["changed by > 10 %"] < 0.40, "at 10 % a third does"
 min_snr_row = uses.loc["min-snr"]
-assert min_snr_row["changed by > 1 %"] - min_snr_row["changed by > 10 %"] < 0.02, "a corner"
+assert min_snr_row["changed by > 1 %"] - min_snr_row["changed by > 10 %"] < 0.02, (
+    "a corner"
+)
 assert uses.loc["const-x0", "ESS, cosine"] < 0.002, "one timestep in a thousand"
 
 # %% [markdown]
@@ -614,7 +628,9 @@ assert error.max() < 0.06, "the variance must follow the effective sample size"
 # loss (loss above the floor) of the cleanest fifth of the timesteps, divided by that of the noisiest fifth.
 
 # %%
-QUESTION_SERVED = "const-eps: excess loss of the cleanest fifth over the noisiest fifth?"
+QUESTION_SERVED = (
+    "const-eps: excess loss of the cleanest fifth over the noisiest fifth?"
+)
 lesson.predict(QUESTION_SERVED, None)
 
 # %%
@@ -652,7 +668,9 @@ for name, losses in excess.items():
     ]
 
 of_const_eps = served.loc["const-eps"]
-lesson.reveal(QUESTION_SERVED, of_const_eps["cleanest fifth"] / of_const_eps["noisiest fifth"])
+lesson.reveal(
+    QUESTION_SERVED, of_const_eps["cleanest fifth"] / of_const_eps["noisiest fifth"]
+)
 lesson.table(
     served,
     caption="Excess loss of the exact minimisers, one shared coefficient",
@@ -708,18 +726,30 @@ lesson.show(
 #   $v$, which is meant to be Min-SNR. It trains the network of the plain $v$ loss. [04](04_weightings_in_the_wild.ipynb) is about such formulas.
 
 # %%
-assert served["all timesteps"].idxmin() == "const-eps", "it minimises the mean noise loss"
+assert served["all timesteps"].idxmin() == "const-eps", (
+    "it minimises the mean noise loss"
+)
 
 if is_default and DEGREE == 1:
     means = served["all timesteps"]
     wrong_to_plain_v = means["wrong Min-SNR for v"] / means["const-v"]
     x0_to_plain_v = means["const-x0"] / means["const-v"]
-    assert 0.7 < (snr < 1).double().mean() < 0.8, "three quarters of the timesteps are noisy"
-    assert of_const_eps["cleanest fifth"] > 5 * of_const_eps["noisiest fifth"], "clean is worst"
-    assert abs(wrong_to_plain_v - 1) < 0.01, "the wrong formula must train the plain v network"
+    assert 0.7 < (snr < 1).double().mean() < 0.8, (
+        "three quarters of the timesteps are noisy"
+    )
+    assert of_const_eps["cleanest fifth"] > 5 * of_const_eps["noisiest fifth"], (
+        "clean is worst"
+    )
+    assert abs(wrong_to_plain_v - 1) < 0.01, (
+        "the wrong formula must train the plain v network"
+    )
     assert abs(x0_to_plain_v - 1) < 0.01, "const-x0 must be close to it as well"
-    assert served["noisiest fifth"]["p2"] < served["noisiest fifth"]["min-snr"], "p2 goes further"
-    assert served["cleanest fifth"]["p2"] > served["cleanest fifth"]["min-snr"], "and costs more"
+    assert served["noisiest fifth"]["p2"] < served["noisiest fifth"]["min-snr"], (
+        "p2 goes further"
+    )
+    assert served["cleanest fifth"]["p2"] > served["cleanest fifth"]["min-snr"], (
+        "and costs more"
+    )
 
 # %% [markdown]
 # **Control.** Give each timestep its own coefficient. Nothing is shared, nothing must be compromised, and no weighting may
@@ -755,7 +785,8 @@ lesson.exercise(
     "3.1",
     expected=p2_made.weights(),
     mistakes={
-        "That is the weight on the x0 error; it still has to be converted.": snr / (1 + snr),
+        "That is the weight on the x0 error; it still has to be converted.": snr
+        / (1 + snr),
         "That is the weight on the noise error: you divided by S.": 1 / (1 + snr),
         "A weight is divided by what the loss is multiplied by.": snr,
     },
@@ -765,7 +796,9 @@ lesson.exercise(
     expected=math.log(9),
     mistakes={
         "That is k itself; the bias is on the scale of log-SNR.": 9.0,
-        "The sign is wrong: a larger k keeps more weight on clean timesteps.": -math.log(9),
+        "The sign is wrong: a larger k keeps more weight on clean timesteps.": -math.log(
+            9
+        ),
     },
 )
 exercise_log_snr = torch.tensor([9.0, 3.0, 1.0, -2.0, -math.inf])
@@ -773,7 +806,9 @@ lesson.exercise(
     "3.3",
     expected=torch.tensor([5 * math.exp(-9), 5 * math.exp(-3), 1.0, 1.0, 1.0]),
     mistakes={
-        "That is the weight on the x0 error, min(S, 5).": exercise_log_snr.exp().clamp(max=5),
+        "That is the weight on the x0 error, min(S, 5).": exercise_log_snr.exp().clamp(
+            max=5
+        ),
         "That takes the maximum.": (math.log(5) - exercise_log_snr).clamp(min=0).exp(),
     },
 )

@@ -101,15 +101,21 @@ timesteps = torch.arange(1000)
 
 fig, ax = plt.subplots(figsize=(7.5, 3.8))
 too_much = weight_used > weight_claimed
-ax.fill_between(timesteps, weight_claimed, weight_used, where=too_much, color="C3", alpha=0.2)
+ax.fill_between(
+    timesteps, weight_claimed, weight_used, where=too_much, color="C3", alpha=0.2
+)
 ax.plot(timesteps, weight_claimed, color="C0", linewidth=2)
 ax.plot(timesteps, weight_used, color="C3", linewidth=2)
 ax.axhline(1, color="0.4", linewidth=1, linestyle=":")
 ax.text(335, 2.0, "claimed: Min-SNR", color="C0")
 ax.text(700, 1.12, "used: min(S, 5)/S + 1", color="C3")
 ax.text(185, 0.82, "plain v loss (dotted)", color="0.3")
-ax.text(660, 0.62, f"{elsewhere:.0%} of the weight sits\nwhere it should not", color="C3")
-ax.set(xlabel="timestep (clean → noisy)", ylabel="weight on the error of v", ylim=(0, None))
+ax.text(
+    660, 0.62, f"{elsewhere:.0%} of the weight sits\nwhere it should not", color="C3"
+)
+ax.set(
+    xlabel="timestep (clean → noisy)", ylabel="weight on the error of v", ylim=(0, None)
+)
 lesson.show(
     fig,
     "04_used_and_claimed",
@@ -134,7 +140,9 @@ display(
     )
 )
 if is_default:
-    assert from_plain < 0.1 * claim_from_plain, "the weight that is used must be nearly flat"
+    assert from_plain < 0.1 * claim_from_plain, (
+        "the weight that is used must be nearly flat"
+    )
 
 # %% [markdown]
 # ## One call that answers
@@ -143,7 +151,9 @@ if is_default:
 # that the weight claims. Read its answer line by line.
 
 # %%
-of_used = dysigma.audit(used, schedule, "v_prediction", claims="min-snr", params={"gamma": GAMMA})
+of_used = dysigma.audit(
+    used, schedule, "v_prediction", claims="min-snr", params={"gamma": GAMMA}
+)
 print(of_used)
 
 # %% [markdown]
@@ -155,8 +165,12 @@ print(of_used)
 # - **As SNR goes to 0** the weight stays at 2. That line will matter most.
 
 # %%
-assert abs(of_used.total_variation - float(elsewhere)) < 1e-9, "the audit must agree with us"
-assert not of_used.agrees and "1 is added" in of_used.diagnosis, "the slip must be named"
+assert abs(of_used.total_variation - float(elsewhere)) < 1e-9, (
+    "the audit must agree with us"
+)
+assert not of_used.agrees and "1 is added" in of_used.diagnosis, (
+    "the slip must be named"
+)
 
 # %% [markdown]
 # ## The census
@@ -217,7 +231,11 @@ lesson.predict(QUESTION_NOISIEST, None)
 audits = {}
 for trainer, row in CENSUS.iterrows():
     audits[trainer] = dysigma.audit(
-        row.function, schedule, "v_prediction", claims=row.claims, params=PARAMS[row.claims]
+        row.function,
+        schedule,
+        "v_prediction",
+        claims=row.claims,
+        params=PARAMS[row.claims],
     )
 
 results = CENSUS.drop(columns="function")
@@ -258,7 +276,9 @@ for trainer, (variation, ratio) in COUNTED.items():
     same_variation = abs(found.total_variation - variation) < 0.02
     same_ratio = abs(found.ratio_at_noisiest * found.factor / ratio - 1) < 0.05
     if is_default:
-        assert same_variation and same_ratio, f"{trainer} must come out as it was counted"
+        assert same_variation and same_ratio, (
+            f"{trainer} must come out as it was counted"
+        )
 
 # %% [markdown]
 # ## All six err in the same direction
@@ -317,9 +337,13 @@ if is_default:
 # %%
 for trainer, found in audits.items():
     print(f"{trainer:22} as S goes to 0: {found.at_zero_snr}")
-    assert "constant" in found.at_zero_snr, "each wrong weight must stay finite at S = 0"
+    assert "constant" in found.at_zero_snr, (
+        "each wrong weight must stay finite at S = 0"
+    )
 
-right = dysigma.audit(claimed, schedule, "v_prediction", claims="min-snr", params={"gamma": GAMMA})
+right = dysigma.audit(
+    claimed, schedule, "v_prediction", claims="min-snr", params={"gamma": GAMMA}
+)
 print(f"{'right Min-SNR':22} as S goes to 0: {right.at_zero_snr}")
 assert "SNR^1" in right.at_zero_snr, "the right weight must vanish like S"
 
@@ -380,7 +404,9 @@ for function in (claimed, in_two_steps, in_single_precision, three_times_too_lar
 # %%
 log_snr = schedule.log_snr
 slope = torch.gradient(log_snr)[0].abs()  # |dλ/dt|
-per_log_snr = torch.sigmoid(2 - log_snr) * slope  # on the noise error, as the paper means it
+per_log_snr = (
+    torch.sigmoid(2 - log_snr) * slope
+)  # on the noise error, as the paper means it
 
 
 def as_the_paper_means_it(timesteps):
@@ -403,7 +429,9 @@ display(
     )
 )
 if is_default:
-    assert 0.05 < measure.total_variation < 0.2, "the measure must matter, less than the mistakes"
+    assert 0.05 < measure.total_variation < 0.2, (
+        "the measure must matter, less than the mistakes"
+    )
 
 # %% [markdown]
 # That is less than in any row of the census, and enough to make two tables of weights incomparable. So a weight needs
@@ -584,8 +612,12 @@ lesson.table(samples, caption="Distance of samples to the data, exact", digits=4
 # %%
 ratios = samples["used / claimed"]
 if is_default:
-    assert ratios[2] > 1 > ratios[5], "the sign of the effect must depend on the capacity"
-    assert samples["plain v loss"][5] < samples["used"][5], "and then the plain loss must be best"
+    assert ratios[2] > 1 > ratios[5], (
+        "the sign of the effect must depend on the capacity"
+    )
+    assert samples["plain v loss"][5] < samples["used"][5], (
+        "and then the plain loss must be best"
+    )
 
 # %% [markdown]
 # ## Two questions that are not settled
@@ -611,7 +643,9 @@ for label, weight in {
     shares.loc[label] = [float(on_zero[-1]), f"{share:.2%}"]
 
 lesson.table(shares, caption="Weights on the v error, zero terminal SNR")
-assert claimed(zero_snr)[-1] == 0, "the faithful weight must be 0 where there is no signal"
+assert claimed(zero_snr)[-1] == 0, (
+    "the faithful weight must be 0 where there is no signal"
+)
 
 # %% [markdown]
 # One side says: that is what Min-SNR means on $x_0$, converted. The other side says: the step where sampling starts must
@@ -643,7 +677,9 @@ print(f"ratio at the noisiest timestep: {at_zero.ratio_at_noisiest}")
 # %%
 sd_scripts = audits["sd-scripts, debiased"]
 print(sd_scripts.nearest, "off:", sd_scripts.nearest_off)
-assert sd_scripts.nearest["name"] == "const-x0", "1 / (S + 1) on v is the plain loss on x0"
+assert sd_scripts.nearest["name"] == "const-x0", (
+    "1 / (S + 1) on v is the plain loss on x0"
+)
 
 # %% [markdown]
 # ## Audit your own
@@ -673,7 +709,9 @@ assert sd_scripts.nearest["name"] == "const-x0", "1 / (S + 1) on v is the plain 
 
 # %%
 # What the checks expect; there is no need to read this cell.
-soft = dysigma.make_weighting("soft-min-snr", schedule, "v_prediction", normalize=False, gamma=5)
+soft = dysigma.make_weighting(
+    "soft-min-snr", schedule, "v_prediction", normalize=False, gamma=5
+)
 
 
 def mystery(snr):
@@ -756,7 +794,9 @@ soft_on_v = 5 * snr / (snr + 5) / (snr + 1)
 lesson.check("4.1", soft_on_v)
 
 # %% tags=["solution"]
-real_name = dysigma.audit(mystery, schedule, "epsilon", claims="min-snr").nearest["name"]
+real_name = dysigma.audit(mystery, schedule, "epsilon", claims="min-snr").nearest[
+    "name"
+]
 lesson.check("4.2", real_name)
 
 # %% tags=["solution"]

@@ -124,9 +124,15 @@ def make_run(name, seed=0, prediction="epsilon", weighting_lr=None, **params):
     sampler = make_sampler("uniform", schedule)
     ema = EMA(network, 1e5)
     no_scaler = torch.amp.GradScaler("cpu", enabled=False)
-    state = TrainState(network, network, ema, schedule, weighting, sampler, optimizer, no_scaler)
+    state = TrainState(
+        network, network, ema, schedule, weighting, sampler, optimizer, no_scaler
+    )
     config = TrainConfig(
-        batch_size=64, seed=seed, prediction=prediction, warmup_images=1280, device="cpu"
+        batch_size=64,
+        seed=seed,
+        prediction=prediction,
+        warmup_images=1280,
+        device="cpu",
     )
     weights = []
     for step in range(STEPS):
@@ -209,7 +215,9 @@ def settle(weighting, losses, steps=600):
     return weighting.weights()
 
 
-one_for_each = make_weighting("uncertainty", schedule, bins=1000, clamp=15.0, normalize=False)
+one_for_each = make_weighting(
+    "uncertainty", schedule, bins=1000, clamp=15.0, normalize=False
+)
 learned = settle(one_for_each, floor)
 print(
     f"learned weight times loss: from {(learned * floor).min():.4f} to {(learned * floor).max():.4f}"
@@ -226,7 +234,9 @@ torch.testing.assert_close(learned, 1 / floor, rtol=0.02, atol=0)
 # %%
 s_star = -learned.log()
 objective = (floor * torch.exp(-s_star) + s_star).mean()
-print(f"objective {objective:.4f}, 1 + log of the geometric mean {1 + floor.log().mean():.4f}")
+print(
+    f"objective {objective:.4f}, 1 + log of the geometric mean {1 + floor.log().mean():.4f}"
+)
 torch.testing.assert_close(objective, 1 + floor.log().mean(), rtol=1e-3, atol=1e-3)
 
 # %% [markdown]
@@ -247,7 +257,9 @@ print("loss balance: weight times loss is the same at every timestep")
 # is perfect. Which share of all weight would the noisiest tenth of the timesteps have? Equal weights give it 0.1.
 
 # %%
-QUESTION_SHARE = "Share of the weight on the noisiest tenth, for a perfect network (0 to 1)?"
+QUESTION_SHARE = (
+    "Share of the weight on the noisiest tenth, for a perfect network (0 to 1)?"
+)
 lesson.predict(QUESTION_SHARE, None)
 
 # %%
@@ -307,7 +319,9 @@ for lr in lesson.fast([2e-4, 1e-3, 1e-2, 2.5e-2], [1e-3, 1e-2]):
     speed.loc[f"lr = {lr:g}"] = [least, measured]
     assert 0.95 * least < measured < 2 * least, "s must keep close to Adam's speed"
 
-at_usual_lr = lesson.fast(speed["measured steps"].iloc[0], 5 * speed["measured steps"].iloc[0])
+at_usual_lr = lesson.fast(
+    speed["measured steps"].iloc[0], 5 * speed["measured steps"].iloc[0]
+)
 lesson.reveal(QUESTION_STEPS, float(at_usual_lr))
 lesson.table(speed, caption="Steps until s has found a loss of 0.03", digits=0)
 
@@ -358,12 +372,16 @@ for n in [1, 4, 16, 64]:
     formula = 0.5 * math.sqrt(0.05 / (4 * n))
     measured = simulated_fluctuation(0.5, n)
     shaking.loc[f"c = 0.5, n = {n}"] = [f"{formula:.2%}", f"{measured:.2%}"]
-    assert abs(measured / formula - 1) < 0.1, "the simulation must agree with the formula"
+    assert abs(measured / formula - 1) < 0.1, (
+        "the simulation must agree with the formula"
+    )
 without_noise = simulated_fluctuation(0.0, 1)
 shaking.loc["c = 0, n = 1"] = ["0.00%", f"{without_noise:.2%}"]
 assert without_noise < 1e-12, "without noise in the losses nothing may shake"
 
-lesson.table(shaking, caption="Fluctuation of a weight whose s is trained at learning rate 0.05")
+lesson.table(
+    shaking, caption="Fluctuation of a weight whose s is trained at learning rate 0.05"
+)
 
 # %% [markdown]
 # Four times more samples halve the fluctuation. That is the reason for **bins**. With one $s$ for each of 1000
@@ -383,7 +401,9 @@ lesson.table(shaking, caption="Fluctuation of a weight whose s is trained at lea
 # end of the scale. How much, in per cent, does uncertainty weighting with 20 bins shake around its trend?
 
 # %%
-QUESTION_SHAKE = "Uncertainty weighting, 20 bins: fluctuation around its trend, in per cent?"
+QUESTION_SHAKE = (
+    "Uncertainty weighting, 20 bins: fluctuation around its trend, in per cent?"
+)
 lesson.predict(QUESTION_SHAKE, None)
 
 # %%
@@ -472,10 +492,16 @@ assert varies.loc["predefined"].max() == 0, "predefined weights must not fluctua
 if is_default and is_full:
     trend = varies["around its trend, %"]
     travel = varies["over time, %"]
-    assert trend.drop("random").max() < trend["random"] / 2, "random weights must shake most"
-    assert travel["uncertainty"] > 3 * trend["uncertainty"], "it must travel more than it shakes"
+    assert trend.drop("random").max() < trend["random"] / 2, (
+        "random weights must shake most"
+    )
+    assert travel["uncertainty"] > 3 * trend["uncertainty"], (
+        "it must travel more than it shakes"
+    )
     assert trend[high_lr] > trend["uncertainty"], "a higher rate must shake more"
-    assert trend["uncertainty, 1000 bins"] > trend["uncertainty"], "fewer samples must shake more"
+    assert trend["uncertainty, 1000 bins"] > trend["uncertainty"], (
+        "fewer samples must shake more"
+    )
 
 # %% [markdown]
 # You should see, in the marked row, that uncertainty weighting varies much more over time than around its trend. Most of
@@ -509,10 +535,13 @@ def mean_log_ratio(label, baseline):
 runs["x0: equal weights"] = [make_run("const-x0", seed, "sample") for seed in SEEDS]
 on_x0 = f"x0: {high_lr}"
 runs[on_x0] = [
-    make_run("uncertainty", seed, "sample", weighting_lr=FAST_LR, clamp=CLAMP) for seed in SEEDS
+    make_run("uncertainty", seed, "sample", weighting_lr=FAST_LR, clamp=CLAMP)
+    for seed in SEEDS
 ]
 
-effect = pd.DataFrame(columns=["share of weight on the noisiest tenth, %", *FIFTHS], dtype=float)
+effect = pd.DataFrame(
+    columns=["share of weight on the noisiest tenth, %", *FIFTHS], dtype=float
+)
 for label in [*LEARNED, on_x0]:
     baseline = "x0: equal weights" if label == on_x0 else "predefined"
     shares = []
@@ -565,7 +594,9 @@ if is_default and is_full:
     )
     assert effect.loc[high_lr, "clean fifth"] > 1.2, "the clean fifth must get worse"
     slow_clean = effect.loc["uncertainty", "clean fifth"]
-    assert slow_clean < effect.loc[high_lr, "clean fifth"], "the slower weights must cost less"
+    assert slow_clean < effect.loc[high_lr, "clean fifth"], (
+        "the slower weights must cost less"
+    )
     assert effect.loc[on_x0, "clean fifth"] < 1, "with an x0 network it must gain there"
 
 display(
@@ -601,7 +632,9 @@ lesson.exercise(
     expected=_root / _root.mean(),
     mistakes={
         "That is the full weight, 1 / L: apply the exponent.": perfect,
-        "The sign: a large loss must get the smaller weight.": 1 / _root / (1 / _root).mean(),
+        "The sign: a large loss must get the smaller weight.": 1
+        / _root
+        / (1 / _root).mean(),
     },
 )
 lesson.exercise(
@@ -652,7 +685,9 @@ lesson.check("5.1", half_way)
 # %% tags=["solution"]
 most_bins = int(4 * 128 * 0.05**2 / 0.05)  # sqrt(0.05 K / (4 * 128)) <= 0.05
 lesson.check("5.2", most_bins)
-print(f"simulated with that many bins: {simulated_fluctuation(1.0, 128 / most_bins):.2%}")
+print(
+    f"simulated with that many bins: {simulated_fluctuation(1.0, 128 / most_bins):.2%}"
+)
 
 # %% [markdown]
 # ## What you can now do

@@ -68,9 +68,7 @@ lesson = Lesson("06_dy_sigma_derived")
 # timestep the second prior starts with a larger weight. What is the ratio of the two weights at the end?
 
 # %%
-QUESTION_PRIOR = (
-    "Inside, at the end, noisiest timestep: weight from const-x0 over weight from min-snr?"
-)
+QUESTION_PRIOR = "Inside, at the end, noisiest timestep: weight from const-x0 over weight from min-snr?"
 lesson.predict(QUESTION_PRIOR, None)
 
 # %%
@@ -81,7 +79,9 @@ is_full = lesson.fast(True, False)
 
 schedule = NoiseSchedule.linear(1000)
 every_timestep = torch.arange(1000)
-floor = field_floor(schedule, "epsilon")  # the exact least losses of the Gaussian images of 05
+floor = field_floor(
+    schedule, "epsilon"
+)  # the exact least losses of the Gaussian images of 05
 
 
 def mean_one(values):
@@ -105,7 +105,9 @@ def settle(losses, **params):
 
 WIDE = 20.0  # |s| may grow to this; the package stops at 5 unless told otherwise
 inside_min_snr = settle(floor, variant="inside", prior="min-snr", clamp=WIDE).weights()
-inside_const_x0 = settle(floor, variant="inside", prior="const-x0", clamp=WIDE).weights()
+inside_const_x0 = settle(
+    floor, variant="inside", prior="const-x0", clamp=WIDE
+).weights()
 
 ratio_start = float(prior_weights("const-x0")[-1] / prior_weights("min-snr")[-1])
 ratio_end = float(inside_const_x0[-1] / inside_min_snr[-1])
@@ -127,7 +129,9 @@ lesson.reveal(QUESTION_PRIOR, ratio_end)
 # $w_t/(w_tL_t)=1/L_t$. **The prior is gone.** It matters only until $s$ has converged.
 
 # %%
-torch.testing.assert_close(inside_min_snr.double(), mean_one(1 / floor), rtol=0.02, atol=1e-6)
+torch.testing.assert_close(
+    inside_min_snr.double(), mean_one(1 / floor), rtol=0.02, atol=1e-6
+)
 torch.testing.assert_close(inside_const_x0, inside_min_snr, rtol=0.02, atol=1e-6)
 print("inside ends at 1 / L, from either prior")
 
@@ -141,13 +145,20 @@ z = mean_one(prior * floor)
 
 clamps = pd.DataFrame(columns=["share on the noisiest tenth, %"])
 for clamp in [2.0, 5.0, 20.0]:
-    weighting = make_weighting("dy-sigma", schedule, prior=PRIOR, variant="inside", clamp=clamp)
+    weighting = make_weighting(
+        "dy-sigma", schedule, prior=PRIOR, variant="inside", clamp=clamp
+    )
     weight = prior * torch.exp(-weighting.fixed_point(z))
-    clamps.loc[f"inside, clamp {clamp:g}"] = float(100 * weight[900:].sum() / weight.sum())
+    clamps.loc[f"inside, clamp {clamp:g}"] = float(
+        100 * weight[900:].sum() / weight.sum()
+    )
 inverse = 1 / floor
 clamps.loc["1 / L"] = float(100 * inverse[900:].sum() / inverse.sum())
 lesson.table(
-    clamps, caption="Where inside ends, for perfect losses", mark="inside, clamp 5", digits=0
+    clamps,
+    caption="Where inside ends, for perfect losses",
+    mark="inside, clamp 5",
+    digits=0,
 )
 if is_default:
     assert abs(clamps.iloc[1, 0] - 31) < 1, "the default clamp must hold inside back"
@@ -186,7 +197,9 @@ for kappa in [0.25, KAPPA, 4.0]:
     trained = settle(floor, prior=PRIOR, kappa=kappa, clamp=WIDE).weights().double()
     formula = mean_one(prior * torch.exp(-anchored(z, kappa)))
     difference = (trained / formula - 1).abs().max()
-    print(f"κ = {kappa:g}: largest difference between training and formula {difference:.0e}")
+    print(
+        f"κ = {kappa:g}: largest difference between training and formula {difference:.0e}"
+    )
     torch.testing.assert_close(trained, formula, rtol=0.02, atol=1e-6)
 
 # %% [markdown]
@@ -217,7 +230,14 @@ for number, kappa in enumerate([4.0, 1.0, 0.25]):
     height = weight[-1] * LABEL_SHIFT[kappa]
     ax.text(-10.3, height, f"κ = {kappa:g}", color=colour, ha="right", va="center")
 ax.plot(schedule.log_snr, mean_one(1 / floor), color="C3", linewidth=2)
-ax.text(-10.3, mean_one(1 / floor)[-1], "learned alone: 1 / L", color="C3", ha="right", va="center")
+ax.text(
+    -10.3,
+    mean_one(1 / floor)[-1],
+    "learned alone: 1 / L",
+    color="C3",
+    ha="right",
+    va="center",
+)
 ax.set(
     yscale="log",
     xlim=(-18, 9.5),
@@ -243,7 +263,9 @@ lesson.show(
 # prior Const-x0 on the cosine schedule?
 
 # %%
-QUESTION_RAISE = "Largest raise of a weight of mean 1: κ = 1, prior const-x0, cosine schedule?"
+QUESTION_RAISE = (
+    "Largest raise of a weight of mean 1: κ = 1, prior const-x0, cosine schedule?"
+)
 lesson.predict(QUESTION_RAISE, None)
 
 # %%
@@ -256,8 +278,12 @@ for name in ["const-x0", "debiased", "min-snr"]:
     raises.loc[name] = [float(factor.max()), float((end / start).max())]
 
 lesson.reveal(QUESTION_RAISE, float(raises.iloc[0, 1]))
-lesson.table(raises, caption="Largest raise at κ = 1, equal losses; e = 2.72", mark="const-x0")
-assert raises.iloc[:, 0].max() < math.e + 1e-6, "the bound must hold before the division"
+lesson.table(
+    raises, caption="Largest raise at κ = 1, equal losses; e = 2.72", mark="const-x0"
+)
+assert raises.iloc[:, 0].max() < math.e + 1e-6, (
+    "the bound must hold before the division"
+)
 assert raises.iloc[0, 1] > 100 * math.e, "and fail by far after it"
 
 # %% [markdown]
@@ -282,7 +308,9 @@ assert raises.iloc[0, 1] > 100 * math.e, "and fail by far after it"
 # A seventh, *conflict*, also looks at gradients. An eighth, *density*, has a section of its own at the end. Every line of the table can be checked by training $s$:
 
 # %%
-losses = floor + 0.3 * floor.sqrt()  # some learnable part, of another shape than the floor
+losses = (
+    floor + 0.3 * floor.sqrt()
+)  # some learnable part, of another shape than the floor
 z_losses = mean_one(prior * losses)
 z_excess = mean_one(prior * (losses - floor))
 
@@ -296,7 +324,9 @@ ends_at = {
 }
 for variant, expected in ends_at.items():
     params = {"floor": floor.tolist()} if variant == "excess" else {}
-    trained = settle(losses, variant=variant, prior=PRIOR, clamp=WIDE, **params).weights()
+    trained = settle(
+        losses, variant=variant, prior=PRIOR, clamp=WIDE, **params
+    ).weights()
     off = (trained.double() / mean_one(expected) - 1).abs().mean()
     print(f"{variant:9} weights off by {off:.1%} on average")
     if is_default:
@@ -333,11 +363,28 @@ of_dy_sigma = along_training("dy-sigma", prior=PRIOR, kappa=KAPPA)
 frames = []
 for number in range(FRAMES):
     fig, ax = plt.subplots(figsize=(6.4, 3.8), dpi=90)
-    ax.plot(schedule.log_snr, prior, color="0.6", linewidth=1.5, label=f"prior ({PRIOR})")
-    ax.plot(schedule.log_snr, of_uncertainty[number], color="C3", linewidth=2, label="uncertainty")
-    ax.plot(schedule.log_snr, of_dy_sigma[number], color="C0", linewidth=2, label="dy-sigma")
-    ax.set(yscale="log", ylim=(2e-4, 30), xlabel="log-SNR (noisy → clean)", ylabel="weight, mean 1")
-    ax.set_title(f"Uncertainty travels far, Dy-Sigma stays nearer · step {number * STEPS_A_FRAME}")
+    ax.plot(
+        schedule.log_snr, prior, color="0.6", linewidth=1.5, label=f"prior ({PRIOR})"
+    )
+    ax.plot(
+        schedule.log_snr,
+        of_uncertainty[number],
+        color="C3",
+        linewidth=2,
+        label="uncertainty",
+    )
+    ax.plot(
+        schedule.log_snr, of_dy_sigma[number], color="C0", linewidth=2, label="dy-sigma"
+    )
+    ax.set(
+        yscale="log",
+        ylim=(2e-4, 30),
+        xlabel="log-SNR (noisy → clean)",
+        ylabel="weight, mean 1",
+    )
+    ax.set_title(
+        f"Uncertainty travels far, Dy-Sigma stays nearer · step {number * STEPS_A_FRAME}"
+    )
     ax.legend(loc="lower left")
     fig.canvas.draw()
     frames.append(np.asarray(fig.canvas.buffer_rgba())[..., :3].copy())
@@ -355,7 +402,9 @@ lesson.animate(
 # %%
 moved_uncertainty = (of_uncertainty[-1] / of_uncertainty[0]).log().abs().mean()
 moved_dy_sigma = (of_dy_sigma[-1] / of_dy_sigma[0]).log().abs().mean()
-print(f"mean change of the log-weight: {moved_uncertainty:.2f} and {moved_dy_sigma:.2f}")
+print(
+    f"mean change of the log-weight: {moved_uncertainty:.2f} and {moved_dy_sigma:.2f}"
+)
 if is_default and is_full:
     assert moved_dy_sigma < moved_uncertainty / 2, "the anchored weights must move less"
 
@@ -377,7 +426,9 @@ if is_default and is_full:
 # *excess* loss change on the **cleanest** fifth of the timesteps? Negative is better.
 
 # %%
-QUESTION_CLEAN = "Dy-Sigma against Min-SNR, excess loss on the cleanest fifth: change in per cent?"
+QUESTION_CLEAN = (
+    "Dy-Sigma against Min-SNR, excess loss on the cleanest fifth: change in per cent?"
+)
 lesson.predict(QUESTION_CLEAN, None)
 
 # %%
@@ -392,16 +443,29 @@ record = everything[everything.grid == "epsilon"].sort_values("seed")
 at = torch.tensor(record.validation_timesteps.iloc[0])
 test_images = gaussian_fields(10_000, size=8, split="test").images[:128]
 best_denoiser = OptimalDenoiser(GaussianField(), schedule)
-paired_floor = validation_losses(best_denoiser, test_images, schedule, "epsilon", timesteps=at)
+paired_floor = validation_losses(
+    best_denoiser, test_images, schedule, "epsilon", timesteps=at
+)
 
 final = {}
 for name, of_name in record.groupby("arm"):
-    final[name] = torch.tensor(np.array([losses[-1] for losses in of_name.validation_losses]))
+    final[name] = torch.tensor(
+        np.array([losses[-1] for losses in of_name.validation_losses])
+    )
 for losses_of_name in final.values():
-    assert (losses_of_name > paired_floor).all(), "no network may beat the best denoiser"
+    assert (losses_of_name > paired_floor).all(), (
+        "no network may beat the best denoiser"
+    )
 
 # %%
-SHOWN = ["const-eps", "const-x0", "min-snr", "uncertainty", "dy-sigma", "dy-sigma kappa 4"]
+SHOWN = [
+    "const-eps",
+    "const-x0",
+    "min-snr",
+    "uncertainty",
+    "dy-sigma",
+    "dy-sigma kappa 4",
+]
 SHOWN += ["dy-sigma inside", "dy-sigma excess"]
 recorded_log_snr = schedule.log_snr[at]
 
@@ -447,7 +511,9 @@ assert rows["dy-sigma"]["excess, noisy"] < 0.9, "and high noise too"
 total_of_dy_sigma = (final["dy-sigma"] / reference).log().mean().exp()
 assert abs(total_of_dy_sigma - 0.87) < 0.01, "by total loss it must be 13 % better"
 assert clean_ratios["dy-sigma"] > 1.1, "the clean fifth must get worse"
-assert clean_ratios["uncertainty"] > clean_ratios["dy-sigma"], "and more without the anchor"
+assert clean_ratios["uncertainty"] > clean_ratios["dy-sigma"], (
+    "and more without the anchor"
+)
 
 # %%
 bits_of = {}
@@ -456,7 +522,9 @@ for name, losses_of_name in final.items():
         torch.trapezoid(losses_of_name.mean(0), -recorded_log_snr) / 2 / math.log(2)
     )
 levels = f"const-eps {bits_of['const-eps']:.3f}, min-snr {bits_of['min-snr']:.3f}"
-print(f"diffusion term of the likelihood, bits/dim: {levels}, dy-sigma {bits_of['dy-sigma']:.3f}")
+print(
+    f"diffusion term of the likelihood, bits/dim: {levels}, dy-sigma {bits_of['dy-sigma']:.3f}"
+)
 
 covered = float(recorded_log_snr[0] - recorded_log_snr[-1])
 whole = float(schedule.log_snr[0] - schedule.log_snr[-1])
@@ -464,7 +532,9 @@ print(
     f"the integral covers log-SNR {recorded_log_snr[-1]:.1f} to {recorded_log_snr[0]:.1f} of "
     f"{schedule.log_snr[-1]:.1f} to {schedule.log_snr[0]:.1f}: {covered / whole:.0%} of the range"
 )
-assert bits_of["const-eps"] == min(bits_of.values()), "the plain noise loss must be best"
+assert bits_of["const-eps"] == min(bits_of.values()), (
+    "the plain noise loss must be best"
+)
 
 # %% [markdown]
 # Read it metric by metric.
@@ -490,7 +560,9 @@ def varies_by(target, name):
     """Fluctuation over time and around the trend, in per cent, mean of the runs."""
     over_time = []
     around_trend = []
-    for weights in everything[(everything.grid == target) & (everything.arm == name)].bin_weights:
+    for weights in everything[
+        (everything.grid == target) & (everything.arm == name)
+    ].bin_weights:
         second_half = np.array(weights)[len(weights) // 2 :]
         over_time.append(float(fluctuation(torch.tensor(second_half)).median()))
         log_weights = np.log(second_half)
@@ -505,11 +577,19 @@ stability = pd.DataFrame(columns=["over time, %", "around its trend, %"])
 for target, network in {"epsilon": "noise network", "sample": "x0 network"}.items():
     for name in ["uncertainty", "dy-sigma"]:
         stability.loc[f"{network}, {name}"] = varies_by(target, name)
-lesson.table(stability, caption="Fluctuation of the recorded weights, second half", digits=1)
+lesson.table(
+    stability, caption="Fluctuation of the recorded weights, second half", digits=1
+)
 travel = stability["over time, %"]
-assert travel.iloc[1] < travel.iloc[0] / 2, "the anchor must halve the travel (noise network)"
-assert travel.iloc[3] < travel.iloc[2] / 2, "the anchor must halve the travel (x0 network)"
-assert stability.iloc[:, 1].max() < 5, "around the trend all must vary by a few per cent at most"
+assert travel.iloc[1] < travel.iloc[0] / 2, (
+    "the anchor must halve the travel (noise network)"
+)
+assert travel.iloc[3] < travel.iloc[2] / 2, (
+    "the anchor must halve the travel (x0 network)"
+)
+assert stability.iloc[:, 1].max() < 5, (
+    "around the trend all must vary by a few per cent at most"
+)
 
 # %% [markdown]
 # Most of the difference is travel, and the anchor makes it much shorter. Around the trend all vary by a few per cent
@@ -576,9 +656,13 @@ densities = {
     "√w, nothing learned": mixed(weight_x0.sqrt()),
     "density, κ = 1": density_variant(1.0),
     "density, κ = 0.1": density_variant(0.1),
-    "the optimum, w √m": weight_x0 * squared_norm.sqrt() / (weight_x0 * squared_norm.sqrt()).sum(),
+    "the optimum, w √m": weight_x0
+    * squared_norm.sqrt()
+    / (weight_x0 * squared_norm.sqrt()).sum(),
 }
-moments = pd.DataFrame(columns=["S / S of uniform", "largest importance", "objective / uniform's"])
+moments = pd.DataFrame(
+    columns=["S / S of uniform", "largest importance", "objective / uniform's"]
+)
 objective = float((weight_x0 * loss_x0).mean())
 for name, density in densities.items():
     importance = 1 / (1000 * density)
@@ -588,12 +672,20 @@ for name, density in densities.items():
 
 lesson.reveal(QUESTION_DENSITY, float(moments.iloc[1, 0]))
 lesson.table(
-    moments, caption="Noise of the gradient for five densities (invented m)", mark="density, κ = 1"
+    moments,
+    caption="Noise of the gradient for five densities (invented m)",
+    mark="density, κ = 1",
 )
 
-assert (moments.iloc[:, 2] - 1).abs().max() < 1e-9, "the objective must not depend on the density"
-assert moments.iloc[1:4, 1].max() <= 1 / UNIFORM_PART + 1e-9, "importance must be at most 1 / u"
-assert moments.iloc[4, 0] <= moments.iloc[:, 0].min() + 1e-12, "nothing may beat the optimum"
+assert (moments.iloc[:, 2] - 1).abs().max() < 1e-9, (
+    "the objective must not depend on the density"
+)
+assert moments.iloc[1:4, 1].max() <= 1 / UNIFORM_PART + 1e-9, (
+    "importance must be at most 1 / u"
+)
+assert moments.iloc[4, 0] <= moments.iloc[:, 0].min() + 1e-12, (
+    "nothing may beat the optimum"
+)
 torch.testing.assert_close(
     density_variant(1e6), densities["√w, nothing learned"], rtol=1e-3, atol=0
 )
@@ -607,10 +699,14 @@ torch.testing.assert_close(
 
 # %%
 of_package = make_weighting("dy-sigma", schedule, "sample", variant="density")
-sampler = make_sampler("weighting", schedule, weighting=of_package, uniform=UNIFORM_PART)
+sampler = make_sampler(
+    "weighting", schedule, weighting=of_package, uniform=UNIFORM_PART
+)
 
 plain_weights = make_weighting("min-snr", schedule, "sample").weights()
-assert torch.equal(of_package.weights(), plain_weights), "the weights must be those of the prior"
+assert torch.equal(of_package.weights(), plain_weights), (
+    "the weights must be those of the prior"
+)
 torch.testing.assert_close(
     sampler.probabilities(), densities["√w, nothing learned"], rtol=1e-4, atol=0
 )
@@ -630,7 +726,9 @@ print("weights: those of min-snr; density at the start: √w")
 
 # %%
 # What the checks expect; there is no need to read this cell.
-lesson.exercise("6.1", expected=1 / math.log(10), mistakes={"That is 1/κ.": math.log(10)})
+lesson.exercise(
+    "6.1", expected=1 / math.log(10), mistakes={"That is 1/κ.": math.log(10)}
+)
 lesson.exercise(
     "6.2",
     expected=3 * math.e,

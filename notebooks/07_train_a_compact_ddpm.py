@@ -30,6 +30,7 @@
 # **Functions introduced** `dysigma.train`, `dysigma.TrainConfig`, `dysigma.load_run`, `dysigma.distances.frechet_distance`.
 
 # %%
+import json
 import tempfile
 import time
 from dataclasses import replace
@@ -44,11 +45,17 @@ from PIL import Image
 
 from dysigma import NoiseSchedule, TrainConfig, load_run, make_model
 from dysigma.course.lesson import Lesson
-from dysigma.course.reader import AlongTraining, best_run, new_run_folder, train_and_watch
+from dysigma.course.reader import (
+    AlongTraining,
+    best_run,
+    new_run_folder,
+    train_and_watch,
+)
 from dysigma.data import batch, shapes
 from dysigma.devices import resolve_device
 from dysigma.distances import extract, frechet_distance, load_features, moments
 from dysigma.evaluation import sample_images
+from dysigma.images import tile
 from dysigma.randomness import generator
 from dysigma.training import build, iterate, load_split
 from dysigma.training.budget import fit_to_minutes
@@ -143,10 +150,16 @@ config = TrainConfig(
     **settings,
 )
 # What is asserted below about this one experiment holds for the full toy, as it stands here.
-is_default = (config.data, config.model, config.weighting) == ("shapes", "tiny", "min-snr")
+is_default = (config.data, config.model, config.weighting) == (
+    "shapes",
+    "tiny",
+    "min-snr",
+)
 train_set = load_split(config, "train", DEVICE)
 test_set = load_split(config, "test", DEVICE)
-print(f"{len(train_set):,} images {tuple(train_set.images.shape[1:])} of {config.data} on {DEVICE}")
+print(
+    f"{len(train_set):,} images {tuple(train_set.images.shape[1:])} of {config.data} on {DEVICE}"
+)
 
 # %% [markdown]
 # ## One step, by hand
@@ -208,7 +221,9 @@ weighted_loss = (weights[timesteps] * losses).mean()
 toy_state = build(toy_config, toy_images)
 record = next(iterate(toy_state, toy_images, toy_config))
 torch.testing.assert_close(losses, record.losses, rtol=1e-4, atol=1e-6)
-torch.testing.assert_close(weighted_loss.float(), record.loss.float(), rtol=1e-4, atol=1e-6)
+torch.testing.assert_close(
+    weighted_loss.float(), record.loss.float(), rtol=1e-4, atol=1e-6
+)
 print(f"by hand {weighted_loss:.5f}, the package {record.loss:.5f}")
 
 # %% [markdown]
@@ -229,10 +244,14 @@ lesson.predict(QUESTION, None)
 
 # %%
 if DEVICE.type == "cuda":
-    config = fit_to_minutes(config, MINUTES)  # measures memory and speed, then fixes `images`
+    config = fit_to_minutes(
+        config, MINUTES
+    )  # measures memory and speed, then fixes `images`
     folder = new_run_folder(RUN_NAME)
 else:
-    folder = Path(tempfile.mkdtemp()) / "toy-min-snr"  # a toy: no other page should find it
+    folder = (
+        Path(tempfile.mkdtemp()) / "toy-min-snr"
+    )  # a toy: no other page should find it
 
 # Eight equal parts of whole steps.
 eighth = config.num_steps // 8 * config.batch_size
@@ -265,7 +284,9 @@ lesson.gallery(
 looks = min_snr_run.metrics.dropna(subset=["validation_losses"])
 looks = looks[looks["images"] > 0].set_index("images")
 look_timesteps = np.array(looks["validation_timesteps"].iloc[0])
-loss_at = {seen: np.array(values) for seen, values in looks["validation_losses"].items()}
+loss_at = {
+    seen: np.array(values) for seen, values in looks["validation_losses"].items()
+}
 
 fall = loss_at[eighth] / loss_at[8 * eighth]
 lesson.reveal(QUESTION, float(fall[0]))
@@ -277,7 +298,11 @@ fig, ax = plt.subplots(figsize=(7, 3.8))
 for seen, shade in zip([eighth, 2 * eighth, half], ["0.78", "0.6", "0.4"], strict=True):
     ax.plot(look_timesteps, loss_at[seen], color=shade, label=f"{seen:,} images")
 ax.plot(
-    look_timesteps, loss_at[8 * eighth], color="C0", linewidth=2, label=f"{8 * eighth:,} images"
+    look_timesteps,
+    loss_at[8 * eighth],
+    color="C0",
+    linewidth=2,
+    label=f"{8 * eighth:,} images",
 )
 ax.set(xlabel="timestep (clean → noisy)", ylabel="test loss on v", yscale="log")
 ax.legend()
@@ -307,7 +332,9 @@ display(
 # %%
 assert np.isfinite(loss_at[8 * eighth]).all(), "every loss must be finite"
 if is_default:
-    assert fall.max() > 1.3 * fall.min(), "timesteps must differ in how much their losses fall"
+    assert fall.max() > 1.3 * fall.min(), (
+        "timesteps must differ in how much their losses fall"
+    )
 
 # %% [markdown]
 # ## Two more weightings, on the same draws
@@ -334,7 +361,9 @@ for name in SHORT:
 # %%
 for name in SHORT:
     first_losses = along[name].first_losses
-    torch.testing.assert_close(first_losses, min_snr_along.first_losses, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(
+        first_losses, min_snr_along.first_losses, rtol=1e-2, atol=1e-3
+    )
 print(f"{len(first_losses)} losses of the first step agree in all three runs")
 
 # %% [markdown]
@@ -352,7 +381,10 @@ for name in SHORT:
     ratios[name] = last_losses / loss_at[half]
 
 middle = len(look_timesteps) // 2
-ends = {"clean": ratios["const-eps"][:middle].mean(), "noisy": ratios["const-eps"][middle:].mean()}
+ends = {
+    "clean": ratios["const-eps"][:middle].mean(),
+    "noisy": ratios["const-eps"][middle:].mean(),
+}
 worst_end = max(ends, key=ends.get)
 lesson.reveal(QUESTION_WHERE, worst_end if ends[worst_end] > 1 else "nowhere")
 
@@ -363,7 +395,11 @@ for name, colour in {"const-eps": "C3", "dy-sigma": "C2"}.items():
     ax.text(1010, ratios[name][-1], name, color=colour, va="center")
 ax.axhline(1, color="0.4", linewidth=1)
 ax.text(1010, 1, "min-snr = 1", color="0.3", va="bottom")
-ax.set(xlabel="timestep (clean → noisy)", ylabel="test loss / that of min-snr", xlim=(0, 1200))
+ax.set(
+    xlabel="timestep (clean → noisy)",
+    ylabel="test loss / that of min-snr",
+    xlim=(0, 1200),
+)
 if is_default:
     title = "The plain noise loss gains at the clean end, loses elsewhere"
 else:
@@ -393,7 +429,9 @@ if is_default:
     assert ratios["const-eps"][0] < 1 < ratios["const-eps"][middle:].min(), (
         "const-eps must gain at the clean end and lose at the noisy half"
     )
-    distance_from_one = {name: np.abs(ratio - 1).max() for name, ratio in ratios.items()}
+    distance_from_one = {
+        name: np.abs(ratio - 1).max() for name, ratio in ratios.items()
+    }
     assert distance_from_one["dy-sigma"] < distance_from_one["const-eps"], (
         "dy-sigma must be closer to min-snr"
     )
@@ -437,7 +475,9 @@ for name in SHORT:
     networks[f"{name}, half"] = along[name].networks[half]
 networks["min-snr, all"] = min_snr_along.networks[8 * eighth]
 
-results = pd.DataFrame(columns=[f"distance ({features_name})", "ms a sample"], dtype=float)
+results = pd.DataFrame(
+    columns=[f"distance ({features_name})", "ms a sample"], dtype=float
+)
 results.loc["real test images"] = [distance_of(test_set.images[:SAMPLES]), np.nan]
 samples = {}
 for label, network in networks.items():
@@ -507,7 +547,9 @@ distances = results.iloc[:, 0].astype(float)
 if is_default:
     halves = [distances[f"{name}, half"] for name in ["min-snr", *SHORT]]
     differences = max(halves) - min(halves)
-    assert min(halves) - distances["min-snr, all"] > differences, "more images must help most"
+    assert min(halves) - distances["min-snr, all"] > differences, (
+        "more images must help most"
+    )
 
 # %% [markdown]
 # ## What is left on the disk
@@ -554,7 +596,12 @@ first_loss = np.array(first_look["validation_losses"])
 last_loss = np.array(last_look["validation_losses"])
 
 fig, ax = plt.subplots(figsize=(7, 3.6))
-ax.plot(recorded_timesteps, first_loss, color="0.6", label=f"{first_look['images']:,.0f} images")
+ax.plot(
+    recorded_timesteps,
+    first_loss,
+    color="0.6",
+    label=f"{first_look['images']:,.0f} images",
+)
 ax.plot(
     recorded_timesteps,
     last_loss,
@@ -594,6 +641,72 @@ display(
 # **Try it yourself.** Add `"p2"` to `SHORT`. Or change `weighting="min-snr"` to `"const-x0"` in the settings: which end
 # of the timesteps gains?
 #
+# ## A network that you can open
+#
+# The weights of the recorded run above were not kept. Those of another training on CIFAR-10 are in this repository. It is
+# the same network, `small`, on the same images. Three settings differ: it predicts the image, its weights are Min-SNR, and
+# its timesteps are drawn by the square root of these weights. One line opens it:
+
+# %%
+kept = load_run("../data/runs/cifar10-pictures")
+network = kept.pipeline().unet.to(DEVICE)
+
+kept_images = kept.summary["images"]
+kept_samples = sample_images(
+    network,
+    NoiseSchedule.linear().to(DEVICE),
+    (lesson.fast(32, 16), 3, 32, 32),
+    prediction_type=kept.config["prediction"],
+    num_steps=25,
+)
+
+# %% [markdown]
+# Both networks turn the same latents into pictures, so the pictures at the same place belong together. Which of the two has
+# seen more images?
+
+# %%
+lesson.predict("Which block is from the network that saw more images: 1 or 2?", None)
+
+# %%
+plain = load_run("../data/runs/cifar10-cpu-small")
+plain_grid = Image.open(plain.path / "samples.png")
+plain_half = plain_grid.crop((0, 0, plain_grid.width, plain_grid.height // 2))
+
+fig, axes = plt.subplots(2, 1, figsize=(6.4, 7.2))
+axes[0].imshow(plain_half, interpolation="nearest")
+axes[0].set_title("1: predicts the noise, plain loss", loc="left")
+axes[1].imshow(tile(kept_samples.cpu(), 8), interpolation="nearest")
+axes[1].set_title("2: predicts the image, Min-SNR", loc="left")
+for ax in axes:
+    ax.axis("off")
+lesson.show(
+    fig,
+    "07_two_networks",
+    title="Predicting the image gives clearer pictures from fewer images",
+    caption="Samples of two networks of one kind from the same latents, not selected.",
+    alt="Two blocks of small pictures. Those of the second block have stronger colours and clearer edges; layout and "
+    "colours of pictures at the same place agree.",
+)
+lesson.reveal("Which block is from the network that saw more images: 1 or 2?", 1)
+
+# %%
+evaluation = json.loads((kept.path / "evaluation.json").read_text())
+measured = evaluation["distances"]["fd_cifar10-classifier"]
+display(
+    Markdown(
+        f"Block 1 has seen {plain.summary['images']:,} images, block 2 {kept_images:,}. The "
+        f"distance of {measured['images']} samples of block 2 to the training images is "
+        f"{measured['distance']:.1f}, on the features of our own small classifier. Lower is better, "
+        "and it is not FID."
+    )
+)
+
+# %% [markdown]
+# This is one seed each, and the learning rates differ too. So it shows what a target and a weighting may change, and does
+# not measure it. Page 12 does, on smaller images.
+#
+# The [card of this network](../data/runs/cifar10-pictures/README.md) says how it was trained and measured, and what it is not for.
+#
 # ## Exercises
 #
 # Replace each `...` and run the cell; the check says what is wrong. Solutions are collapsed below.
@@ -618,7 +731,8 @@ lesson.exercise(
     "7.2",
     expected=losses_v / (snr + 1),
     mistakes={
-        "Upside down: at the noisy end an error in v is one in x0.": losses_v * (snr + 1),
+        "Upside down: at the noisy end an error in v is one in x0.": losses_v
+        * (snr + 1),
         "That is the conversion from the loss on the noise.": losses_v / snr,
         "Errors are divided by the square root of SNR + 1, losses by its square.": losses_v
         / (snr + 1).sqrt(),

@@ -143,7 +143,14 @@ fig, ax = plt.subplots(figsize=(7.5, 3.8))
 for samples in sizes:
     cosines = measured[samples]
     ax.plot([samples] * REPEATS, cosines, "o", color="C0", alpha=0.35)
-    ax.plot([samples], [cosines.mean()], "_", color="black", markersize=28, markeredgewidth=2.5)
+    ax.plot(
+        [samples],
+        [cosines.mean()],
+        "_",
+        color="black",
+        markersize=28,
+        markeredgewidth=2.5,
+    )
 ax.axhline(0, color="0.5", linewidth=1)
 ax.text(sizes[-1] * 1.25, 0.03, "right angle", color="0.4", ha="right")
 ax.set(
@@ -248,7 +255,9 @@ display(
 )
 
 # %%
-QUESTION_NAIVE = "Timesteps 0 and 3: mean of the cosines that batches of this size give?"
+QUESTION_NAIVE = (
+    "Timesteps 0 and 3: mean of the cosines that batches of this size give?"
+)
 lesson.predict(QUESTION_NAIVE, None)
 
 # %% [markdown]
@@ -335,7 +344,9 @@ streamed = (S @ S.T - Q) / (M * (M - 1))
 
 batch = (x0, eps, timesteps, each_alone)
 torch.testing.assert_close(streamed, debiased)
-torch.testing.assert_close(streamed, bin_gramian(toy, ten, *batch, splits=M), rtol=1e-4, atol=1e-5)
+torch.testing.assert_close(
+    streamed, bin_gramian(toy, ten, *batch, splits=M), rtol=1e-4, atol=1e-5
+)
 torch.testing.assert_close(
     naive_gramian, bin_gramian(toy, ten, *batch, splits=1), rtol=1e-4, atol=1e-5
 )
@@ -375,7 +386,9 @@ true_pairs = truth[above[0], above[1]]
 def mean_over_repeats(reports, is_debiased):
     """Cosines (45,) of the mean report."""
     if is_debiased:
-        mean = cosine_matrix(torch.stack([report.gramian for report in reports]).mean(0))
+        mean = cosine_matrix(
+            torch.stack([report.gramian for report in reports]).mean(0)
+        )
     else:
         mean = torch.stack([report.cosine for report in reports]).mean(0)
     return mean[above[0], above[1]]
@@ -388,7 +401,9 @@ panels = {
 fig, axes = plt.subplots(1, 2, figsize=(9, 4.4), sharey=True)
 for ax, (title, reports) in zip(axes, panels.items(), strict=True):
     ax.plot([-1, 1], [-1, 1], color="0.6", linewidth=1)
-    ax.plot(true_pairs, mean_over_repeats(reports, False), "o", color="C3", markersize=5)
+    ax.plot(
+        true_pairs, mean_over_repeats(reports, False), "o", color="C3", markersize=5
+    )
     ax.plot(true_pairs, mean_over_repeats(reports, True), "o", color="C0", markersize=4)
     ax.text(-0.95, 0.83, "naive", color="C3")
     ax.text(-0.95, 0.68, "debiased", color="C0")
@@ -473,7 +488,10 @@ def length_weighted_cosine(gramian, share):
     return inner / (lengths.sum() ** 2 - (lengths**2).sum())
 
 
-moments = {"at the start": torch.zeros_like(theta), "at the minimum": toy.minimiser(equal)}
+moments = {
+    "at the start": torch.zeros_like(theta),
+    "at the minimum": toy.minimiser(equal),
+}
 toy_means = {}
 for name, weights_of_toy in moments.items():
     exact = toy.gramian(weights_of_toy)
@@ -483,9 +501,18 @@ for name, weights_of_toy in moments.items():
         "length-weighted": float(length_weighted_cosine(exact, equal)),
         "bins without a conflict": int((exact.amin(1) >= 0).sum()),
     }
-lesson.table(pd.DataFrame(toy_means).T, caption="The toy, exactly", mark="at the minimum", digits=2)
-assert toy_means["at the minimum"]["length-weighted"] <= -1 / 9 + 1e-9, "the bound must hold"
-assert toy_means["at the minimum"]["bins without a conflict"] == 0, "each bin must conflict"
+lesson.table(
+    pd.DataFrame(toy_means).T,
+    caption="The toy, exactly",
+    mark="at the minimum",
+    digits=2,
+)
+assert toy_means["at the minimum"]["length-weighted"] <= -1 / 9 + 1e-9, (
+    "the bound must hold"
+)
+assert toy_means["at the minimum"]["bins without a conflict"] == 0, (
+    "each bin must conflict"
+)
 
 # %% [markdown]
 # The toy goes from full agreement to conflict, and that is how it gets to its minimum. Its plain mean cosine is positive
@@ -554,12 +581,18 @@ lesson.table(
     digits=2,
 )
 if is_default:
-    assert means.loc["before training", "sure conflict"] == 0, "no conflict before training"
-    assert means.loc["end, averaged", "sure conflict"] > 0.2, "conflict at the averaged weights"
-    assert means.loc["end, averaged", "length-weighted"] > -1 / 9, "not at a minimum yet"
-    assert means.loc["end", "sure conflict"] < means.loc["end, averaged", "sure conflict"], (
-        "the raw weights of the same runs must show less conflict"
+    assert means.loc["before training", "sure conflict"] == 0, (
+        "no conflict before training"
     )
+    assert means.loc["end, averaged", "sure conflict"] > 0.2, (
+        "conflict at the averaged weights"
+    )
+    assert means.loc["end, averaged", "length-weighted"] > -1 / 9, (
+        "not at a minimum yet"
+    )
+    assert (
+        means.loc["end", "sure conflict"] < means.loc["end, averaged", "sure conflict"]
+    ), "the raw weights of the same runs must show less conflict"
 
 # %% [markdown]
 # You should see three things.
@@ -588,7 +621,9 @@ upper_left = fig.add_subplot(grid[0, 0])
 lower_left = fig.add_subplot(grid[1, 0])
 large = fig.add_subplot(grid[:, 1])
 plots.heatmap(upper_left, few.cosine, labels=labels, colorbar=False, numbers=False)
-plots.heatmap(lower_left, few.cosine_debiased, labels=labels, colorbar=False, numbers=False)
+plots.heatmap(
+    lower_left, few.cosine_debiased, labels=labels, colorbar=False, numbers=False
+)
 plots.heatmap(large, many.cosine_debiased, labels=labels, colorbar=False)
 upper_left.set_title(f"naive, {few_samples} samples a bin")
 lower_left.set_title(f"debiased, the same {few_samples} samples")
@@ -644,9 +679,13 @@ for repeat in range(REPEATS):
     draw = generator(repeat, 0, "dealt")
     mixed = torch.randint(0, 1000, (10 * lesson.fast(64, 32),), generator=draw)
     alike = gramian_of_batch(network, mixed, dealt_bins, draw, splits=4)
-    ratios.append([float(alike[above[0], above[1]].mean()), float(alike.diagonal().mean())])
+    ratios.append(
+        [float(alike[above[0], above[1]].mean()), float(alike.diagonal().mean())]
+    )
 between, own = np.mean(ratios, axis=0)
-print(f"bins that are alike: mean inner product over mean squared length = {between / own:.2f}")
+print(
+    f"bins that are alike: mean inner product over mean squared length = {between / own:.2f}"
+)
 if is_default:
     assert abs(between / own - 1) < 0.4, "bins with one distribution must agree"
 of_real_bins = means.loc["end, averaged", "debiased"]
@@ -667,7 +706,9 @@ print(f"bins of noise levels, from the table above: mean cosine {of_real_bins:.2
 # %%
 def training_noise_scale(report):
     """Batch size at which the noise of the training gradient equals the gradient."""
-    one_sample = report.gramian.diagonal() * (1 + report.noise_scale)  # E|g|² of one sample
+    one_sample = report.gramian.diagonal() * (
+        1 + report.noise_scale
+    )  # E|g|² of one sample
     squared_gradient = share @ report.gramian @ share
     variance = share @ one_sample - squared_gradient
     return float(variance / squared_gradient)
@@ -716,11 +757,15 @@ measured = read_json(run.path / "conflicts.json")["report"]
 report = ConflictReport.from_dict(measured)
 naive = report.cosine[above[0], above[1]]
 samples = report.settings["micro_batches"] * report.settings["batch_per_bin"]
-print(f"{samples} samples a bin; naive cosines from {naive.min():.2f} to {naive.max():.2f}")
+print(
+    f"{samples} samples a bin; naive cosines from {naive.min():.2f} to {naive.max():.2f}"
+)
 print(f"pairs of 45 whose sign is not determined: {report.undetermined}")
 if run.path.name == "cifar10-cpu-small":
     assert report.undetermined == 45, "in the record not one pair is determined"
-    assert naive.min() < -0.8 and naive.max() > 0.9, "although the naive cosines span nearly all"
+    assert naive.min() < -0.8 and naive.max() > 0.9, (
+        "although the naive cosines span nearly all"
+    )
 
 # %% [markdown]
 # In the record, the naive cosines reach from strong conflict to near agreement. **Not one of them is known.** With so few

@@ -119,7 +119,9 @@ lesson.reveal(QUESTION_HURT, int((served(equal, gramian) < 0).sum()))
 # %%
 mgda = min_norm_weights(gramian)
 least_gain = (gramian @ mgda).min()
-assert least_gain >= 0.99 * (mgda @ gramian @ mgda) - 1e-12, "MGDA must serve every bin alike"
+assert least_gain >= 0.99 * (mgda @ gramian @ mgda) - 1e-12, (
+    "MGDA must serve every bin alike"
+)
 
 
 # %% [markdown]
@@ -209,10 +211,18 @@ of_bins["loss"] = report.losses.numpy()
 of_bins["share of Dy-Sigma"] = dy_sigma_shares.numpy()
 lesson.table(of_bins, caption="The five bins: why the two upper rows differ")
 if is_default:
-    assert (cosines[:2].amin(1) < 0).all(), "both fixed weightings must make a bin worse"
-    assert served(steps["CAGrad"], gramian).min() > 0, "CAGrad must make none worse here"
-    assert (cosines[0, :2] > cosines[4:, :2].amax(0)).all(), "the price is in the clean columns"
-    assert lengths.argmax() == 0 and report.losses.argmin() == 4, "longest clean, smallest noisy"
+    assert (cosines[:2].amin(1) < 0).all(), (
+        "both fixed weightings must make a bin worse"
+    )
+    assert served(steps["CAGrad"], gramian).min() > 0, (
+        "CAGrad must make none worse here"
+    )
+    assert (cosines[0, :2] > cosines[4:, :2].amax(0)).all(), (
+        "the price is in the clean columns"
+    )
+    assert lengths.argmax() == 0 and report.losses.argmin() == 4, (
+        "longest clean, smallest noisy"
+    )
 
 # %% [markdown]
 # The rows of UPGrad and MGDA have no negative value: that is what they promise. CAGrad has none here either, but does
@@ -239,7 +249,9 @@ lesson.predict(QUESTION_BROKEN, None)
 def naive_gramian(small):
     """The Gramian with the noise left in: a report holds its cosines and the ratio to the noise."""
     squares = small.gramian.diagonal()
-    noise_squares = squares / small.gnr  # gnr is the debiased squared length over the noise
+    noise_squares = (
+        squares / small.gnr
+    )  # gnr is the debiased squared length over the noise
     naive_lengths = (squares + noise_squares).abs().sqrt()
     return small.cosine * naive_lengths[:, None] * naive_lengths[None, :]
 
@@ -272,7 +284,9 @@ repeats = pd.DataFrame(rows, columns=["rule", "Gramian", "broken"])
 table = repeats.pivot_table(index="rule", columns="Gramian", values="broken")
 lesson.reveal(QUESTION_BROKEN, float(table.loc["MGDA", "naive"]))
 lesson.table(
-    table, caption="Share of repeats with a bin that gets worse (16 samples a bin)", digits=2
+    table,
+    caption="Share of repeats with a bin that gets worse (16 samples a bin)",
+    digits=2,
 )
 if is_default:
     assert table.min().min() > 0.5, "the promise must be broken in most repeats"
@@ -333,9 +347,13 @@ def train_toy(find, num_steps):
     }
 
 
-trained = pd.DataFrame({rule: train_toy(find, NUM_STEPS) for rule, find in rules.items()}).T
+trained = pd.DataFrame(
+    {rule: train_toy(find, NUM_STEPS) for rule, find in rules.items()}
+).T
 lesson.table(trained, caption=f"The exact toy after {NUM_STEPS} steps", mark="MGDA")
-assert trained["largest excess"].max() < 1, "every rule must stay stable at this step size"
+assert trained["largest excess"].max() < 1, (
+    "every rule must stay stable at this step size"
+)
 assert trained.loc["MGDA", "steps that raise some loss"] == 0, "MGDA must raise no loss"
 
 # %% [markdown]
@@ -346,7 +364,9 @@ assert trained.loc["MGDA", "steps that raise some loss"] == 0, "MGDA must raise 
 # equal weights, UPGrad and MGDA ten times as many steps.
 
 # %%
-QUESTION_LONGER = "MGDA: mean excess after ten times as many steps, over that of the table?"
+QUESTION_LONGER = (
+    "MGDA: mean excess after ten times as many steps, over that of the table?"
+)
 lesson.predict(QUESTION_LONGER, None)
 
 # %%
@@ -360,10 +380,18 @@ lesson.table(longer, caption=f"The exact toy after {10 * NUM_STEPS} steps", mark
 if RATE == 20.0:
     assert abs(ratio - 1) < 0.05, "MGDA must have stopped"
     largest = longer["largest excess"]
-    assert largest["UPGrad"] < largest["equal weights"] < largest["MGDA"], "order of the largest"
-    assert longer["mean excess"].idxmin() == "equal weights", "equal weights: the best mean"
-    assert longer.loc["UPGrad", "steps that raise some loss"] > 0.5, "UPGrad must raise losses"
-    assert trained["mean excess"].idxmax() == "MGDA", "the mean of MGDA must be the worst"
+    assert largest["UPGrad"] < largest["equal weights"] < largest["MGDA"], (
+        "order of the largest"
+    )
+    assert longer["mean excess"].idxmin() == "equal weights", (
+        "equal weights: the best mean"
+    )
+    assert longer.loc["UPGrad", "steps that raise some loss"] > 0.5, (
+        "UPGrad must raise losses"
+    )
+    assert trained["mean excess"].idxmax() == "MGDA", (
+        "the mean of MGDA must be the worst"
+    )
 
 # %% [markdown]
 # MGDA is not slow. It has stopped, at a *Pareto stationary point*: from there no small step lowers all losses, so MGDA
@@ -406,7 +434,9 @@ if RATE == 20.0:
 lesson.exercise(
     "9.1", expected=[1.0, 1.0], mistakes={"The sign of the part is wrong.": [1.0, -1.0]}
 )
-lesson.exercise("9.2", expected=2 / 7, mistakes={"That is the share of the second.": 5 / 7})
+lesson.exercise(
+    "9.2", expected=2 / 7, mistakes={"That is the share of the second.": 5 / 7}
+)
 
 # %%
 coefficients = ...  # [number, number]

@@ -65,9 +65,7 @@ lesson = Lesson("10_pareto_trade_offs", trains_on="cpu")
 # excess loss falls by a fifth. By what factor does the excess loss of the noisy half grow?
 
 # %%
-QUESTION_PRICE = (
-    "Clean half at weight 10 instead of 1: how many times larger is the noisy half's excess?"
-)
+QUESTION_PRICE = "Clean half at weight 10 instead of 1: how many times larger is the noisy half's excess?"
 lesson.predict(QUESTION_PRICE, None)
 
 # %% [markdown]
@@ -94,7 +92,9 @@ def excess(theta):
 def train_toy(level_weights, num_steps=400):
     """Gradient descent on the weighted sum of the 20 losses."""
     theta = torch.zeros(1, 64, dtype=torch.float64)
-    step_size = 32 / (level_weights @ denoiser.variance).max()  # one over the largest curvature
+    step_size = (
+        32 / (level_weights @ denoiser.variance).max()
+    )  # one over the largest curvature
     for _ in range(num_steps):
         gradient = level_weights @ denoiser.gradients(theta)
         theta = theta - step_size * gradient.view_as(theta)
@@ -123,20 +123,29 @@ shares = torch.linspace(-8, 8, 401, dtype=torch.float64).sigmoid()
 mixes = torch.stack([shares, 1 - shares], 1)
 least = halves @ denoiser.irreducible()
 exact_front = denoiser.front(halves, mixes) - least
-utopia = denoiser.utopia(halves) - least  # the best of each half, with a denoiser of its own
+utopia = (
+    denoiser.utopia(halves) - least
+)  # the best of each half, with a denoiser of its own
 
 fig, ax = plt.subplots(figsize=(8, 4.4))
 ax.plot(exact_front[:, 0], exact_front[:, 1], color="0.5", zorder=1)
 for ratio, point in swept_toy.items():
     ax.plot(point[0], point[1], "o", color="C0")
-    ax.annotate(f"R = {ratio:g}", point.tolist(), (8, 3), textcoords="offset points", fontsize=9)
+    ax.annotate(
+        f"R = {ratio:g}", point.tolist(), (8, 3), textcoords="offset points", fontsize=9
+    )
 best_left, best_low = utopia.tolist()
 ax.plot(best_left, best_low, "*", color="C3", markersize=13)
 ax.axvline(best_left, color="C3", linewidth=1, linestyle=":")
 ax.axhline(best_low, color="C3", linewidth=1, linestyle=":")
-ax.text(0.062, 1.15e-4, "out of reach: the best of both halves", color="C3", fontsize=10)
 ax.text(
-    0.078, 2.2e-2, "larger weight on the clean half:\nits loss falls, the other rises", color="0.35"
+    0.062, 1.15e-4, "out of reach: the best of both halves", color="C3", fontsize=10
+)
+ax.text(
+    0.078,
+    2.2e-2,
+    "larger weight on the clean half:\nits loss falls, the other rises",
+    color="0.35",
 )
 ax.set(
     yscale="log",
@@ -234,13 +243,17 @@ log_front = exact_front.log().numpy()
 on_front = log_front[200]
 assert abs(beyond(on_front, log_front)) < 1e-12, "a point of the front is not beyond it"
 halved = on_front - np.log(2)
-assert abs(beyond(halved, log_front) - np.log(2)) < 1e-12, "both losses halved: beyond by ln 2"
+assert abs(beyond(halved, log_front) - np.log(2)) < 1e-12, (
+    "both losses halved: beyond by ln 2"
+)
 
 # %% [markdown]
 # Now some weightings that people use. All of them are minimised exactly, on the 20 levels.
 
 # %%
-toy_weightings = pd.DataFrame(columns=["clean half", "noisy half", "beyond, δ"], dtype=float)
+toy_weightings = pd.DataFrame(
+    columns=["clean half", "noisy half", "beyond, δ"], dtype=float
+)
 for name in ["const-eps", "min-snr", "p2", "debiased", "const-x0"]:
     level_weights = make_weighting(name, levels).weights().double()
     point = excess(denoiser.minimiser(level_weights))
@@ -248,9 +261,13 @@ for name in ["const-eps", "min-snr", "p2", "debiased", "const-x0"]:
     toy_weightings.loc[name] = [float(point[0]), float(point[1]), distance]
 lesson.table(toy_weightings, caption="Excess losses, exact", mark="const-eps", digits=5)
 assert toy_weightings["beyond, δ"].max() < 1e-4, "no weighting may pass the exact front"
-assert abs(toy_weightings.loc["const-eps", "beyond, δ"]) < 1e-4, "const-eps must lie on it"
+assert abs(toy_weightings.loc["const-eps", "beyond, δ"]) < 1e-4, (
+    "const-eps must lie on it"
+)
 spread = toy_weightings["noisy half"].max() / toy_weightings["noisy half"].min()
-assert 90 < spread < 120, "the noisy half's losses must differ by about a factor of a hundred"
+assert 90 < spread < 120, (
+    "the noisy half's losses must differ by about a factor of a hundred"
+)
 
 # %% [markdown]
 # In the loss of the noisy half the weightings differ by a factor of about a hundred. None lies beyond the front, and only
@@ -269,7 +286,9 @@ assert 90 < spread < 120, "the noisy half's losses must differ by about a factor
 
 # %%
 equal_levels = torch.full((20,), 1 / 20, dtype=torch.float64)
-capacity = pd.DataFrame(columns=["shared", "one for each half", "price of sharing"], dtype=float)
+capacity = pd.DataFrame(
+    columns=["shared", "one for each half", "price of sharing"], dtype=float
+)
 for degree in [1, 2, 3, 4, 6, 20]:
     larger = LinearDenoiser(levels, field_variances().flatten(), degree)
     lowest = (halves @ larger.irreducible()).sum()
@@ -281,10 +300,14 @@ for degree in [1, 2, 3, 4, 6, 20]:
         float(shared - separate),
     ]
 capacity = capacity.clip(lower=0)  # rounding
-lesson.table(capacity, caption="Sum of the two excess losses", mark="polynomials: 20", digits=4)
+lesson.table(
+    capacity, caption="Sum of the two excess losses", mark="polynomials: 20", digits=4
+)
 price = capacity["price of sharing"]
 assert price.iloc[-1] < 1e-12, "nothing is shared, so sharing costs nothing"
-assert price.iloc[:2].round(4).tolist() == [0.0255, 0.0424], "at first the price must rise"
+assert price.iloc[:2].round(4).tolist() == [0.0255, 0.0424], (
+    "at first the price must rise"
+)
 assert (price.iloc[1:].diff().dropna() < 0).all(), "from then on it must fall"
 
 # %% [markdown]
@@ -356,7 +379,10 @@ assert np.isfinite(list(points.values())).all(), "no network may beat the Wiener
 # %%
 of_gramian = table[table["arm"] == "gramian"].sort_values("seed")
 of_split_one = table[table["arm"] == "split 1"].sort_values("seed")
-same_losses = of_gramian["validation_losses"].tolist() == of_split_one["validation_losses"].tolist()
+same_losses = (
+    of_gramian["validation_losses"].tolist()
+    == of_split_one["validation_losses"].tolist()
+)
 if is_record:
     assert same_losses, "gramian must be split 1, bit for bit"
 if same_losses:
@@ -364,7 +390,9 @@ if same_losses:
 assert RECOMPUTE or len(strategies) == 18, "eighteen strategies are left"
 
 # %%
-QUESTION_BEYOND = f"Of {len(strategies)} strategies: how many are shown to lie beyond the sweep?"
+QUESTION_BEYOND = (
+    f"Of {len(strategies)} strategies: how many are shown to lie beyond the sweep?"
+)
 lesson.predict(QUESTION_BEYOND, None)
 
 # %% [markdown]
@@ -397,7 +425,14 @@ for arm, (colour, offset) in NAMED.items():
     ax.annotate(arm, place, offset, textcoords="offset points", color=colour)
 ax.text(np.log(0.0131), np.log(0.0042), "behind the front", color="0.35", fontsize=11)
 ax.text(np.log(0.021), np.log(0.000315), "beyond the front", color="C2", fontsize=11)
-ax.text(np.log(0.00375), np.log(0.006), "static weights", color="0.3", rotation=90, va="center")
+ax.text(
+    np.log(0.00375),
+    np.log(0.006),
+    "static weights",
+    color="0.3",
+    rotation=90,
+    va="center",
+)
 ax.set(
     xlim=np.log([0.0035, 0.16]),
     ylim=np.log([0.0003, 0.03]),
@@ -422,10 +457,15 @@ lesson.show(
 )
 beyond_shown = []
 for arm in strategies:
-    if beyond(points[arm, SHOWN_SEED], [points[rival, SHOWN_SEED] for rival in sweep]) > 0:
+    if (
+        beyond(points[arm, SHOWN_SEED], [points[rival, SHOWN_SEED] for rival in sweep])
+        > 0
+    ):
         beyond_shown.append(arm)
 if is_record:
-    assert sorted(beyond_shown) == ["loss-balance", "uncertainty"], "the title names two"
+    assert sorted(beyond_shown) == ["loss-balance", "uncertainty"], (
+        "the title names two"
+    )
 
 # %% [markdown]
 # First the black line: it is the front through the static weights. Strategies in the green region lie beyond it. Two squares
@@ -443,7 +483,9 @@ if is_record:
     assert all(clean_loss_rises), "at R = 64 the clean half must be worse than at R = 1"
     on_line = pareto.non_dominated(np.array([points[arm, SHOWN_SEED] for arm in sweep]))
     behind = [arm for arm, flag in zip(sweep, on_line, strict=True) if not flag]
-    assert {"split 4", "split 16", "split 64"} <= set(behind), "the three dots of the text"
+    assert {"split 4", "split 16", "split 64"} <= set(behind), (
+        "the three dots of the text"
+    )
 
 # %% [markdown]
 # Are uncertainty and loss-balance beyond? One seed cannot tell. So measure $\delta$ for each seed against the sweep *of that seed*, and give the
@@ -489,9 +531,14 @@ for place, (_, row) in enumerate(placed.iterrows()):
 ax.axvline(0, color="0.2", linewidth=1)
 ax.axvspan(0, 0.45, color="C2", alpha=0.12, linewidth=0)
 ax.text(0.06, -len(placed) + 1, "beyond\nthe sweep", va="center", color="C2")
-ax.text(-0.04, -len(placed) + 1, "behind\nthe sweep", va="center", ha="right", color="0.4")
+ax.text(
+    -0.04, -len(placed) + 1, "behind\nthe sweep", va="center", ha="right", color="0.4"
+)
 ax.set_yticks(-np.arange(len(placed)), labels=list(placed.index))
-ax.set(xlim=(-2.2, 0.45), xlabel="δ: how far beyond the sweep (0.1: about 10 % in both losses)")
+ax.set(
+    xlim=(-2.2, 0.45),
+    xlabel="δ: how far beyond the sweep (0.1: about 10 % in both losses)",
+)
 ax.grid(axis="y", visible=False)
 lesson.show(
     fig,
@@ -509,11 +556,17 @@ lesson.show(
 # %%
 open_cases = placed[placed["shown"] == "open"]
 lesson.table(
-    open_cases, caption=f"Open cases, {len(seeds)} seeds", mark=["uncertainty", "loss-balance"]
+    open_cases,
+    caption=f"Open cases, {len(seeds)} seeds",
+    mark=["uncertainty", "loss-balance"],
 )
 if is_record:
-    assert sorted(open_cases.index) == ["loss-balance", "p2", "uncertainty"], "the open cases"
-    assert counts.to_dict() == {"behind": 15, "open": 3}, "none is beyond, fifteen are behind"
+    assert sorted(open_cases.index) == ["loss-balance", "p2", "uncertainty"], (
+        "the open cases"
+    )
+    assert counts.to_dict() == {"behind": 15, "open": 3}, (
+        "none is beyond, fifteen are behind"
+    )
 
 # %% [markdown]
 # **None of 18 strategies is shown to lie beyond the front, and fifteen are shown to lie behind it.** Three are open with three
@@ -533,13 +586,18 @@ if is_record:
 # %%
 by_rate = against_front(sweep, other_rates)
 lesson.table(
-    by_rate, caption="Static weights at other rates, beyond the sweep", mark=by_rate.index[0]
+    by_rate,
+    caption="Static weights at other rates, beyond the sweep",
+    mark=by_rate.index[0],
 )
 
 # %%
 wider = against_front([*sweep, *other_rates], strategies)
 rows = {}
-for label, found in {"one learning rate": placed, "three learning rates": wider}.items():
+for label, found in {
+    "one learning rate": placed,
+    "three learning rates": wider,
+}.items():
     kinds = found["shown"].value_counts()
     rows[f"front of {label}"] = [
         int(kinds.get("beyond", 0)),
@@ -560,7 +618,9 @@ if is_record:
     assert by_rate.index[0] == "split 0.06 lr 0.016" and by_rate["low"].iloc[0] > 0, (
         "twice the rate"
     )
-    assert best_static > placed["δ"].iloc[0], "a rate moves a point further than any strategy"
+    assert best_static > placed["δ"].iloc[0], (
+        "a rate moves a point further than any strategy"
+    )
     assert by_rate["δ"].iloc[1] > placed["δ"].iloc[0], "so does the second of the table"
     assert by_rate.index[1].endswith("lr 0.016"), "which has twice the rate too"
     assert wider["δ"].max() < 0, "against three rates no strategy has a positive mean"
@@ -582,11 +642,15 @@ for arm in placed.index[:5]:
     closest.loc[arm] = against(sweep, arm)
 closest["mean without seed 300"] = closest[["seed 301", "seed 302"]].mean(axis=1)
 lesson.table(
-    closest, caption="δ against the sweep of the same seed", mark=["uncertainty", "loss-balance"]
+    closest,
+    caption="δ against the sweep of the same seed",
+    mark=["uncertainty", "loss-balance"],
 )
 if is_record:
     without = closest["mean without seed 300"]
-    assert (without > 0).tolist() == [True, True, False, False, False], "the same signs without it"
+    assert (without > 0).tolist() == [True, True, False, False, False], (
+        "the same signs without it"
+    )
 
 # %% [markdown]
 # Without seed 300 the signs of the means stay the same. The two remaining seeds are too few for a conclusion.
@@ -597,7 +661,9 @@ if is_record:
 # %%
 left_out = against_front(sweep, ["split 0.06", "split 0.25"])
 lesson.table(
-    left_out, caption="Each static weight against the sweep without that weight", mark="split 0.25"
+    left_out,
+    caption="Each static weight against the sweep without that weight",
+    mark="split 0.25",
 )
 if is_record:
     assert left_out.loc["split 0.25", "low"] > 0, (
@@ -640,12 +706,16 @@ if is_record:
 # the distance of the Wiener filter. What is the ratio?
 
 # %%
-QUESTION_QUALITY = "Distance of samples: the network at R = 1 over the best possible denoiser?"
+QUESTION_QUALITY = (
+    "Distance of samples: the network at R = 1 over the best possible denoiser?"
+)
 lesson.predict(QUESTION_QUALITY, None)
 
 # %%
 pixels = load_features("pixels")
-reference = moments(extract(pixels, gaussian_fields(specification.base["train_images"]).images))
+reference = moments(
+    extract(pixels, gaussian_fields(specification.base["train_images"]).images)
+)
 count = specification.base["distance_images"]
 
 
@@ -677,7 +747,13 @@ always = np.all(in_front, axis=0)  # on the front of every seed
 
 fig, ax = plt.subplots(figsize=(8, 4.2))
 ax.plot(sample_distances.index, sample_distances, color="C0", linewidth=1.5)
-ax.plot(sample_distances.index[always], sample_distances[always], "o", color="C0", markersize=8)
+ax.plot(
+    sample_distances.index[always],
+    sample_distances[always],
+    "o",
+    color="C0",
+    markersize=8,
+)
 ax.plot(
     sample_distances.index[~always],
     sample_distances[~always],
@@ -715,14 +791,20 @@ lesson.show(
 worst_over_best = float(sample_distances.max() / sample_distances.min())
 print(f"worst ratio of the sweep over best: {worst_over_best:.0f}")
 if is_record:
-    assert 0.7 < of_the_filter < 1.4, "at R = 1 the sampler's error must hide the network's"
+    assert 0.7 < of_the_filter < 1.4, (
+        "at R = 1 the sampler's error must hide the network's"
+    )
     assert always[0], "R = 0.001 must be a point of the front with every seed"
     assert not np.any(in_front, axis=0)[-1], "R = 64 must lie behind it with every seed"
     assert sample_distances.idxmax() == 0.001, "the noisy end must be the worst"
     assert worst_over_best > 10, "by many times"
     middle = sample_distances.loc[0.05:20] / distance_of_filter
-    assert middle.min() > 0.8 and middle.max() < 1.1, "from 0.06 to 16 the ratio hardly matters"
-    assert sample_distances.iloc[-1] / distance_of_filter > 3, "R = 64 is several times worse"
+    assert middle.min() > 0.8 and middle.max() < 1.1, (
+        "from 0.06 to 16 the ratio hardly matters"
+    )
+    assert sample_distances.iloc[-1] / distance_of_filter > 3, (
+        "R = 64 is several times worse"
+    )
     assert round(of_the_filter, 2) == 0.88, "the ratio of the text"
 
 # %% [markdown]

@@ -109,12 +109,16 @@ def distance_to_data(images):
 
 
 def distance_of(model):
-    samples = sample_images(model, schedule, (256, 1, 8, 8), prediction_type="sample", num_steps=12)
+    samples = sample_images(
+        model, schedule, (256, 1, 8, 8), prediction_type="sample", num_steps=12
+    )
     return distance_to_data(samples)
 
 
 def losses_of(model):
-    found = validation_losses(model, held_out, schedule, "sample", timesteps=timesteps_seen)
+    found = validation_losses(
+        model, held_out, schedule, "sample", timesteps=timesteps_seen
+    )
     return found.numpy()
 
 
@@ -231,7 +235,9 @@ levels = pd.Series(
 lesson.table(levels, caption="What the distances mean", mark="threshold", digits=2)
 if is_default:
     ordered = levels["distance"].tolist()
-    assert ordered == sorted(ordered, reverse=True), "the threshold lies between start and ends"
+    assert ordered == sorted(ordered, reverse=True), (
+        "the threshold lies between start and ends"
+    )
 
 # %% [markdown]
 # The threshold is well below the untrained network, and far above real images. Samples at this level are poor. So we
@@ -261,7 +267,9 @@ def images_by_hand(images, values, level):
     if before == len(values) - 1:
         return math.inf
     after = before + 1
-    part_of_way = np.log(values[before] / level) / np.log(values[before] / values[after])
+    part_of_way = np.log(values[before] / level) / np.log(
+        values[before] / values[after]
+    )
     log_images = np.interp(part_of_way, [0, 1], np.log([images[before], images[after]]))
     return float(np.exp(log_images))
 
@@ -281,8 +289,12 @@ for level in [threshold, 1.2 * threshold, 0.9 * threshold]:
         by_package = convergence.images_to_threshold(*curve(name, seed), level)
         np.testing.assert_allclose(by_hand, by_package, rtol=1e-9)
 
-const_images = np.array([images_by_hand(*curve("const-x0", seed), threshold) for seed in SEEDS])
-min_snr_images = np.array([images_by_hand(*curve("min-snr", seed), threshold) for seed in SEEDS])
+const_images = np.array(
+    [images_by_hand(*curve("const-x0", seed), threshold) for seed in SEEDS]
+)
+min_snr_images = np.array(
+    [images_by_hand(*curve("min-snr", seed), threshold) for seed in SEEDS]
+)
 ratios = const_images / min_snr_images
 lesson.reveal(QUESTION_FEWER, float(ratios[0]))
 
@@ -299,8 +311,12 @@ all_runs = {("fields", name): {} for name in COLOURS}
 for name, seed in runs:
     all_runs["fields", name][seed] = curve(name, seed)
 (easy_threshold,) = convergence.thresholds_at(all_runs, "const-x0", [0.1])["fields"]
-(same_threshold,) = convergence.thresholds_at(all_runs, "const-x0", [FRACTION])["fields"]
-assert math.isclose(same_threshold, threshold, rel_tol=1e-9), "the rule by hand and the package"
+(same_threshold,) = convergence.thresholds_at(all_runs, "const-x0", [FRACTION])[
+    "fields"
+]
+assert math.isclose(same_threshold, threshold, rel_tol=1e-9), (
+    "the rule by hand and the package"
+)
 
 easy_ratios = []
 for seed in SEEDS:
@@ -323,7 +339,9 @@ lesson.table(by_seed, caption="One row is one pair of trainings", digits=1)
 # %%
 spread = ratios.max() / ratios.min()
 easy_spread = max(easy_ratios) / min(easy_ratios)
-print(f"largest R over smallest: {spread:.1f}; at the easier threshold: {easy_spread:.1f}")
+print(
+    f"largest R over smallest: {spread:.1f}; at the easier threshold: {easy_spread:.1f}"
+)
 print(
     f"easier threshold over the untrained distance: {easy_threshold / levels['distance'].iloc[0]:.2f}"
 )
@@ -384,8 +402,17 @@ fig, ax = plt.subplots(figsize=(7, 3.8))
 ax.axvspan(PLATEAU * untrained, possible_levels[0], color="0.88", linewidth=0)
 ax.plot(possible_levels, largest_factor, color="C3", linewidth=2)
 ax.axhline(1, color="0.3", linewidth=1)
-ax.text(0.62, 1.06, "the truth: nothing is faster than itself", color="0.3", fontsize=9, ha="right")
-ax.text(0.93 * untrained, 6.5, "plateau:\nhardly\ntrained", ha="left", va="top", fontsize=9)
+ax.text(
+    0.62,
+    1.06,
+    "the truth: nothing is faster than itself",
+    color="0.3",
+    fontsize=9,
+    ha="right",
+)
+ax.text(
+    0.93 * untrained, 6.5, "plateau:\nhardly\ntrained", ha="left", va="top", fontsize=9
+)
 ax.set(
     xscale="log",
     yscale="log",
@@ -412,7 +439,9 @@ lesson.show(
 factor_on_plateau = float(largest_factor[on_plateau].max())
 factor_beyond = float(largest_factor[~on_plateau].max())
 lesson.reveal(QUESTION_ITSELF, factor_on_plateau)
-print(f"beyond the plateau, at distances below {PLATEAU * untrained:.1f}: {factor_beyond:.1f}")
+print(
+    f"beyond the plateau, at distances below {PLATEAU * untrained:.1f}: {factor_beyond:.1f}"
+)
 if not RECOMPUTE and PLATEAU == 2 / 3:
     assert factor_on_plateau > 20, "the plateau must give a large factor"
     assert factor_beyond < 2, "beyond the plateau the factor must be small"
@@ -458,7 +487,9 @@ if is_default:
 variance_of_each = np.log(const_images).var(ddof=1) + np.log(min_snr_images).var(ddof=1)
 unpaired_error = np.sqrt(variance_of_each / len(SEEDS))
 print(f"correlation over seeds {found.correlation:.2f}")
-print(f"standard error of ln R: paired {standard_error:.3f}, unpaired {unpaired_error:.3f}")
+print(
+    f"standard error of ln R: paired {standard_error:.3f}, unpaired {unpaired_error:.3f}"
+)
 if is_default:
     assert found.correlation < 0.3, "the text says that pairing bought nothing here"
 
@@ -477,7 +508,9 @@ if is_default:
 # %%
 SMALL_BUDGET = float(np.quantile(const_images, 0.6))
 arrived = const_images <= SMALL_BUDGET
-print(f"budget {SMALL_BUDGET:,.0f} images: {(~arrived).sum()} of {len(SEEDS)} are censored")
+print(
+    f"budget {SMALL_BUDGET:,.0f} images: {(~arrived).sum()} of {len(SEEDS)} are censored"
+)
 
 # %% [markdown]
 # 1. **Leave them out.** Only the fast trainings of the baseline remain.
@@ -516,8 +549,12 @@ censored = convergence.speedup(small_const, min_snr_by_seed, budget=SMALL_BUDGET
 np.testing.assert_allclose(censored.estimate, kept_by_hand, rtol=2e-3)
 
 with_budget = np.minimum(const_images, SMALL_BUDGET) / min_snr_images
-np.testing.assert_allclose(censored.ratio, np.exp(np.log(with_budget).mean()), rtol=1e-9)
-assert censored.bound == ">=", "with the budget in their place the ratio is a lower bound"
+np.testing.assert_allclose(
+    censored.ratio, np.exp(np.log(with_budget).mean()), rtol=1e-9
+)
+assert censored.bound == ">=", (
+    "with the budget in their place the ratio is a lower bound"
+)
 
 left_out = np.exp(log_ratios[arrived].mean())
 ways = pd.DataFrame(columns=["R", "low", "high"], dtype=float)
@@ -530,14 +567,19 @@ ways.loc["3. kept as bounds"] = [
 ]
 ways.loc["all trained to the end"] = [found.ratio, found.low, found.high]
 lesson.table(
-    ways, caption="Censored runs, three ways, and the truth", mark="3. kept as bounds", digits=2
+    ways,
+    caption="Censored runs, three ways, and the truth",
+    mark="3. kept as bounds",
+    digits=2,
 )
 
 # %%
 if is_default:
     truth = found.ratio
     assert left_out < censored.ratio < truth, "two ways must come out too low"
-    assert censored.estimate_low < truth < censored.estimate_high, "the interval must hold it"
+    assert censored.estimate_low < truth < censored.estimate_high, (
+        "the interval must hold it"
+    )
     assert censored.estimate_high / censored.estimate_low > found.high / found.low, (
         "the interval must be wider than that of complete runs"
     )
@@ -563,8 +605,12 @@ if is_default:
 
 # %%
 recorded_levels = convergence.levels_at(recorded, "const-x0", [0.25, 0.5, 0.8])
-recorded_table = convergence.race_table(recorded_races, "distance", recorded_levels, "const-x0")
-is_min_snr = (recorded_table["arm"] == "min-snr") & (recorded_table["grid"] == "fields sample")
+recorded_table = convergence.race_table(
+    recorded_races, "distance", recorded_levels, "const-x0"
+)
+is_min_snr = (recorded_table["arm"] == "min-snr") & (
+    recorded_table["grid"] == "fields sample"
+)
 
 columns = ["threshold", "R", "low", "high", "against 3.7"]
 answers = pd.DataFrame(columns=columns)
@@ -586,9 +632,12 @@ lesson.table(
     digits=2,
 )
 if is_default and not RECOMPUTE:
-    assert answers["against 3.7"].tolist() == ["above", "compatible", "below", "below"], (
-        "the words of the table"
-    )
+    assert answers["against 3.7"].tolist() == [
+        "above",
+        "compatible",
+        "below",
+        "below",
+    ], "the words of the table"
 
 # %% [markdown]
 # All three words occur, for one pair of weightings and one data set. The ratio depends on the network and on the level.
@@ -604,11 +653,15 @@ if is_default and not RECOMPUTE:
 # threshold with every seed.
 
 # %%
-QUESTION_LOSS = f"By the plain mean loss: with how many of {len(SEEDS)} seeds does min-snr arrive?"
+QUESTION_LOSS = (
+    f"By the plain mean loss: with how many of {len(SEEDS)} seeds does min-snr arrive?"
+)
 lesson.predict(QUESTION_LOSS, None)
 
 # %%
-min_snr_weights = make_weighting("min-snr", schedule, prediction_type="sample").weights()
+min_snr_weights = make_weighting(
+    "min-snr", schedule, prediction_type="sample"
+).weights()
 weights_seen = min_snr_weights[timesteps_seen].numpy()
 
 
@@ -691,12 +744,16 @@ for label, part in tenths.items():
     by_level.loc[label] = [end_losses[name][part].mean() for name in COLOURS]
 by_level["ratio"] = by_level["min-snr"] / by_level["const-x0"]
 lesson.table(
-    by_level, caption="Loss on the image at the end, mean over seeds", mark="noisiest tenth"
+    by_level,
+    caption="Loss on the image at the end, mean over seeds",
+    mark="noisiest tenth",
 )
 if is_default:
     assert by_level["ratio"].iloc[0] < 0.85, "min-snr must be better at the clean end"
     assert by_level["ratio"].iloc[-1] > 2, "min-snr must be worse at the noisy end"
-    assert by_level["const-x0"].is_monotonic_increasing, "errors must grow with the noise"
+    assert by_level["const-x0"].is_monotonic_increasing, (
+        "errors must grow with the noise"
+    )
 
 # %% [markdown]
 # Min-SNR gives the noisiest timesteps almost no weight, and is worse there. It is better at the clean end. The two trainings
@@ -767,7 +824,10 @@ lesson.exercise(
     "11.3",
     expected=[0.0, 0.25],
     mistakes={
-        "The baseline needs more images, not fewer: the share can only be smaller.": [0.25, 1.0],
+        "The baseline needs more images, not fewer: the share can only be smaller.": [
+            0.25,
+            1.0,
+        ],
         "That is R; the share is its inverse.": [0.0, 4.0],
     },
 )

@@ -94,7 +94,13 @@ for label, arm, words, colour in SHOWN:
         ax.plot(images, values, color=colour, linewidth=0.7, alpha=0.35)
     mean = np.exp(np.mean([np.log(values) for _, values in runs], axis=0))
     ax.plot(runs[0][0], mean, color=colour, linewidth=2)
-    ax.annotate(words, (runs[0][0][-1], mean[-1]), (6, 0), textcoords="offset points", color=colour)
+    ax.annotate(
+        words,
+        (runs[0][0][-1], mean[-1]),
+        (6, 0),
+        textcoords="offset points",
+        color=colour,
+    )
 ax.set(xscale="log", yscale="log", xlim=(950, 110_000), ylim=(5, 50))
 ax.set(xlabel="images seen in training", ylabel="distance of samples (lower is better)")
 ax.set_xticks([1000, 10_000, 40_000], ["1,000", "10,000", "40,000"])
@@ -117,7 +123,9 @@ lesson.show(
 # weights?
 
 # %%
-QUESTION_FACTOR = "Image network: images that Const needs over images that Dy-Sigma needs?"
+QUESTION_FACTOR = (
+    "Image network: images that Const needs over images that Dy-Sigma needs?"
+)
 lesson.predict(QUESTION_FACTOR, None)
 
 # %% [markdown]
@@ -145,11 +153,19 @@ for network in ("image", "noise"):
     constant = images_to_threshold(iterations, fid[network, "Const"], level)
     weighted = images_to_threshold(iterations, fid[network, "Min-SNR"], level)
     rows.append([network, level, constant, weighted, constant / weighted])
-columns = ["network predicts", "FID level", "Const: 1000 iterations", "Min-SNR: the same", "factor"]
+columns = [
+    "network predicts",
+    "FID level",
+    "Const: 1000 iterations",
+    "Min-SNR: the same",
+    "factor",
+]
 published = pd.DataFrame(rows, columns=columns).set_index("network predicts")
 lesson.table(published, caption="One weighting, one paper, two constants", digits=2)
 first = fid["image", "Min-SNR"][0]
-assert first < published.loc["image", "FID level"], "so 200 is an upper bound, and 5 a lower one"
+assert first < published.loc["image", "FID level"], (
+    "so 200 is an upper bound, and 5 a lower one"
+)
 assert published.loc["noise", "factor"] < 1.3, "as the text says"
 
 # %% [markdown]
@@ -170,9 +186,12 @@ assert published.loc["noise", "factor"] < 1.3, "as the text says"
 # %%
 protocol = read_config(Path("../data/protocol.toml"))
 primary = pd.DataFrame(protocol["primary"])
-lesson.table(primary, caption="Asked first: dy-sigma against the network's own constant, 4 times")
+lesson.table(
+    primary, caption="Asked first: dy-sigma against the network's own constant, 4 times"
+)
 print(
-    "Thresholds after these fractions of the budget:", protocol["analysis"]["threshold_fractions"]
+    "Thresholds after these fractions of the budget:",
+    protocol["analysis"]["threshold_fractions"],
 )
 
 # %% [markdown]
@@ -214,7 +233,9 @@ for arm in retrained:
         measured = run.metrics.dropna(subset="distance").iloc[-1].distance
     row = recorded.loc[key]
     known = row.distances[row.images.index(stretch)]
-    print(f"{arm}: distance {measured:.3f} after {stretch} images, recorded {known:.3f}")
+    print(
+        f"{arm}: distance {measured:.3f} after {stretch} images, recorded {known:.3f}"
+    )
     np.testing.assert_allclose(
         measured, known, rtol=0.05, err_msg="the record must be reproducible"
     )
@@ -264,7 +285,9 @@ def summary(found, arms=("dy-sigma", "min-snr")):
                 "arm": row.arm,
                 "level": level_words(row.level),
                 "distance there": f"{row.threshold:.2f}",
-                "times fewer images": words(row.estimate_low, row.estimate, row.estimate_high),
+                "times fewer images": words(
+                    row.estimate_low, row.estimate, row.estimate_high
+                ),
                 "seeds with fewer, more": f"{row.fewer}, {row.more}",
                 "interval and 3.7": row.claim,
                 "ends: baseline, arm": f"{row.baseline_end:.2f}, {row.arm_end:.2f}",
@@ -279,9 +302,15 @@ fields_found = against(fields_x0, "distance", "const-x0")
 PRIMARY = ("dy-sigma", "middle (0.5)")
 AT_THE_MIDDLE = ("dy-sigma", "fraction 0.5")
 lesson.table(
-    summary(photos_found), caption="CIFAR-10, against const-x0, by samples", mark=[PRIMARY]
+    summary(photos_found),
+    caption="CIFAR-10, against const-x0, by samples",
+    mark=[PRIMARY],
 )
-lesson.table(summary(fields_found), caption="Fields, against const-x0, by samples", mark=[PRIMARY])
+lesson.table(
+    summary(fields_found),
+    caption="Fields, against const-x0, by samples",
+    mark=[PRIMARY],
+)
 
 # %%
 photos_primary = photos_found.set_index(["arm", "level"]).loc[AT_THE_MIDDLE]
@@ -300,8 +329,12 @@ def at_the_middle(found, arm):
 
 
 # The numbers that the next paragraph names.
-assert at_the_middle(photos_found, "dy-sigma") == "3.78 [2.23, 6.41]", "as the text says"
-assert at_the_middle(fields_found, "dy-sigma") == "2.39 [1.81, 3.16]", "as the text says"
+assert at_the_middle(photos_found, "dy-sigma") == "3.78 [2.23, 6.41]", (
+    "as the text says"
+)
+assert at_the_middle(fields_found, "dy-sigma") == "2.39 [1.81, 3.16]", (
+    "as the text says"
+)
 assert at_the_middle(photos_found, "min-snr").startswith("3.34"), "as the text says"
 assert at_the_middle(fields_found, "min-snr").startswith("2.43"), "as the text says"
 
@@ -320,7 +353,9 @@ assert at_the_middle(fields_found, "min-snr").startswith("2.43"), "as the text s
 # correction adds. We keep the same levels, those of `const-x0`, and take Min-SNR as the baseline.
 
 # %%
-QUESTION_LEARNED = "CIFAR-10: images of Min-SNR over images of Dy-Sigma, at the middle level?"
+QUESTION_LEARNED = (
+    "CIFAR-10: images of Min-SNR over images of Dy-Sigma, at the middle level?"
+)
 lesson.predict(QUESTION_LEARNED, None)
 
 # %%
@@ -329,7 +364,9 @@ cosine_x0 = cosine[cosine.grid.str.endswith("sample")]
 learned = {
     "CIFAR-10": against(photos_x0, "distance", "min-snr", level_of="const-x0"),
     "fields": against(fields_x0, "distance", "min-snr", level_of="const-x0"),
-    "fields, cosine schedule": against(cosine_x0, "distance", "min-snr", level_of="const-x0"),
+    "fields, cosine schedule": against(
+        cosine_x0, "distance", "min-snr", level_of="const-x0"
+    ),
 }
 gains = pd.DataFrame(index=list(learned))
 above_one = []
@@ -337,18 +374,24 @@ for name, comparison in learned.items():
     of_dy_sigma = comparison[comparison.arm == "dy-sigma"]
     for row in of_dy_sigma.itertuples():
         column = level_words(row.level)
-        gains.loc[name, column] = words(row.estimate_low, row.estimate, row.estimate_high)
+        gains.loc[name, column] = words(
+            row.estimate_low, row.estimate, row.estimate_high
+        )
         assert row.estimate_high > 0.995, "no interval may lie below 1"
         if row.estimate_low > 1:
             above_one.append((name, column))
     end = of_dy_sigma.iloc[0]
-    gains.loc[name, "ends: Min-SNR, Dy-Sigma"] = f"{end.baseline_end:.2f}, {end.arm_end:.2f}"
+    gains.loc[name, "ends: Min-SNR, Dy-Sigma"] = (
+        f"{end.baseline_end:.2f}, {end.arm_end:.2f}"
+    )
 lesson.table(gains, caption="Dy-Sigma against Min-SNR: times fewer images, by samples")
 assert above_one == [
     ("CIFAR-10", "late (0.8)"),
     ("fields, cosine schedule", "middle (0.5)"),
 ], "two intervals must lie above 1"
-middle = learned["CIFAR-10"].set_index(["arm", "level"]).loc[("dy-sigma", "fraction 0.5")]
+middle = (
+    learned["CIFAR-10"].set_index(["arm", "level"]).loc[("dy-sigma", "fraction 0.5")]
+)
 lesson.reveal(QUESTION_LEARNED, float(middle.estimate))
 
 # %%
@@ -388,10 +431,18 @@ late = late[late.arm.isin(["min-snr", "dy-sigma"])]
 assert (late.fewer == 5).all() and (late.estimate > 2).all(), (
     "fewer in every seed, and a factor estimated above 2"
 )
-assert (late.estimate_p_holm > 0.05).all(), "open after the correction for many questions"
-assert late.estimate.min() > 2.15 and late.estimate.max() < 2.75, "factors from 2.2 to 2.7"
-easiest = images_only[(images_only.level == "fraction 0.25") & (images_only.arm != "const-x0")]
-assert easiest[easiest.arm.isin(arms)].more.tolist() == [3, 3], "more images in three seeds"
+assert (late.estimate_p_holm > 0.05).all(), (
+    "open after the correction for many questions"
+)
+assert late.estimate.min() > 2.15 and late.estimate.max() < 2.75, (
+    "factors from 2.2 to 2.7"
+)
+easiest = images_only[
+    (images_only.level == "fraction 0.25") & (images_only.arm != "const-x0")
+]
+assert easiest[easiest.arm.isin(arms)].more.tolist() == [3, 3], (
+    "more images in three seeds"
+)
 
 # %% [markdown]
 # Start with the two lower levels, which ordinary training reaches late. There an image network with Min-SNR or Dy-Sigma needs
@@ -408,7 +459,9 @@ assert easiest[easiest.arm.isin(arms)].more.tolist() == [3, 3], "more images in 
 
 # %%
 noise_found = against(photos_noise, "distance", "const-eps")
-lesson.table(summary(noise_found), caption="CIFAR-10, noise networks, by samples", mark=[PRIMARY])
+lesson.table(
+    summary(noise_found), caption="CIFAR-10, noise networks, by samples", mark=[PRIMARY]
+)
 assert (noise_found.outcome == "open").all(), "no difference may be shown"
 
 # %% [markdown]
@@ -442,8 +495,12 @@ fields_noise = fields[fields.grid == "fields epsilon"]
 asked = levels_at(race_curves(fields_noise, "distance"), "const-eps")["fields epsilon"]
 print(f"best denoiser: {best[100]:.2f} with 100 steps, {best[12]:.2f} with 12 steps")
 print(f"level that the registered comparison asks for: {asked['fraction 0.5']:.2f}")
-assert asked["fraction 0.5"] < best[12], "the level must lie below what the sampler can reach"
-assert round(asked["fraction 0.5"], 2) == 0.43 and round(best[12], 2) == 0.53, "as the text says"
+assert asked["fraction 0.5"] < best[12], (
+    "the level must lie below what the sampler can reach"
+)
+assert round(asked["fraction 0.5"], 2) == 0.43 and round(best[12], 2) == 0.53, (
+    "as the text says"
+)
 
 # %% [markdown]
 # The level that the race asks for, 0.43, is below the 0.53 that a perfect network gets with 12 steps. A network that reaches
@@ -471,7 +528,11 @@ for name, (table, constant) in BITS.items():
     found = against(table, "bits", constant, fractions=[0.5]).set_index("arm")
     bits_found[name] = found
     row = found.loc["dy-sigma"]
-    factor = words(row.low, row.ratio, row.high) if row.bound == "=" else f"at most {row.ratio:.2f}"
+    factor = (
+        words(row.low, row.ratio, row.high)
+        if row.bound == "="
+        else f"at most {row.ratio:.2f}"
+    )
     likelihood_rows[name] = {
         "level of the factor": row.threshold,
         "Dy-Sigma: times fewer images": factor,
@@ -481,14 +542,24 @@ for name, (table, constant) in BITS.items():
     }
 likelihood = pd.DataFrame(likelihood_rows).T
 likelihood.index.names = ["data", "network predicts"]
-lesson.table(likelihood, caption="Bits/dim, against the network's own constant (lower is better)")
+lesson.table(
+    likelihood, caption="Bits/dim, against the network's own constant (lower is better)"
+)
 photo_bits = bits_found["CIFAR-10", "image"].loc["dy-sigma"]
-assert photo_bits.threshold > 25 and round(photo_bits.ratio, 2) == 4.78, "as the text says"
+assert photo_bits.threshold > 25 and round(photo_bits.ratio, 2) == 4.78, (
+    "as the text says"
+)
 for data in ("CIFAR-10", "leaves"):
     of_noise = bits_found[data, "noise"].loc[["dy-sigma", "min-snr"]]
-    assert (of_noise.fewer == 0).all() and of_noise.estimate.isna().all(), "no seed gets there"
-    assert of_noise.ratio.max() < 0.52, "so they need about twice as many images at least"
-assert likelihood.loc[("CIFAR-10", "noise"), "Const ends at"] < 2, "plain noise training"
+    assert (of_noise.fewer == 0).all() and of_noise.estimate.isna().all(), (
+        "no seed gets there"
+    )
+    assert of_noise.ratio.max() < 0.52, (
+        "so they need about twice as many images at least"
+    )
+assert likelihood.loc[("CIFAR-10", "noise"), "Const ends at"] < 2, (
+    "plain noise training"
+)
 
 # %% [markdown]
 # The first row has a large factor, 4.78. But its level is 25 bits/dim. **That is three times the 8 bits that a pixel costs
@@ -516,7 +587,9 @@ for (data, network), (table, constant) in BITS.items():
         }
 bits_levels = pd.DataFrame(bits_by_level).T
 bits_levels.index.names = ["data", "network predicts", "level"]
-lesson.table(bits_levels, caption="Bits/dim at three levels, against the network's own constant")
+lesson.table(
+    bits_levels, caption="Bits/dim at three levels, against the network's own constant"
+)
 
 # The numbers that the next paragraph names.
 bits_factors = bits_levels["Dy-Sigma: times fewer images"]
@@ -580,7 +653,9 @@ def draw_factor(ax, row, y, colour, marker, name):
         place = row.ratio * 1.06
         label = f"{name}: at most {row.ratio:.2f}"
     else:
-        ax.plot([row.estimate_low, row.estimate_high], [y, y], color=colour, linewidth=2)
+        ax.plot(
+            [row.estimate_low, row.estimate_high], [y, y], color=colour, linewidth=2
+        )
         ax.plot(row.estimate, y, marker, color=colour)
         place = row.estimate_high * 1.07
         label = f"{name}: {row.estimate:.1f}"
@@ -617,7 +692,9 @@ lesson.show(
 
 # %%
 # A yardstick from the record: the distance of real test images, as many as there are samples.
-yardstick = json.loads((RUNS / "distance-cifar10-cpu" / "test-images-16px.json").read_text())
+yardstick = json.loads(
+    (RUNS / "distance-cifar10-cpu" / "test-images-16px.json").read_text()
+)
 of_real_images = {row["images"]: row["mean"] for row in yardstick["rows"]}
 print(f"256 real test images of CIFAR-10: distance {of_real_images[256]:.1f}")
 assert max(yardstick["rows"][0]["distances"]) < 1, "as the text says"
@@ -665,7 +742,9 @@ for (label, arm), runs in race_curves(longer, "distance").items():
 def distance_after(run, images_seen):
     """Distance of one training after so many images, between evaluations by the straight line in logs."""
     images, values = run
-    return np.exp(np.interp(np.log(images_seen), np.log(images[1:]), np.log(values[1:])))
+    return np.exp(
+        np.interp(np.log(images_seen), np.log(images[1:]), np.log(values[1:]))
+    )
 
 
 def over_seeds(values):
@@ -700,7 +779,10 @@ PAIRS = {
         ("image", "min-snr, sqrt-weight density"),
         ("image", "min-snr"),
     ),
-    "image: Dy-Sigma density / Min-SNR": (("image", "dy-sigma density"), ("image", "min-snr")),
+    "image: Dy-Sigma density / Min-SNR": (
+        ("image", "dy-sigma density"),
+        ("image", "min-snr"),
+    ),
 }
 
 
@@ -722,7 +804,9 @@ for comparison, (first, second) in PAIRS.items():
     early = ratios_after(40_000, first, second)
     compared.loc[comparison, "after 40,000 images"] = over_seeds(early)
     compared.loc[comparison, "after 160,000 images"] = over_seeds(ends)
-    compared.loc[comparison, "ends lower in"] = f"{(ends < 1).sum()} of {len(ends)} seeds"
+    compared.loc[comparison, "ends lower in"] = (
+        f"{(ends < 1).sum()} of {len(ends)} seeds"
+    )
 lesson.table(
     compared,
     caption="Ratios of distances (below 1: the first named is better)",
@@ -755,7 +839,9 @@ fig, ax = plt.subplots(figsize=(8.5, 4.8))
 for key, (_, colour) in LONG_SHOWN.items():
     if key not in long_runs:
         continue  # not recorded yet
-    of_seeds = np.array([distance_after(run, MOMENTS) for run in long_runs[key].values()])
+    of_seeds = np.array(
+        [distance_after(run, MOMENTS) for run in long_runs[key].values()]
+    )
     if len(of_seeds) > 1:
         ax.plot(MOMENTS, of_seeds.T, color=colour, linewidth=0.7, alpha=0.35)
     mean = np.exp(np.log(of_seeds).mean(0))
@@ -800,7 +886,10 @@ display(
 if len(whole_seeds) == len(long_spec.seeds):
     long_found = against(longer[longer.grid == "x0"], "distance", "const")
     long_arms = [arm for arm in long_spec.arms if arm != "const"]
-    lesson.table(summary(long_found, long_arms), caption="Longer race, image networks, by samples")
+    lesson.table(
+        summary(long_found, long_arms),
+        caption="Longer race, image networks, by samples",
+    )
 else:
     print(f"{len(whole_seeds)} whole seeds of {len(long_spec.seeds)}: no factor yet")
 
@@ -841,21 +930,41 @@ def registered(row):
 SOURCES = {
     # data, network: records, constant, metrics
     ("fields", "image"): (fields_x0, "const-x0", ["distance", "bits", "validation"]),
-    ("fields", "noise"): (fields_noise, "const-eps", ["distance", "bits", "validation"]),
-    ("fields, cosine", "image"): (cosine_x0, "const-x0", ["distance", "bits", "validation"]),
+    ("fields", "noise"): (
+        fields_noise,
+        "const-eps",
+        ["distance", "bits", "validation"],
+    ),
+    ("fields, cosine", "image"): (
+        cosine_x0,
+        "const-x0",
+        ["distance", "bits", "validation"],
+    ),
     ("fields, cosine", "noise"): (
         cosine[cosine.grid.str.endswith("epsilon")],
         "const-eps",
         ["distance", "bits", "validation"],
     ),
-    ("leaves", "image"): (BITS["leaves", "image"][0], "const-x0", ["bits", "validation"]),
-    ("leaves", "noise"): (BITS["leaves", "noise"][0], "const-eps", ["bits", "validation"]),
+    ("leaves", "image"): (
+        BITS["leaves", "image"][0],
+        "const-x0",
+        ["bits", "validation"],
+    ),
+    ("leaves", "noise"): (
+        BITS["leaves", "noise"][0],
+        "const-eps",
+        ["bits", "validation"],
+    ),
     ("CIFAR-10", "image"): (photos_bits_x0, "const-x0", ["bits", "validation"]),
     ("CIFAR-10", "noise"): (photos_bits_noise, "const-eps", ["bits", "validation"]),
     ("CIFAR-10, samples", "image"): (photos_x0, "const-x0", ["distance"]),
     ("CIFAR-10, samples", "noise"): (photos_noise, "const-eps", ["distance"]),
 }
-METRIC_WORDS = {"distance": "distance", "bits": "bits/dim", "validation": "timesteps alike"}
+METRIC_WORDS = {
+    "distance": "distance",
+    "bits": "bits/dim",
+    "validation": "timesteps alike",
+}
 complete_rows = {}
 for (data, network), (table, constant, metrics) in SOURCES.items():
     for metric in metrics:
@@ -879,17 +988,23 @@ ASKED = [
     ("distance", "CIFAR-10, samples", "image"),
     ("distance", "CIFAR-10, samples", "noise"),
 ]
-lesson.table(complete, caption="Times fewer images than the network's own constant", mark=ASKED)
+lesson.table(
+    complete, caption="Times fewer images than the network's own constant", mark=ASKED
+)
 
 # The numbers that the next paragraphs name.
 dy_sigma_factors = complete["dy-sigma"].sort_index()
 alike = dy_sigma_factors.loc["timesteps alike"]
 of_noise_networks = alike.xs("noise", level="network").str.split().str[0].astype(float)
-assert of_noise_networks.min() == 1.16 and of_noise_networks.max() == 1.34, "as the text says"
-assert alike["fields", "image"].startswith("0.65") and alike["CIFAR-10", "image"].startswith(
-    "1.36"
-), "as the text says"
-assert dy_sigma_factors["distance", "fields, cosine", "noise"] == "≥ 2.65", "as the text says"
+assert of_noise_networks.min() == 1.16 and of_noise_networks.max() == 1.34, (
+    "as the text says"
+)
+assert alike["fields", "image"].startswith("0.65") and alike[
+    "CIFAR-10", "image"
+].startswith("1.36"), "as the text says"
+assert dy_sigma_factors["distance", "fields, cosine", "noise"] == "≥ 2.65", (
+    "as the text says"
+)
 
 # %% [markdown]
 # Two things in this table have not been said yet.
@@ -918,18 +1033,25 @@ for metric in ("bits", "validation"):
         improved_factors.loc[arm, METRIC_WORDS[metric]] = registered(found.loc[arm])
 part = against(improved, "bits", "elbo sampled", level_of="const-eps", fractions=[0.5])
 part = part.set_index("arm").loc["dy-sigma elbo sampled"]
-lesson.table(improved_factors, caption="Times fewer images than const-eps, CIFAR-10, noise network")
+lesson.table(
+    improved_factors,
+    caption="Times fewer images than const-eps, CIFAR-10, noise network",
+)
 print("Dy-Sigma against the same without learning, bits/dim:", registered(part))
 assert part.high < 1, "learning must cost images in bits/dim"
 assert round(100 * (1 / part.ratio - 1)) == 5, "about 5 % more images"
-assert improved_factors.loc["elbo sampled", "bits/dim"].startswith("1.60"), "as the text says"
+assert improved_factors.loc["elbo sampled", "bits/dim"].startswith("1.60"), (
+    "as the text says"
+)
 assert improved_factors.loc["dy-sigma elbo sampled", "bits/dim"].startswith("1.52"), (
     "as the text says"
 )
-assert improved_factors.loc["elbo sampled", "timesteps alike"] == "≤ 0.50", "as the text says"
-assert improved_factors.loc["dy-sigma elbo sampled", "timesteps alike"].startswith("0.74"), (
+assert improved_factors.loc["elbo sampled", "timesteps alike"] == "≤ 0.50", (
     "as the text says"
 )
+assert improved_factors.loc["dy-sigma elbo sampled", "timesteps alike"].startswith(
+    "0.74"
+), "as the text says"
 
 # %% [markdown]
 # Read the first column. Training on the ELBO itself, with timesteps drawn where its terms are large, needs 1.60 times fewer
@@ -960,7 +1082,11 @@ assert improved_factors.loc["dy-sigma elbo sampled", "timesteps alike"].startswi
 # %%
 # What the checks of the exercises expect; there is no need to read this cell.
 at_12 = compare_across(
-    photos, "distance", ("cifar10 epsilon", "const-eps"), fractions=[], absolute={"twelve": 12.0}
+    photos,
+    "distance",
+    ("cifar10 epsilon", "const-eps"),
+    fractions=[],
+    absolute={"twelve": 12.0},
 )
 factors_at_12 = at_12.set_index(["grid", "arm"])["estimate"]
 lesson.exercise(
@@ -968,7 +1094,9 @@ lesson.exercise(
     expected=float(factors_at_12["cifar10 sample", "min-snr"]),
     rtol=0.01,
     mistakes={
-        "That is Min-SNR with a noise network.": float(factors_at_12["cifar10 epsilon", "min-snr"])
+        "That is Min-SNR with a noise network.": float(
+            factors_at_12["cifar10 epsilon", "min-snr"]
+        )
     },
 )
 lesson.exercise(
@@ -993,10 +1121,18 @@ lesson.exercise(
 
 # %%
 ordinary_at_12 = compare_across(
-    photos, "distance", ("cifar10 epsilon", "const-eps"), fractions=[], absolute={"twelve": 12.0}
+    photos,
+    "distance",
+    ("cifar10 epsilon", "const-eps"),
+    fractions=[],
+    absolute={"twelve": 12.0},
 )
-ordinary_at_12 = ordinary_at_12[["grid", "arm", "estimate", "estimate_low", "estimate_high"]]
-lesson.table(ordinary_at_12, caption="ordinary_at_12: times fewer images than noise training")
+ordinary_at_12 = ordinary_at_12[
+    ["grid", "arm", "estimate", "estimate_low", "estimate_high"]
+]
+lesson.table(
+    ordinary_at_12, caption="ordinary_at_12: times fewer images than noise training"
+)
 
 # %%
 min_snr_factor = ...  # a number from the table ordinary_at_12

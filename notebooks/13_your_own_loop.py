@@ -137,7 +137,10 @@ model = small_unet()
 NAME = "dy-sigma"
 
 weighting = make_weighting(NAME, schedule, scheduler.config.prediction_type)  # 1
-groups = [{"params": model.parameters(), "lr": 2e-3}, *weighting.parameter_groups()]  # 2
+groups = [
+    {"params": model.parameters(), "lr": 2e-3},
+    *weighting.parameter_groups(),
+]  # 2
 optimizer = torch.optim.AdamW(groups)
 
 draw = torch.Generator().manual_seed(0)
@@ -163,7 +166,9 @@ def tell_ends(errors):
     """Print the error at both ends of a training, and check that it fell."""
     first = np.mean(errors[:20])
     last = np.mean(errors[-20:])
-    print(f"mean error of the first twenty steps {first:.2f}, of the last twenty {last:.2f}")
+    print(
+        f"mean error of the first twenty steps {first:.2f}, of the last twenty {last:.2f}"
+    )
     if lesson.fast(True, False):
         assert last < first, "the error must fall"
 
@@ -218,7 +223,9 @@ output = model(scheduler.add_noise(clean, noise, timesteps), timesteps).sample
 errors = F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
 
 of_formula = gradient(model, (by_hand[timesteps] * errors).mean())
-of_library = gradient(model, make_weighting("min-snr", schedule, "v_prediction")(errors, timesteps))
+of_library = gradient(
+    model, make_weighting("min-snr", schedule, "v_prediction")(errors, timesteps)
+)
 of_wrong_word = gradient(model, make_weighting("min-snr", schedule)(errors, timesteps))
 
 # %% [markdown]
@@ -234,7 +241,9 @@ torch.testing.assert_close(of_library, of_formula, rtol=1e-3, atol=1e-6)
 print(f"right word: {len(of_formula):,} numbers agree with the formula")
 cosine = float(F.cosine_similarity(of_wrong_word, of_formula, dim=0))
 lesson.reveal(QUESTION_WORD, cosine)
-assert not torch.allclose(of_wrong_word, of_formula, rtol=0.1), "the wrong word must be found"
+assert not torch.allclose(of_wrong_word, of_formula, rtol=0.1), (
+    "the wrong word must be found"
+)
 
 # %% [markdown]
 # The check finds the wrong word. The cosine is about 0.5, so a small step along the wrong gradient still lowers the loss that
@@ -248,7 +257,9 @@ assert not torch.allclose(of_wrong_word, of_formula, rtol=0.1), "the wrong word 
 # standard deviation of the noise that `add_noise` puts there?
 
 # %%
-QUESTION_NOISE = "Noise of add_noise at the cleanest timestep, before set_timesteps was called?"
+QUESTION_NOISE = (
+    "Noise of add_noise at the cleanest timestep, before set_timesteps was called?"
+)
 lesson.predict(QUESTION_NOISE, None)
 
 # %%
@@ -341,13 +352,19 @@ def run_script(count):
     processes = []
     for rank in range(count):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        meeting = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1",
+        }
         command = [sys.executable, scratch / "script.py", scratch]
         environment = {**os.environ, **place, **meeting}
         processes.append(subprocess.Popen(command, env=environment))
     for process in processes:
         assert process.wait() == 0, "the script must run"
-    return [torch.load(scratch / f"weights-{rank}-of-{count}.pt") for rank in range(count)]
+    return [
+        torch.load(scratch / f"weights-{rank}-of-{count}.pt") for rank in range(count)
+    ]
 
 
 # %% [markdown]
@@ -362,7 +379,9 @@ lesson.predict(QUESTION_RANKS, None)
 if lesson.fast(True, False):
     (alone,) = run_script(1)
     first_process, second_process = run_script(2)
-    assert torch.equal(first_process, second_process), "both must be the same, bit for bit"
+    assert torch.equal(first_process, second_process), (
+        "both must be the same, bit for bit"
+    )
     torch.testing.assert_close(first_process, alone, rtol=1e-3, atol=1e-4)
     moved = float((alone - make_weighting("dy-sigma", schedule).weights()).abs().max())
     assert moved > 0.01, "and they must have moved"
@@ -398,7 +417,10 @@ else:
 flow = NoiseSchedule.flow(1000)
 flow_weighting = make_weighting("min-snr", flow, "flow_prediction")
 flow_model = small_unet()
-groups = [{"params": flow_model.parameters(), "lr": 2e-3}, *flow_weighting.parameter_groups()]
+groups = [
+    {"params": flow_model.parameters(), "lr": 2e-3},
+    *flow_weighting.parameter_groups(),
+]
 optimizer = torch.optim.AdamW(groups)
 
 flow_curve = []
@@ -410,7 +432,9 @@ for _ in range(lesson.fast(300, 20)):
     share = s.view(-1, 1, 1, 1)
     noisy = (1 - share) * clean + share * noise
     output = flow_model(noisy, 1000 * s).sample
-    error_per_image = F.mse_loss(output, noise - clean, reduction="none").flatten(1).mean(1)
+    error_per_image = (
+        F.mse_loss(output, noise - clean, reduction="none").flatten(1).mean(1)
+    )
     log_snr = 2 * ((1 - s) / s).log()
     loss = flow_weighting.at(error_per_image, log_snr)
 
@@ -442,7 +466,9 @@ torch.testing.assert_close(
     on_u.at(error_u, log_snr), on_x0.at(error_x0, log_snr), rtol=1e-4, atol=0
 )
 
-same_levels = NoiseSchedule(flow.alphas_cumprod[:-1])  # without the last level, which has no signal
+same_levels = NoiseSchedule(
+    flow.alphas_cumprod[:-1]
+)  # without the last level, which has no signal
 as_v = make_weighting("min-snr", same_levels, "v_prediction", normalize=False)
 right = float(on_x0.at(error_x0, log_snr))
 wrong = float(as_v.at(error_u, log_snr))
@@ -462,7 +488,9 @@ assert abs(wrong / right - 1) > 0.1, "the wrong conversion must be found"
 MEAN, SPREAD = -1.2, 1.2  # of ln sigma, from the paper
 SIGMA_DATA = 0.5
 
-normal_quantiles = torch.special.ndtri((torch.arange(1000, dtype=torch.float64) + 0.5) / 1000)
+normal_quantiles = torch.special.ndtri(
+    (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+)
 log_sigma = MEAN + SPREAD * normal_quantiles  # from clean to noisy
 edm = NoiseSchedule((-2 * log_sigma).sigmoid())
 edm_weighting = make_weighting("edm", edm, "sample")
@@ -478,7 +506,10 @@ def denoise(network, x, sigma):
 
 # %%
 edm_model = small_unet()
-groups = [{"params": edm_model.parameters(), "lr": 2e-3}, *edm_weighting.parameter_groups()]
+groups = [
+    {"params": edm_model.parameters(), "lr": 2e-3},
+    *edm_weighting.parameter_groups(),
+]
 optimizer = torch.optim.AdamW(groups)
 
 edm_curve = []
@@ -486,7 +517,9 @@ for _ in range(lesson.fast(200, 15)):
     clean = images[torch.randint(len(images), (16,), generator=draw)]
     sigma = (MEAN + SPREAD * torch.randn(16, generator=draw)).exp()
     noisy = clean + sigma.view(-1, 1, 1, 1) * torch.randn(clean.shape, generator=draw)
-    error_per_image = F.mse_loss(denoise(edm_model, noisy, sigma), clean, reduction="none")
+    error_per_image = F.mse_loss(
+        denoise(edm_model, noisy, sigma), clean, reduction="none"
+    )
     error_per_image = error_per_image.flatten(1).mean(1)
     loss = edm_weighting.at(error_per_image, -2 * sigma.log())
 
@@ -531,7 +564,9 @@ for label, levels_of in {
 }.items():
     ones = torch.ones(len(sigma), requires_grad=True)
     make_weighting("min-snr", levels_of, "sample").at(ones, -2 * sigma.log()).backward()
-    mean_weight[label] = float(ones.grad.sum())  # the gradient of a loss is its weight / B
+    mean_weight[label] = float(
+        ones.grad.sum()
+    )  # the gradient of a loss is its weight / B
 lesson.table(
     mean_weight.to_frame("mean weight over 20,000 draws"),
     caption="Min-SNR, EDM's noise levels",
@@ -596,7 +631,9 @@ class Forgetful(dysigma.Weighting):
 of_forgetful = examine_weighting(Forgetful)
 broken = [verdict.law for verdict in of_forgetful.broken]
 print("broken:", *broken)
-assert broken == ["state_dict() is the whole state"], "a state outside the buffers must be found"
+assert broken == ["state_dict() is the whole state"], (
+    "a state outside the buffers must be found"
+)
 
 # %% [markdown]
 # It trains well until it is resumed from a checkpoint: then it counts from 0 again. The cure is a buffer:
@@ -650,7 +687,9 @@ with chdir(scratch):  # a module in the working folder is found by its name
         device="cpu",
     )
     run = dysigma.train(config, scratch / "run", progress=False, finish=False)
-losses = run.metrics["validation_losses"].dropna()  # at several noise levels, untrained first
+losses = run.metrics[
+    "validation_losses"
+].dropna()  # at several noise levels, untrained first
 before = np.mean(losses.iloc[0])
 after = np.mean(losses.iloc[-1])
 print(f"mean validation loss {before:.3f} before training, {after:.3f} after")
@@ -684,7 +723,8 @@ shown = shown.where(cosines.notna(), "undetermined")
 for span in spans:
     shown.loc[span, span] = ""
 lesson.table(
-    shown, caption="Cosines between the gradients of bins of timesteps, with standard errors"
+    shown,
+    caption="Cosines between the gradients of bins of timesteps, with standard errors",
 )
 if NAME == "dy-sigma" and len(spans) == 4 and lesson.fast(True, False):
     assert report.sure_conflict_rate == 0, "in our run, no pair must conflict"
@@ -712,7 +752,9 @@ flow_report = dysigma.conflicts(
 )
 print(flow_report.sentences()[0])
 if lesson.fast(True, False):
-    assert flow_report.mean_cosine > report.mean_cosine, "the bins of the flow must agree better"
+    assert flow_report.mean_cosine > report.mean_cosine, (
+        "the bins of the flow must agree better"
+    )
 
 # %% [markdown]
 # For the flow network the mean cosine is much nearer to 1: its four bins agree better than those of the first network.

@@ -112,7 +112,9 @@ print(len(train_old), "images to pretrain on,", len(train_new), "images of frost
 from diffusers import UNet2DConditionModel
 
 words = sorted({word for name in data.class_names for word in name.split()})
-caption_rows = [[words.index(word) for word in name.split()] for name in data.class_names]
+caption_rows = [
+    [words.index(word) for word in name.split()] for name in data.class_names
+]
 
 
 class TextToImage(nn.Module):
@@ -178,7 +180,11 @@ TESTED = lesson.fast(64, 16)
 
 def mean_loss(model, images):
     losses = validation_losses(
-        model, images.images[:TESTED], schedule, timesteps=levels, labels=images.labels[:TESTED]
+        model,
+        images.images[:TESTED],
+        schedule,
+        timesteps=levels,
+        labels=images.labels[:TESTED],
     )
     return float(losses.log().mean().exp())
 
@@ -186,7 +192,9 @@ def mean_loss(model, images):
 PRETRAINED_WITH = "const-eps"
 
 torch.manual_seed(0)
-pretrained = train(TextToImage(), train_old, PRETRAINED_WITH, lesson.fast(8_000, 320), phase=0)
+pretrained = train(
+    TextToImage(), train_old, PRETRAINED_WITH, lesson.fast(8_000, 320), phase=0
+)
 print(f"{sum(p.numel() for p in pretrained.parameters()):,} parameters")
 print(f"loss on the old palettes: {mean_loss(pretrained, test_old):.4f}")
 print(f"loss on frost, not seen yet: {mean_loss(pretrained, test_new):.4f}")
@@ -212,7 +220,9 @@ for name in ("const-eps", TRIED):
     start = copy.deepcopy(pretrained)
     adapted[name] = train(start, train_new, name, lesson.fast(2_560, 160), phase=1)
 
-live = pd.DataFrame(index=["before", "const-eps", TRIED], columns=["frost", "old palettes"])
+live = pd.DataFrame(
+    index=["before", "const-eps", TRIED], columns=["frost", "old palettes"]
+)
 for row, model in {"before": pretrained, **adapted}.items():
     live.loc[row] = [mean_loss(model, test_new), mean_loss(model, test_old)]
 ratios = live.loc[TRIED] / live.loc["const-eps"]
@@ -221,9 +231,14 @@ live.loc[f"{TRIED} / const-eps"] = ratios
 lesson.reveal(QUESTION_OLD, float(ratios["old palettes"]))
 is_default = TRIED == "dy-sigma" and PRETRAINED_WITH == "const-eps"
 if is_default and lesson.fast(True, False):
-    assert ratios.max() < 0.97, "in our run, Dy-Sigma must end below on frost and on the old ones"
+    assert ratios.max() < 0.97, (
+        "in our run, Dy-Sigma must end below on frost and on the old ones"
+    )
 lesson.table(
-    live.astype(float), mark=f"{TRIED} / const-eps", caption="Your run: one seed", digits=4
+    live.astype(float),
+    mark=f"{TRIED} / const-eps",
+    caption="Your run: one seed",
+    digits=4,
 )
 
 # %% [markdown]
@@ -293,7 +308,9 @@ for name in WEIGHTINGS:
     record.loc[name, "old palettes, after / before"] = geometric_mean(old_in_time)
     record.loc[name, "old palettes / const-eps"] = geometric_mean(old)
     record.loc[name, "frost / const-eps"] = geometric_mean(frost)
-    record.loc[name, "frost, 1000 × loss"] = 1000 * geometric_mean(of(name, "frost after"))
+    record.loc[name, "frost, 1000 × loss"] = 1000 * geometric_mean(
+        of(name, "frost after")
+    )
 
 change = 100 * (record.loc["dy-sigma", "old palettes, after / before"] - 1)
 lesson.reveal(QUESTION_CONTROL, float(change))
@@ -305,12 +322,18 @@ lesson.table(
 )
 
 # %%
-assert round(record.loc["const-eps", "old palettes, after / before"], 2) == 0.99, "plain: old stays"
+assert round(record.loc["const-eps", "old palettes, after / before"], 2) == 0.99, (
+    "plain: old stays"
+)
 assert round(record.loc["dy-sigma", "old palettes, after / before"], 2) == 0.79, (
     "Dy-Sigma: old falls"
 )
-assert round(record.loc["dy-sigma", "frost / const-eps"], 2) == 0.76, "the gain on frost"
-assert round(record.loc["dy-sigma", "old palettes / const-eps"], 2) == 0.80, "the gain on the old"
+assert round(record.loc["dy-sigma", "frost / const-eps"], 2) == 0.76, (
+    "the gain on frost"
+)
+assert round(record.loc["dy-sigma", "old palettes / const-eps"], 2) == 0.80, (
+    "the gain on the old"
+)
 
 # %% [markdown]
 # Read the row of Dy-Sigma from left to right.
@@ -348,7 +371,9 @@ lesson.table(
     digits=2,
 )
 share = specific.loc["dy-sigma", "share"]
-assert 0.75 < share < 0.85, "about four fifths of the log gain must show on the old palettes too"
+assert 0.75 < share < 0.85, (
+    "about four fifths of the log gain must show on the old palettes too"
+)
 assert specific.loc["dy-sigma", "high"] < 1, "and a part must be left for frost"
 
 # %%
@@ -356,7 +381,10 @@ POSITION = {name: place for place, name in enumerate(WEIGHTINGS[1:])}
 OFFSET = 0.14
 fig, ax = plt.subplots(figsize=(7.6, 3.8))
 for name, place in POSITION.items():
-    for column, colour, shift in (("frost after", "C0", OFFSET), ("old after", "C1", -OFFSET)):
+    for column, colour, shift in (
+        ("frost after", "C0", OFFSET),
+        ("old after", "C1", -OFFSET),
+    ):
         logs = np.log(of(name, column) / of("const-eps", column))
         mean, half = t_interval(logs)
         ends = np.exp([mean - half, mean + half])
@@ -434,7 +462,9 @@ ax.set(
     xlabel="log-SNR (noisy → clean)",
     ylabel="loss: Dy-Sigma over plain training",
 )
-ax.set_yticks([0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1], ["0.5", "0.6", "0.7", "0.8", "0.9", "1", "1.1"])
+ax.set_yticks(
+    [0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1], ["0.5", "0.6", "0.7", "0.8", "0.9", "1", "1.1"]
+)
 ax.minorticks_off()
 lesson.show(
     fig,
@@ -448,12 +478,19 @@ lesson.show(
 by_part = pd.DataFrame(columns=["frost", "old palettes"], dtype=float)
 PARTS = {"cleaner, log-SNR above −2": log_snr > -2, "noisier, below −2": log_snr < -2}
 for label, chosen in PARTS.items():
-    by_part.loc[label] = [geometric_mean(on_frost[chosen]), geometric_mean(on_old[chosen])]
-lesson.table(by_part, caption="Dy-Sigma over const-eps, geometric mean of the levels", digits=2)
+    by_part.loc[label] = [
+        geometric_mean(on_frost[chosen]),
+        geometric_mean(on_old[chosen]),
+    ]
+lesson.table(
+    by_part, caption="Dy-Sigma over const-eps, geometric mean of the levels", digits=2
+)
 noisier = by_part.iloc[1]
 assert noisier.max() < 0.75, "the gain must lie at the noisier levels"
 assert 0.98 < by_part["frost"].iloc[0] < 1.02, "on frost, nothing at cleaner ones"
-assert round(by_part["old palettes"].iloc[0], 2) == 1.06, "there the old palettes lose 6 %"
+assert round(by_part["old palettes"].iloc[0], 2) == 1.06, (
+    "there the old palettes lose 6 %"
+)
 
 # %% [markdown]
 # Nearly the whole gain lies at the noisier levels, and there the two curves run close together. One explanation fits, but the
@@ -512,14 +549,22 @@ for name in counts.index:
         )
     ends = {}
     for weighting in (name, "const-eps"):
-        ends[weighting] = np.array([bits(losses[-1]) for losses in of(weighting, "losses")])
+        ends[weighting] = np.array(
+            [bits(losses[-1]) for losses in of(weighting, "losses")]
+        )
     mean, half = t_interval(ends[name] - ends["const-eps"])
     low, high = mean - half, mean + half
     counts.loc[name, "bits/dim, difference"] = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
-lesson.table(counts, mark="dy-sigma", caption="Against const-eps, on frost, with 95 % intervals")
-assert counts.loc["dy-sigma", "times fewer images, 40%"].startswith("2.39"), "as RESULTS says"
-assert counts.loc["dy-sigma", "bits/dim, difference"].startswith("+0.03"), "worse in bits/dim"
+lesson.table(
+    counts, mark="dy-sigma", caption="Against const-eps, on frost, with 95 % intervals"
+)
+assert counts.loc["dy-sigma", "times fewer images, 40%"].startswith("2.39"), (
+    "as RESULTS says"
+)
+assert counts.loc["dy-sigma", "bits/dim, difference"].startswith("+0.03"), (
+    "worse in bits/dim"
+)
 
 # %% [markdown]
 # By the mean loss, Dy-Sigma needs fewer images than plain training. By bits per dimension it ends slightly behind plain
@@ -533,7 +578,9 @@ SIDE, SCALE, GAP, COLUMNS = 16, 3, 1, 16
 
 def recorded_samples(name):
     """The first eight discs and the first eight shards of a stored grid."""
-    grid = np.array(Image.open(RECORD / f"samples-{name}.png").convert("RGB"))[::SCALE, ::SCALE]
+    grid = np.array(Image.open(RECORD / f"samples-{name}.png").convert("RGB"))[
+        ::SCALE, ::SCALE
+    ]
     images = []
     for row in range(2):
         for column in range(8):
@@ -657,7 +704,9 @@ assert low < specific.loc["min-snr", "specific ratio"] < high, "the fourth row"
 
 # %%
 # What the checks of the exercises expect; there is no need to read this cell.
-logs_of_min_snr_frost = np.log(of("min-snr", "frost after") / of("const-eps", "frost after"))
+logs_of_min_snr_frost = np.log(
+    of("min-snr", "frost after") / of("const-eps", "frost after")
+)
 logs_of_min_snr_old = np.log(of("min-snr", "old after") / of("const-eps", "old after"))
 old_in_time = np.log(of("min-snr", "old after") / of("min-snr", "old before"))
 

@@ -53,7 +53,9 @@ def as_rst(app, what, name, obj, options, lines):
     lines.clear()
     for rows in paragraphs:
         hangs = any(row.startswith(" ") for row in rows)
-        lines += [f"| {row}" if hangs and not row.startswith(" ") else row for row in rows] + [""]
+        lines += [
+            f"| {row}" if hangs and not row.startswith(" ") else row for row in rows
+        ] + [""]
 
 
 def setup(app):
