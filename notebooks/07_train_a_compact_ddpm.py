@@ -705,7 +705,8 @@ display(
 # This is one seed each, and the learning rates differ too. So it shows what a target and a weighting may change, and does
 # not measure it. Page 12 does, on smaller images.
 #
-# The [card of this network](../data/runs/cifar10-pictures/README.md) says how it was trained and measured, and what it is not for.
+# The card of this network, `data/runs/cifar10-pictures/README.md`, says how it was trained and measured, and what it is
+# not for.
 #
 # ## Exercises
 #
