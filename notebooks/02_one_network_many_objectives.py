@@ -12,8 +12,8 @@
 # %% [markdown]
 # # 02 · One network, many objectives
 #
-# > **Claim.** Noise levels first help each other and later compete. In a young network, training on one band of noise
-# > levels improves all bands. In an older one it improves its own band and makes distant bands worse.
+# > **Question.** One network serves all noise levels. Train it on one band of noise levels alone: do the other bands gain
+# > or lose? And is the answer the same for a young network and for an older one?
 #
 # **You will be able to**
 #

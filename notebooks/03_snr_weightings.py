@@ -13,7 +13,7 @@
 # # 03 · SNR weightings, derived
 #
 # > **Claim.** A loss weight means nothing until you say on which error it acts. Put on the error of $x_0$, the published
-# > weightings are one-line functions of the signal-to-noise ratio. Some of them are the same function under two names.
+# > weightings are one-line functions of the signal-to-noise ratio.
 #
 # **You will be able to**
 #
@@ -264,7 +264,7 @@ assert for_v[-1] == 0, "Min-SNR has no weight where there is no signal"
 # weight, so another formula is needed for $v$. This is **contested**, and [04](04_weightings_in_the_wild.ipynb) gives both
 # sides with links. We have not measured which gives better samples.
 #
-# ## Soft corners: three names, one function
+# ## Soft corners: three more names
 #
 # Min-SNR has a corner at $S=\gamma$. Three other weightings bend smoothly:
 #

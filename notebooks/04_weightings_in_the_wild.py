@@ -12,8 +12,8 @@
 # %% [markdown]
 # # 04 · Weightings in the wild
 #
-# > **Claim.** The name of a loss weighting is a claim that can be checked in one call. Six formulas in widely used
-# > trainers differ from the weighting that their option is named after, all in the same direction. One is deliberate.
+# > **Claim.** The name of a loss weighting is a claim that can be checked in one call. We check six
+# > formulas of widely used trainers against the weighting that their option is named after.
 #
 # **You will be able to**
 #
@@ -555,7 +555,7 @@ if is_default and DEGREE == 1:
     assert (excess_ratios["middle fifth"] > 1).all(), "and the middle one too"
 
 # %% [markdown]
-# ## Wrong is not the same as worse
+# ## Does a wrong weight give worse samples?
 #
 # What do the *samples* of these networks look like? For a linear denoiser this is exact too. DDIM multiplies each
 # Fourier mode by a number at every step. So the samples are Gaussian again, and we only have to follow the standard

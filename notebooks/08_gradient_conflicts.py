@@ -12,14 +12,14 @@
 # %% [markdown]
 # # 08 · Gradient conflicts: measure them without the noise
 #
-# > **Claim.** A cosine between two gradients, measured on a batch, is too close to 0. The factor can be derived and
-# > undone. What is left is real: noise levels do pull against each other, and at a minimum some of them must.
+# > **Question.** Do noise levels pull against each other? The cosine between their gradients should tell. But gradients are
+# > measured on batches, and batches are noisy. What does this noise do to the answer, and can it be taken out?
 #
 # **You will be able to**
 #
-# - predict how much noise shrinks a measured cosine;
+# - predict what noise does to a measured cosine;
 # - estimate inner products of gradients without bias, with intervals;
-# - say how much conflict every minimum has, and so when a conflict is news;
+# - compare a measured conflict with what a minimum demands;
 # - say why the answer depends on the weights at which one measures.
 #
 # **You need** log-SNR from [01](01_forward_process_and_snr.ipynb) and the training step of

@@ -13,7 +13,7 @@
 # # 10 · Pareto trade-offs
 #
 # > **Claim.** A loss weighting chooses a point on a trade-off curve. A sweep of static weights draws that curve, and it is what
-# > a clever strategy has to beat. In our record of a small network, none of 18 strategies is shown to beat it.
+# > a clever strategy has to beat. Does any strategy of the package beat it?
 #
 # **You will be able to**
 #
@@ -698,9 +698,9 @@ if is_record:
 # A third of the points lie beyond by luck. So a single run beyond a single front is no evidence. That is why the intervals above
 # are over seeds.
 #
-# ## A point of the front need not be good
+# ## Are all points of the front equally good?
 #
-# The points of a front are equal in one sense: none can be improved for free. Are their *samples* equally good? For each run the
+# In one sense they are: no point of a front can be improved for free. What about their *samples*? For each run the
 # record has the squared Fréchet distance between 1,024 samples and the training images, on pixels. The Wiener filter is the
 # best possible denoiser, so we draw samples with it too, with the same sampler. Divide the distance of the network at $R=1$ by
 # the distance of the Wiener filter. What is the ratio?

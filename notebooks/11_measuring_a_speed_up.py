@@ -13,14 +13,14 @@
 # # 11 · Measuring a speed-up
 #
 # > **Claim.** "Three times faster" is a ratio of images at a threshold. It says something only together with the level of
-# > the threshold, several paired seeds, an interval, and a metric that neither of the two weightings trains on.
+# > the threshold, several paired seeds, an interval, and a metric that is fair to both weightings.
 #
 # **You will be able to**
 #
 # - read from two curves how many times fewer images one training needs;
 # - choose a threshold beforehand, and say how good the level is at which you compare;
 # - give a ratio its interval from a few paired seeds, and keep the runs that never arrive;
-# - say why a training loss is a bad metric for a comparison of weightings.
+# - judge whether a loss can serve as the metric of a comparison of weightings.
 #
 # **You need** the two weightings `const-x0` and `min-snr` from [03](03_snr_weightings.ipynb), and what a mean, a standard
 # error and a logarithm are.
@@ -357,7 +357,7 @@ if is_default:
 # The two columns of $R$ differ as well: at the easier level, the same curves give about half the ratio. And the easier level
 # is not far from where an untrained network is. What happens still closer to it?
 #
-# ## On the plateau, seed noise alone gives large factors
+# ## A training compared with itself
 #
 # Look again at the picture. `const-x0` begins with a plateau, on which the distance hardly moves. There a small
 # difference in height is a large difference in images.
@@ -643,7 +643,7 @@ if is_default and not RECOMPUTE:
 # All three words occur, for one pair of weightings and one data set. The ratio depends on the network and on the level.
 # There is no such thing as *the* speed-up of Min-SNR.
 #
-# ## A metric that neither weighting trains on
+# ## Would a loss do as the metric?
 #
 # So far the metric was the distance of samples. It would be simpler to compare losses. Which? Both trainings average the
 # *same* errors of the image, over timesteps. `const-x0` minimises the plain mean. Min-SNR minimises a weighted one. Each

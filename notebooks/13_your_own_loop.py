@@ -283,18 +283,15 @@ assert abs(ours - 0.01) < 1e-3, "the training table must start clean"
 # ## Several processes, and gradient accumulation
 #
 # With accelerate, a training runs as several processes. Each has a copy of the network and a share of the batch. accelerate
-# averages the gradients of the *network*. **How do the learned weights stay equal in all processes?**
-#
-# The weighting does this itself. Every process has its own copy of the weighting, and calls it on its own losses. Inside that
-# call the losses of all processes are gathered. So each process computes the same gradient for the learned weights, and the
-# copies stay equal.
-# Four rules follow:
+# averages the gradients of the *network*. Every process also has its own copy of the weighting, and calls it on its own
+# losses. Nothing averages the gradients of the learned weights. **Do the copies stay equal?** We shall try it. Four
+# rules first:
 #
 # | what | do | why |
 # |---|---|---|
 # | network, optimizer, loader | `accelerator.prepare(...)` | as always |
-# | weighting | do **not** prepare it, no `DistributedDataParallel` | it gathers by itself; nothing is averaged twice |
-# | batches | the same number of images in every process | the gathered pieces must fit together |
+# | weighting | do **not** prepare it, no `DistributedDataParallel` | explained below, after the result |
+# | batches | the same number of images in every process | explained below, after the result |
 # | checkpoints | `accelerator.register_for_checkpointing(weighting)` | else a resumed run starts with new weights |
 #
 # With **gradient accumulation**, call the weighting on each part of the batch. Its learned parameters collect gradients as
@@ -392,7 +389,13 @@ else:
 
 # %% [markdown]
 # In a full run you should see "equal". The two copies agree to the last bit, and with the training of one process on the
-# whole batch up to rounding. With `accelerate launch --num_processes 2 your_script.py` you need no line of `run_script`.
+# whole batch up to rounding.
+#
+# The reason is a gather. When a process calls the weighting, the losses of all processes are gathered inside that call. So each
+# process computes the same gradient for the learned weights. The third rule follows: the gathered pieces must have one size.
+# The second rule follows too: nothing is left to average.
+#
+# With `accelerate launch --num_processes 2 your_script.py` you need no line of `run_script`.
 #
 # ## Flow matching
 #

@@ -12,8 +12,8 @@
 # %% [markdown]
 # # 14 · Text-guided adaptation, and the capstone
 #
-# > **Claim.** In our record, Dy-Sigma adapts a text-guided model to a new palette with a lower loss than plain training.
-# > Most of that gain is not adaptation: it also shows on palettes of which the adaptation saw no image.
+# > **Question.** A text-guided model is adapted to a new palette, and with one weighting its loss ends lower than with
+# > another. Did that weighting help it to *adapt*? The control is the loss on palettes of which the adaptation saw no image.
 #
 # **You will be able to**
 #

@@ -91,7 +91,7 @@ def _of_text(section: str) -> list[Any]:
     for block in blocks:
         if block.startswith("#"):
             on_slide.append(block)
-        elif is_title:  # beside the name of the page, its claim alone
+        elif is_title:  # beside the name of the page, its claim or question alone
             shown = on_slide if block.startswith("> ") else notes
             shown.append(block)
         elif _is_for_the_slide(block):

@@ -21,12 +21,13 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER, FIGURES = ROOT / "notebooks", ROOT / "figures"
 SOURCES = find(FOLDER)
 HEADER = (
-    "> **Claim.**",
     "**You will be able to**",
     "**You need**",
     "**Time**",
     "**Functions introduced**",
 )
+# The line below the title: a claim, or a question where a claim would answer what the page asks for.
+IDEA = re.compile(r"^> \*\*(Claim|Question)\.\*\* ", re.MULTILINE)
 ENDING = (
     "## Exercises",
     "### Solutions",
@@ -123,6 +124,7 @@ def test_header_and_ending(source):
     notebook = convert(source)
     header, text = notebook.cells[0].source, prose(notebook)
     assert header.startswith(f"# {source.stem[:2]} · ")
+    assert len(IDEA.findall(header)) == 1
     for part in HEADER:
         assert part in header, part
     skills = header.split("**You will be able to**")[1].split("**You need**")[0]
