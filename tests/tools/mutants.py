@@ -31,7 +31,10 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 # The tests of a module are those of its room: tests/test_gradients.py for gradients.estimator.
 MODULES = (
-    "schedule",
+    "schedule.noise",
+    "schedule.tables",
+    "schedule.reading",
+    "schedule.writing",
     "pareto",
     "gradients.estimator",
     "gradients.measure",

@@ -1,0 +1,54 @@
+"""Noise schedules by name, and the check that something is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..checks import check_name, check_options
+from .noise import NoiseSchedule
+
+SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
+    "linear": NoiseSchedule.linear,
+    "scaled-linear": NoiseSchedule.scaled_linear,
+    "cosine": NoiseSchedule.cosine,
+    "sigmoid": NoiseSchedule.sigmoid,
+    "flow": NoiseSchedule.flow,
+}
+
+
+def make_schedule(
+    name: str, num_timesteps: int = 1000, *, zero_terminal_snr: bool = False, **params: float
+) -> NoiseSchedule:
+    """The named schedule. params are its own: beta_start, beta_end, offset, max_beta, shift.
+
+    A flow ends at zero SNR, whatever zero_terminal_snr is. Raises KeyError with the choices for an
+    unknown name, ValueError for a parameter that the schedule does not have.
+
+    >>> make_schedule("flow", 1000, shift=3.0).is_flow
+    True
+    """
+    check_name("schedule", name, SCHEDULES)
+    make = SCHEDULES[name]
+    check_options(f"schedule {name!r}", params, make)
+    if name == "flow":
+        return make(num_timesteps, **params)
+    return make(num_timesteps, zero_terminal_snr=zero_terminal_snr, **params)
+
+
+def check_schedule(schedule: Any) -> None:
+    """Raise TypeError, with the way, unless schedule is a NoiseSchedule."""
+    if isinstance(schedule, NoiseSchedule):
+        return
+    need = "schedule must be a NoiseSchedule"
+    advice = "use NoiseSchedule.from_diffusers(scheduler)"
+    if isinstance(schedule, type):
+        raise TypeError(f"{need}; got the class {schedule.__name__}: make one, and {advice}")
+    if isinstance(schedule, str):
+        raise TypeError(
+            f"{need}; got the text {schedule!r}: for a name of SCHEDULES use make_schedule, for a model of diffusers "
+            "NoiseSchedule.from_diffusers(pipeline.scheduler)"
+        )
+    if isinstance(schedule, Mapping):
+        raise TypeError(f"{need}; got a configuration: make its scheduler, and {advice}")
+    raise TypeError(f"{need}; got {type(schedule).__name__}: {advice}")
