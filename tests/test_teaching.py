@@ -3,20 +3,21 @@
 import pytest
 import torch
 
-from dysigma.course import lessons as teaching
+from dysigma.course import answers
+from dysigma.course.lesson import Lesson
 
 WANT = torch.tensor([1.0, 2.0, 4.0])
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    monkeypatch.setattr(teaching, "_exercises", {})
-    monkeypatch.setattr(teaching, "_predictions", {})
-    teaching.exercise("3.1", WANT, mistakes={"You took the square.": WANT**2, "Constant.": 7.0})
+    monkeypatch.setattr(answers, "_exercises", {})
+    monkeypatch.setattr(answers, "_predictions", {})
+    answers.exercise("3.1", WANT, mistakes={"You took the square.": WANT**2, "Constant.": 7.0})
 
 
 def said(capsys, *answer):
-    teaching.check("3.1", *answer)
+    answers.check("3.1", *answer)
     return capsys.readouterr().out
 
 
@@ -51,19 +52,19 @@ def test_a_wrong_answer_is_told_what_is_wrong(capsys, answer, diagnosis):
 
 
 def test_words_are_checked_too(capsys):
-    teaching.exercise("3.2", "epsilon", mistakes={"That net never sees the noise.": "sample"})
+    answers.exercise("3.2", "epsilon", mistakes={"That net never sees the noise.": "sample"})
     for answer, reply in (
         ("epsilon", "correct"),
         ("sample", "never sees the noise"),
         ("v", "Wrong."),
     ):
-        teaching.check("3.2", answer)
+        answers.check("3.2", answer)
         assert reply in capsys.readouterr().out
 
 
 def test_a_misspelled_exercise_shows_the_choices():
     with pytest.raises(KeyError, match=r"3\.9.*3\.1"):
-        teaching.check("3.9", 1)
+        answers.check("3.9", 1)
 
 
 @pytest.mark.parametrize(
@@ -83,36 +84,36 @@ def test_a_misspelled_exercise_shows_the_choices():
     ],
 )
 def test_predictions_are_compared(capsys, guess, measured, verdict):
-    teaching.predict("How much?", guess)
+    answers.predict("How much?", guess)
     asked = capsys.readouterr().out
     assert ("No guess was given" in asked) == (guess in (None, ...))
-    teaching.reveal("How much?", measured)
+    answers.reveal("How much?", measured)
     assert verdict in capsys.readouterr().out
 
 
 def test_a_result_without_a_prediction_is_refused():
     with pytest.raises(KeyError, match="never asked"):
-        teaching.reveal("never asked", 1.0)
+        answers.reveal("never asked", 1.0)
 
 
 def test_fast_chooses_the_size(monkeypatch):
+    lesson = Lesson("03_snr_weightings")
     monkeypatch.delenv("DYSIGMA_FAST", raising=False)
-    assert teaching.fast(100, 3) == 100
+    assert lesson.fast(100, 3) == 100
     monkeypatch.setenv("DYSIGMA_FAST", "1")
-    assert teaching.fast(100, 3) == 3
+    assert lesson.fast(100, 3) == 3
 
 
 def test_banner_and_watermark_name_the_versions(capsys, monkeypatch):
     monkeypatch.setenv("DYSIGMA_FAST", "1")
-    teaching.banner("03_snr_weightings")
-    teaching.watermark()
+    Lesson("03_snr_weightings").end()
     out = capsys.readouterr().out
     assert "03_snr_weightings" in out and "short run" in out
     assert out.count(torch.__version__) == 2
 
 
 def test_the_banner_names_the_device_that_trains(capsys):
-    teaching.banner("07_train")
+    Lesson("07_train")
     assert "trains on" not in capsys.readouterr().out
-    teaching.banner("07_train", "cpu")
+    Lesson("07_train", "cpu")
     assert "trains on the CPU" in capsys.readouterr().out

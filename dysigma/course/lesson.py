@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+import platform
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from .. import plots
 from ..images import tile
-from . import lessons
+from . import answers
 
 if TYPE_CHECKING:
     import pandas
-    import torch
     from matplotlib.figure import Figure
 
 # What one animation may weigh; a page is opened over slow lines too.
@@ -35,18 +39,27 @@ class Lesson:
     """One page of the course.
 
     notebook: the name of its file without ending, such as "03_snr_weightings". Its number starts
-    the names of the page's figures. trains_on: the device on which the page trains a network, which
-    the first line of output then names.
+    the names of the page's figures. trains_on: the device on which the page trains a network.
+    The first line of output names the page, the versions and that device, and says whether the run is
+    full or short. Guesses and exercises are those of `dysigma.course.answers`.
     """
 
     def __init__(self, notebook: str, trains_on: torch.device | str | None = None) -> None:
         self.notebook = notebook
         plots.use_style()
-        lessons.banner(notebook, trains_on)
+        warnings.filterwarnings(
+            "ignore", message="IProgress not found"
+        )  # diffusers asks for widgets
+        words = [notebook, f"dysigma {version('dysigma')}", f"torch {torch.__version__}"]
+        if trains_on is not None:
+            words.append(f"trains on {_device_name(torch.device(trains_on))}")
+        short = "short run (DYSIGMA_FAST=1): smaller sizes, looser numbers"
+        words.append(self.fast("full run", short))
+        print(" · ".join(words))
 
     def fast(self, full: Any, quick: Any) -> Any:
-        """`quick` in a short run (DYSIGMA_FAST=1), else `full`."""
-        return lessons.fast(full, quick)
+        """``quick`` in a short run (DYSIGMA_FAST=1), else ``full``: the same code path at two sizes."""
+        return quick if os.environ.get("DYSIGMA_FAST") == "1" else full
 
     def show(self, fig: Figure, name: str, *, title: str, caption: str, alt: str) -> None:
         """Write the conclusion above a figure, save it as ``figures/name.png`` and ``.svg``, show it.
@@ -166,22 +179,19 @@ class Lesson:
         )
         display(styled)
 
-    def predict(self, question: str, guess: Any) -> None:
-        """Keep a guess before the result is known; None says that no guess was made."""
-        lessons.predict(question, guess)
-
-    def reveal(self, question: str, measured: Any) -> None:
-        """Show what was measured beside the guess."""
-        lessons.reveal(question, measured)
-
-    def exercise(self, name: str, expected: Any, **options: Any) -> None:
-        """Declare an exercise; see `lessons.exercise`."""
-        lessons.exercise(name, expected, **options)
-
-    def check(self, name: str, answer: Any) -> None:
-        """Check an answer to an exercise; see `lessons.check`."""
-        lessons.check(name, answer)
+    predict = staticmethod(answers.predict)
+    reveal = staticmethod(answers.reveal)
+    exercise = staticmethod(answers.exercise)
+    check = staticmethod(answers.check)
 
     def end(self) -> None:
-        """Say with which versions the page was run."""
-        lessons.watermark()
+        """Print the versions that produced the outputs above; the last cell of every page."""
+        names = ("dysigma", "torch", "diffusers", "numpy", "scipy", "matplotlib", "seaborn")
+        versions = ", ".join(f"{name} {version(name)}" for name in names)
+        print(f"Python {platform.python_version()}, {versions}")
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return "the CPU" if device.type == "cpu" else str(device)

@@ -26,7 +26,7 @@ from ..randomness import generator
 from ..runs.files import write_json
 from ..runs.provenance import provenance
 from ..samplers import TIMESTEP_SAMPLERS, make_sampler
-from ..schedule import NoiseSchedule, make_schedule
+from ..schedule import NoiseSchedule
 from ..training.config import TrainConfig
 from ..training.parts import build, load_split
 from ..training.precision import autocast
@@ -249,7 +249,7 @@ def weighting_costs(
 ) -> dict[str, float]:
     """Print and return what each weighting costs above losses.mean(), as a share of `step` seconds."""
     names = [name for name in WEIGHTINGS if name not in ON_GRAMIANS]
-    schedule = make_schedule(config.schedule, config.num_timesteps).to(device)
+    schedule = config.noise_schedule().to(device)
     calls = {name: _weighting_call(name, config, schedule, device) for name in ["mean", *names]}
     return _overheads("a weighting", calls, "mean", rounds, device, step)
 
@@ -302,7 +302,7 @@ def sampler_costs(
     config: TrainConfig, rounds: int, device: torch.device, step: float
 ) -> dict[str, float]:
     """Print and return what each timestep sampler costs above the uniform one, as weighting_costs."""
-    schedule = make_schedule(config.schedule, config.num_timesteps).to(device)
+    schedule = config.noise_schedule().to(device)
     calls = {name: _sampler_call(name, config, schedule, device) for name in TIMESTEP_SAMPLERS}
     return _overheads("a timestep sampler", calls, "uniform", rounds, device, step)
 

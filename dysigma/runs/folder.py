@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..schedule import make_schedule
+from ..schedule import configured_schedule
 from .checkpoints import load_checkpoint
 from .files import RunError, read_config, read_metrics
 from .flow import pipeline_scheduler, read_flow_scheduler
@@ -91,13 +91,7 @@ def _make_pipeline(
         if name.startswith("ema."):
             averages[name.removeprefix("ema.")] = value
     network.load_state_dict(averages)
-    params = {"shift": config.get("shift", 1.0)} if config["schedule"] == "flow" else {}
-    schedule = make_schedule(
-        config["schedule"],
-        config["num_timesteps"],
-        zero_terminal_snr=config.get("zero_terminal_snr", False),
-        **params,
-    )
+    schedule = configured_schedule(config)
     return DDPMPipeline(network.eval(), pipeline_scheduler(schedule, config["prediction"]))
 
 

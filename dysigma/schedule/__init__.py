@@ -7,7 +7,7 @@ Tables are built in float64 from alphas_cumprod and never change precision. diff
 table to the dtype of the images, which in bfloat16 gives some timesteps exactly zero noise.
 """
 
-from .named import SCHEDULES, check_schedule, make_schedule
+from .named import SCHEDULES, check_schedule, configured_schedule, make_schedule
 from .noise import NoiseSchedule
 from .predictions import PREDICTION_TYPES, canonical_prediction_type
 
@@ -17,5 +17,6 @@ __all__ = [
     "NoiseSchedule",
     "canonical_prediction_type",
     "check_schedule",
+    "configured_schedule",
     "make_schedule",
 ]

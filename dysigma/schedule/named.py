@@ -36,6 +36,19 @@ def make_schedule(
     return make(num_timesteps, zero_terminal_snr=zero_terminal_snr, **params)
 
 
+def configured_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
+    """The schedule that the configuration of a run names, one of before flows or shifts too.
+
+    >>> configured_schedule({"schedule": "cosine", "num_timesteps": 100}).num_timesteps
+    100
+    """
+    params = {"shift": config.get("shift", 1.0)} if config["schedule"] == "flow" else {}
+    zero_terminal_snr = config.get("zero_terminal_snr", False)
+    return make_schedule(
+        config["schedule"], config["num_timesteps"], zero_terminal_snr=zero_terminal_snr, **params
+    )
+
+
 def check_schedule(schedule: Any) -> None:
     """Raise TypeError, with the way, unless schedule is a NoiseSchedule."""
     if isinstance(schedule, NoiseSchedule):

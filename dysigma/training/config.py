@@ -10,7 +10,12 @@ from typing import Any
 from ..checks import check_name, plain_number
 from ..models import PRESETS
 from ..samplers import TIMESTEP_SAMPLERS
-from ..schedule import SCHEDULES, NoiseSchedule, canonical_prediction_type, make_schedule
+from ..schedule import (
+    SCHEDULES,
+    NoiseSchedule,
+    canonical_prediction_type,
+    configured_schedule,
+)
 from ..weightings.registry import WEIGHTINGS
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -209,10 +214,7 @@ class TrainConfig:
         Used when opening a run made by someone else, because it imports none of the modules that
         the configuration names.
         """
-        params = {"shift": self.shift} if self.schedule == "flow" else {}
-        return make_schedule(
-            self.schedule, self.num_timesteps, zero_terminal_snr=self.zero_terminal_snr, **params
-        )
+        return configured_schedule(vars(self))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-able values."""

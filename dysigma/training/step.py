@@ -64,8 +64,8 @@ def train_step(state: TrainState, data: ImageData, config: TrainConfig) -> StepR
     noise = torch.randn(x0.shape, generator=generator(seed, step, "noise", device), device=device)
     kwargs = model_kwargs(config, labels)
     weights = None
-    if state.sampler.observes != "nothing":
-        weights = state.weighting.weights()[timesteps]  # as they are before this step
+    if state.sampler.observes != "nothing":  # it adapts, to weights as they are before this step
+        weights = state.weighting.weights()[timesteps]
     if state.weighting.needs_gramian and step % state.weighting.gramian_every == 0:
         state.weighting.observe_gramian(_step_gramian(state, data, config))
 
@@ -115,11 +115,12 @@ def train_step(state: TrainState, data: ImageData, config: TrainConfig) -> StepR
     state.scaler.update()
     state.step += 1
     state.ema.update(state.model, state.step * config.batch_size, config.batch_size)
-    if weights is not None and state.sampler.observes == "losses":
-        state.sampler.update((weights * batch_losses)[mine], timesteps[mine])
-    if weights is not None and state.sampler.observes == "gradient-norms":
-        squared_norms = weights.square() * torch.cat(norms)
-        state.sampler.update(squared_norms[mine], timesteps[mine])
+    if weights is not None:
+        if state.sampler.observes == "losses":
+            observed = weights * batch_losses
+        else:
+            observed = weights.square() * torch.cat(norms)
+        state.sampler.update(observed[mine], timesteps[mine])
     return StepRecord(step, timesteps, batch_losses, total, grad_norm)
 
 

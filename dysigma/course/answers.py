@@ -1,13 +1,9 @@
-"""For notebooks: sizes for a short run, recorded predictions, checked exercises, and what a page was run with."""
+"""What a reader of a page answers: guesses, kept until the result is known, and exercises, which are checked."""
 
 from __future__ import annotations
 
-import os
-import platform
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -27,40 +23,6 @@ class _Exercise:
 
 _predictions: dict[str, Any] = {}
 _exercises: dict[str, _Exercise] = {}
-
-
-# What a page was run with.
-
-
-def fast(full: Any, quick: Any) -> Any:
-    """``quick`` when DYSIGMA_FAST=1, else ``full``: the same code path at two sizes."""
-    return quick if os.environ.get("DYSIGMA_FAST") == "1" else full
-
-
-def banner(notebook: str, device: torch.device | str | None = None) -> None:
-    """Print which notebook this is, the versions, and whether the run is full or shortened.
-
-    device: where the page trains a network, which is then named too.
-    """
-    warnings.filterwarnings("ignore", message="IProgress not found")  # diffusers asks for widgets
-    words = [notebook, f"dysigma {version('dysigma')}", f"torch {torch.__version__}"]
-    if device is not None:
-        words.append(f"trains on {_device_name(torch.device(device))}")
-    words.append(fast("full run", "short run (DYSIGMA_FAST=1): smaller sizes, looser numbers"))
-    print(" · ".join(words))
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return "the CPU" if device.type == "cpu" else str(device)
-
-
-def watermark() -> None:
-    """Print the versions that produced the outputs above; the last cell of every notebook."""
-    names = ("dysigma", "torch", "diffusers", "numpy", "scipy", "matplotlib", "seaborn")
-    versions = ", ".join(f"{name} {version(name)}" for name in names)
-    print(f"Python {platform.python_version()}, {versions}")
 
 
 # Predictions.
@@ -122,12 +84,22 @@ def _compare(guess: Any, measured: Any) -> str:
 def exercise(
     name: str, expected: Any, *, mistakes: Mapping[str, Any] | None = None, rtol: float = 1e-4
 ) -> None:
-    """Declare an exercise: the value a right answer has, and wrong values that common mistakes give, by diagnosis."""
+    """Declare an exercise.
+
+    expected: the right answer, a word, a number or an array. mistakes: the wrong answers that common
+    mistakes give, by diagnosis. rtol: relative tolerance of numbers.
+
+    >>> exercise("3.2", "epsilon")
+    >>> check("3.2", "epsilon")
+    Exercise 3.2: correct.
+    """
     _exercises[name] = _Exercise(expected, dict(mistakes or {}), rtol)
 
 
 def check(name: str, answer: Any) -> None:
-    """Print whether ``answer`` is right and, if not, what is wrong with it; an untouched ``...`` is skipped.
+    """Print whether an answer is right and, if not, what is wrong with it; an untouched ``...`` is skipped.
+
+    Raises KeyError for an exercise that was not declared.
 
     >>> exercise("3.1", 4.0, mistakes={"You forgot the square.": 2.0})
     >>> check("3.1", 2.0)
