@@ -1,7 +1,8 @@
 """Execute the notebooks: people edit ``notebooks/NN_name.py`` (percent format), the .ipynb is written from it.
 
 An exercise is a cell with a stub (``answer = ...``) and its check, which skips an untouched stub; the cell that solves
-it carries the tag "solution". Both run every time; JupyterLab and the site show a solution collapsed.
+it carries the tag "solution". The cell that tells the checks what they expect begins with EXPECTED. All run every time;
+JupyterLab and the site show the code of the last two collapsed.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ METADATA = {
 }
 
 
-# A solution is shown collapsed, on the site and in JupyterLab.
-COLLAPSED = {"tags": ["solution", "hide-input"], "jupyter": {"source_hidden": True}}
+# What would tell a reader the answer is shown collapsed, on the site and in JupyterLab.
+COLLAPSED = {"tags": ["hide-input"], "jupyter": {"source_hidden": True}}
+COLLAPSED_SOLUTION = {"tags": ["solution", "hide-input"], "jupyter": {"source_hidden": True}}
+EXPECTED = "# What the checks"  # how the cell begins that holds the answers of a page's exercises
 # The first cell of a hosted page. %pip keeps the host's torch, which fits its GPU.
 SETUP_OF_A_HOST = """\
 # Set-up: run this cell once on a hosted machine.
@@ -80,7 +83,7 @@ def convert(source: str | Path, *, solutions: bool = True) -> Any:
         notebook.cells = [cell for cell in notebook.cells if not _solves(cell)]
     for i, cell in enumerate(notebook.cells):
         cell.id = f"cell-{i:02d}"
-        cell.metadata = from_dict(COLLAPSED if _solves(cell) else {})
+        cell.metadata = from_dict(_metadata(cell))
     return notebook
 
 
@@ -106,6 +109,15 @@ def write_hosted(sources: Iterable[Path], out: Path, repository: str) -> list[Pa
         write_atomically(path, nbformat.writes(notebook) + "\n")
         written.append(path)
     return written
+
+
+def _metadata(cell: Any) -> dict[str, Any]:
+    """What a published cell carries: cells that hold an answer are collapsed."""
+    if _solves(cell):
+        return COLLAPSED_SOLUTION
+    if cell.cell_type == "code" and cell.source.startswith(EXPECTED):
+        return COLLAPSED
+    return {}
 
 
 def _solves(cell: Any) -> bool:

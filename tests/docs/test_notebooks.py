@@ -15,7 +15,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from dysigma.course.pages import MAX_BYTES, build, convert, find
+from dysigma.course.pages import EXPECTED, MAX_BYTES, build, convert, find
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER, FIGURES = ROOT / "notebooks", ROOT / "figures"
@@ -178,7 +178,8 @@ def test_exercises_are_skipped_untouched_and_solved_by_their_solutions(source):
     for name in declared:
         assert any(f"Exercise {name}: not attempted yet" in printed(cell) for cell in stubs), name
         assert any(f"Exercise {name}: correct." in printed(cell) for cell in solutions), name
-    for cell in solutions:
+    (expectations,) = [cell for cell in cells if cell.source.startswith(EXPECTED)]
+    for cell in [expectations, *solutions]:
         assert cell.metadata.jupyter.source_hidden and "hide-input" in cell.metadata.tags
     text = prose(convert(source))
     for name in declared:
