@@ -215,7 +215,9 @@ def test_the_report_lists_every_law_and_why_it_broke():
     assert "mean 1" in report.broken[0].reason and "epsilon, untrained" in report.broken[0].case
     with pytest.raises(AssertionError) as raised:
         check_weighting(Unscaled)
-    assert str(raised.value) == str(report) and all(law in str(report) for law in LAWS)
+    # Not the whole text: where pytest rewrites the package's asserts, they print addresses.
+    for words in (*LAWS, str(report).splitlines()[0]):
+        assert words in str(report) and words in str(raised.value)
 
 
 def test_a_formula_that_needs_a_signal_is_checked_where_it_has_one():
