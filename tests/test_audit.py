@@ -120,6 +120,29 @@ def test_the_numbers_are_those_of_a_calculation_by_hand():
     assert found.effective_sample_size == pytest.approx(36 / (4 * 12))
 
 
+def test_noise_networks_on_a_flow_are_audited_without_the_level_of_pure_noise():
+    # s = 1/4, 1/2, 3/4 and 1: SNR 9, 1, 1/9 and 0, where min(S, 5) / S is 0 / 0.
+    flow = NoiseSchedule.flow(4)
+    by_hand = torch.tensor([5 / 9, 1, 1], dtype=torch.float64)
+    for function in (lambda snr: snr.clamp(max=5) / snr, "min-snr"):
+        found = dysigma.audit(function, flow, "epsilon", claims="min-snr")
+        assert found.agrees and found.nearest["name"] == "min-snr"
+        torch.testing.assert_close(found.weights, by_hand / by_hand.mean())
+        torch.testing.assert_close(found.reference, by_hand / by_hand.mean())
+        assert len(found.log_snr) == 3
+    plain = dysigma.audit(torch.ones_like, flow, "epsilon", claims="min-snr")
+    assert not plain.agrees and plain.nearest["name"] == "const-eps"
+    assert plain.off == pytest.approx(1 / 3)
+
+
+def test_noise_networks_on_a_flow_are_audited_with_a_density():
+    flow = NoiseSchedule.flow(100)
+    sampler = make_sampler("logit-normal", flow)
+    found = dysigma.audit(torch.ones_like, flow, "epsilon", claims="const-eps", sampler=sampler)
+    wanted = sampler.probabilities()[:-1]
+    torch.testing.assert_close(found.weights, wanted / wanted.mean())
+
+
 def test_a_weight_where_the_claim_has_none_is_seen():
     schedule = NoiseSchedule.scaled_linear(zero_terminal_snr=True)
     found = dysigma.audit(

@@ -251,9 +251,20 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capsys, monkeypatch, argumen
     ("arguments", "message"),
     [
         (["sample", "RUN", "--steps", "5000"], "num_steps from 1 to 1000"),
-        (["sample", "RUN", "--num-images", "0"], "1 image or more"),
+        (["sample", "RUN", "--steps", "0"], "--steps must be 1"),
+        (["sample", "RUN", "--num-images", "0"], "--num-images must be 1"),
         (["sample", "RUN", "--sampler", "euler"], "dpm-solver"),
-        (["sample", "RUN", "--seed", "-1"], "zero or more"),
+        (["sample", "RUN", "--seed", "-1"], "--seed must be 0"),
+        (["evaluate", "RUN", "--seed", "-1"], "--seed must be 0"),
+        (["conflicts", "RUN", "--seed", "-1"], "--seed must be 0"),
+        (["conflicts", "RUN", "--micro-batches", "2"], "--micro-batches must be 6"),
+        (["conflicts", "RUN", "--batch-per-bin", "0"], "--batch-per-bin must be 1"),
+        (["conflicts", "RUN", "--num-images", "0"], "--num-images must be 1"),
+        (["conflicts", "RUN", "--bins", "65"], "--bins must be from 2 to 64"),
+        (["conflicts", "RUN", "--weighting", "min-srn"], "unknown weighting"),
+        (["conflicts", "RUN", "--weighting", "uncertainty"], "learns"),
+        (["benchmark", "--rounds", "0"], "--rounds must be 1"),
+        (["benchmark", "--batch-size", "32", "0"], "--batch-size must be 1"),
         (["sample", "RUN", "--out", "x.txt"], ".png"),
         (["sample", "RUN", "--out", "RUN/config.json/x.png"], "cannot write"),
         (["evaluate", "RUN", "--out", "RUN/config.json/x.json"], "is a file, not a folder"),
@@ -266,9 +277,10 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capsys, monkeypatch, argumen
         (["evaluate", "RUN", "--out", "x.png"], ".json"),
         (["evaluate", "RUN", "--num-images", "0"], "--num-images"),
         (["evaluate", "RUN", "--elbo-timesteps", "0"], "--elbo-timesteps"),
-        (["evaluate", "RUN", "--timesteps", "0"], "from 1 to"),
+        (["evaluate", "RUN", "--timesteps", "0"], "--timesteps must be 1"),
+        (["evaluate", "RUN", "--timesteps", "5000"], "from 1 to 1000"),
         (["evaluate", "RUN", "--metric", "none.pt"], "none.pt does not exist"),
-        (["evaluate", "RUN", "--metric", "pixels", "--nfe", "0"], "num_steps from 1 to 1000"),
+        (["evaluate", "RUN", "--metric", "pixels", "--nfe", "0"], "--nfe must be 1"),
         (["evaluate", "RUN", "--metric", "pixels", "--sampler", "euler"], "dpm-solver"),
         (["evaluate", "RUN", "--metric", "fid", "--features", "none.pt"], "no file none.pt"),
         (["evaluate", "RUN", "--metric", "pixels", "--samples", "5"], "20 or more"),
@@ -279,7 +291,10 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capsys, monkeypatch, argumen
             ["evaluate", "RUN", "--metric", "pixels", "--features", "none.pt"],
             "belongs to a --metric",
         ),
-        (["evaluate", "RUN", "--metric", "pixels", "--reference-images", "-5"], "is 20 or more"),
+        (
+            ["evaluate", "RUN", "--metric", "pixels", "--reference-images", "-5"],
+            "must be 20 or more",
+        ),
         (["evaluate", "RUN", "--reference-only"], "choose a --metric"),
         (["evaluate", "--reference-only", "--metric", "pixels"], "a RUN or of --data"),
         (["train", "--out", "RUN", "--resume", "--seed", "7"], "seed 0 there, 7 here"),
@@ -288,8 +303,9 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capsys, monkeypatch, argumen
 def test_bad_input_about_a_run_is_one_line_and_code_2(
     a_run, capsys, monkeypatch, arguments, message
 ):
-    if "-1" not in arguments:  # the rest is told before the network is loaded
-        monkeypatch.setattr(dysigma.runs.Run, "pipeline", None)
+    monkeypatch.setattr(
+        dysigma.runs.Run, "pipeline", None
+    )  # it is told before the network is loaded
     device = [] if arguments[0] == "train" else ["--device", "cpu"]
     assert main([word.replace("RUN", a_run) for word in arguments] + device) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -660,11 +676,11 @@ class Timeless(torch.nn.Module):
         (["--data=leaves"], "4 classes leaves 10"),
         (["--bins=1"], "--bins 2 64 1"),
         (["--bins=65"], "--bins 2 64 65"),
-        (["--micro-batches=5"], "micro_batches >= 6 5"),
+        (["--micro-batches=5"], "--micro-batches 6 5"),
         (["--weighting=uncertainty"], "--weighting predefined uncertainty learns"),
         (["--weighting=min-srn"], "unknown weighting 'min-srn'"),
         (["--out=PATH/sub"], "pipeline's folder another --out"),
-        (["--num-images=0"], "train_images positive"),
+        (["--num-images=0"], "--num-images 1 0"),
     ],
 )
 def test_conflicts_refuses_bad_options(tmp_path, monkeypatch, capsys, options, words):

@@ -116,6 +116,8 @@ def audit(
     the parameters that the weights should have; without a claim they are compared with the nearest named weighting.
     sampler: a density of timesteps. The weight is multiplied by it, which gives the objective of a training run that
     draws so, as a weight over uniform timesteps. A sampler that is corrected for its density changes nothing.
+    A network that predicts the noise has weight 0 at the last level of a flow, which is noise alone. There the function
+    is not called, and all tables end one level before.
 
     Raises ValueError if the function returns another shape, values that are negative, NaN or infinite, or a weight that
     depends on more than its own level; KeyError for an unknown name; TypeError for what is no NoiseSchedule.
@@ -130,9 +132,15 @@ def audit(
     target = schedule.canonical(target)
     values = {key: as_float(key, value) for key, value in (params or {}).items()}
     _check_claim(claims, values)
-    weights = weights_of(function, schedule, target, as_)
+    full = schedule
+    if target == "epsilon" and schedule.is_flow:
+        schedule = NoiseSchedule(full.alphas_cumprod[:-1], is_flow=True)
+    is_named = isinstance(function, str)
+    weights = weights_of(function, full if is_named else schedule, target, as_)
+    weights = weights[: schedule.num_timesteps]
     if sampler is not None and not sampler.corrected:
-        weights = weights * sampler.probabilities().cpu() * schedule.num_timesteps
+        density = sampler.probabilities().cpu() * full.num_timesteps
+        weights = weights * density[: schedule.num_timesteps]
     log_weights = weights.log()
     log_snr = schedule.log_snr.cpu()
 
@@ -141,7 +149,7 @@ def audit(
     if claims is None:
         reference = nearest.table
     else:
-        if target == "epsilon" and bool(log_snr.isneginf().any()):
+        if target == "epsilon" and schedule.has_zero_terminal_snr:
             raise ValueError(
                 "epsilon has no weight where SNR = 0 (zero terminal SNR); audit v_prediction or sample there"
             )

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import add_command, prepare_output
+from .common import add_command, check_least, prepare_output
 
 if TYPE_CHECKING:
     from .common import Commands
@@ -37,6 +37,8 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    check_least(args, image_size=1, batch_size=1, rounds=1)
+
     from ..lab.benchmark import benchmark
 
     if args.out:

@@ -43,6 +43,22 @@ def add_draw_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
 
 
+def check_least(args: argparse.Namespace, **least: int) -> None:
+    """Raise ValueError for an option that was given and is below its least value, before work is spent.
+
+    >>> check_least(argparse.Namespace(num_images=0), num_images=1)
+    Traceback (most recent call last):
+    ValueError: --num-images must be 1 or more; got 0
+    """
+    for name, low in least.items():
+        given = getattr(args, name)
+        values = given if isinstance(given, list) else [given]
+        for value in values:
+            if value is not None and value < low:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} must be {low} or more; got {value}")
+
+
 def read_pairs(items: Sequence[str]) -> dict[str, Any]:
     """Parameters given as name=value, their values read as JSON where they are JSON.
 

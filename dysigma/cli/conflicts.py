@@ -8,8 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..gradients.measure import FEWEST_MICRO_BATCHES
 from ..pareto import MAX_OBJECTIVES
-from .common import add_command, add_draw_options, check_folder, open_run, write_record
+from .common import (
+    add_command,
+    add_draw_options,
+    check_folder,
+    check_least,
+    open_run,
+    write_record,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -63,7 +71,7 @@ def add(commands: Commands) -> None:
         "--micro-batches",
         type=int,
         default=16,
-        help="6 or more, for shorter intervals (default: 16)",
+        help=f"{FEWEST_MICRO_BATCHES} or more, for shorter intervals (default: 16)",
     )
     parser.add_argument(
         "--batch-per-bin", type=int, default=4, help="images per bin and micro-batch (default: 4)"
@@ -166,12 +174,12 @@ def _open_pipeline(path: Path, device: torch.device) -> _Measured:
     )
 
 
-def _open_run(path: Path, device: str) -> _Measured:
-    opened = open_run(path, device)
+def _open_run(args: argparse.Namespace) -> _Measured:
+    opened = open_run(args.path, args.device)
+    schedule, config = opened.schedule, opened.config
+    _bins_and_weighting(args, schedule, config.prediction)  # before the network, which takes long
     network: Any = opened.load_network()
-    return _Measured(
-        network, network.config, opened.schedule, opened.config.prediction, opened.config
-    )
+    return _Measured(network, network.config, schedule, config.prediction, config)
 
 
 def _images(measured: _Measured, args: argparse.Namespace) -> tuple[ImageData, bool]:
@@ -210,15 +218,25 @@ def _images(measured: _Measured, args: argparse.Namespace) -> tuple[ImageData, b
     return data, bool(classes)
 
 
-def _weighting(name: str, schedule: NoiseSchedule, prediction: str) -> Weighting:
+def _bins_and_weighting(
+    args: argparse.Namespace, schedule: NoiseSchedule, prediction: str
+) -> tuple[Bins, Weighting | None]:
+    """What --bins, --binning and --weighting ask for; ValueError or KeyError if the schedule has none such."""
+    from ..bins import Bins
     from ..weightings.registry import make_weighting
 
-    weighting = make_weighting(name, schedule, prediction)
+    if args.binning == "log-snr":
+        bins = Bins.equal_log_snr(schedule.log_snr, args.bins)
+    else:
+        bins = Bins.uniform(schedule.num_timesteps, args.bins)
+    if args.weighting is None:
+        return bins, None
+    weighting = make_weighting(args.weighting, schedule, prediction)
     if weighting.learns:
         raise ValueError(
-            f"--weighting takes a predefined one; {name} learns its weights in training"
+            f"--weighting takes a predefined one; {args.weighting} learns its weights in training"
         )
-    return weighting
+    return bins, weighting
 
 
 def _output(args: argparse.Namespace) -> Path:
@@ -246,11 +264,10 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     if not 2 <= args.bins <= MAX_OBJECTIVES:
         raise ValueError(f"--bins must be from 2 to {MAX_OBJECTIVES}; got {args.bins}")
-    if args.transfer and args.transfer_steps < 1:
-        raise ValueError(f"--transfer-steps must be 1 or more; got {args.transfer_steps}")
+    check_least(args, micro_batches=FEWEST_MICRO_BATCHES, batch_per_bin=1, num_images=1, seed=0)
+    check_least(args, transfer_steps=1)
     out = check_folder(_output(args))
 
-    from ..bins import Bins
     from ..devices import resolve_device
     from ..gradients.measure import conflicts
     from ..gradients.transfer import negative_transfer
@@ -260,16 +277,10 @@ def run(args: argparse.Namespace) -> None:
     if _is_pipeline(args.path):
         measured = _open_pipeline(args.path, resolve_device(args.device))
     else:
-        measured = _open_run(args.path, args.device)
+        measured = _open_run(args)
     network, schedule = measured.network, measured.schedule
+    bins, weighting = _bins_and_weighting(args, schedule, measured.prediction)
     data, is_conditional = _images(measured, args)
-    weighting = None
-    if args.weighting:
-        weighting = _weighting(args.weighting, schedule, measured.prediction)
-    bins: Bins | int = args.bins
-    if args.binning == "log-snr":
-        bins = Bins.equal_log_snr(schedule.log_snr, args.bins)
-
     common: dict[str, Any] = {
         "prediction_type": measured.prediction,
         "model_kwargs": {"class_labels": data.labels} if is_conditional else {},

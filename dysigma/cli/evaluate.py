@@ -12,6 +12,7 @@ from .common import (
     OpenRun,
     add_command,
     add_draw_options,
+    check_least,
     draw_samples,
     open_run,
     prepare_output,
@@ -100,21 +101,16 @@ def add(commands: Commands) -> None:
 def _check_options(args: argparse.Namespace) -> None:
     if args.features and args.metric in (None, "pixels"):
         raise ValueError("--features belongs to a --metric other than pixels")
-    if args.reference_images is not None and args.reference_images < FEWEST_IMAGES:
-        raise ValueError(
-            f"--reference-images is {FEWEST_IMAGES} or more; got {args.reference_images}"
-        )
+    check_least(args, seed=0, reference_images=FEWEST_IMAGES)
+    if args.metric:
+        check_least(args, samples=FEWEST_IMAGES)
     if args.reference_only:
         return
     if args.run_folder is None:
         raise ValueError("name the run to evaluate, or measure images with --reference-only")
     if len(args.samples) > 1:
         raise ValueError("several numbers of --samples are for --reference-only")
-    if args.num_images < 1 or args.elbo_timesteps < 1:
-        raise ValueError(
-            "need --num-images >= 1 and --elbo-timesteps >= 1; "
-            f"got {args.num_images} and {args.elbo_timesteps}"
-        )
+    check_least(args, num_images=1, timesteps=1, elbo_timesteps=1, nfe=1)
     if args.floor_images != 0 and args.floor_images < 4:
         raise ValueError(f"--floor-images is 4 or more, or 0; got {args.floor_images}")
 

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import add_command, check_folder
+from .common import add_command, check_folder, check_least
 
 if TYPE_CHECKING:
     from .common import Commands
@@ -63,6 +63,8 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    check_least(args, jobs=1)
+
     from ..course.pages import build, find, write_hosted
     from ..course.slides import write_slides
 

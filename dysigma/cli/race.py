@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import add_command
+from .common import add_command, check_least
 
 if TYPE_CHECKING:
     from .common import Commands
@@ -41,8 +41,7 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    if args.jobs < 1:
-        raise ValueError(f"--jobs must be positive; got {args.jobs}")
+    check_least(args, jobs=1)
     if args.in_process and args.jobs > 1:
         raise ValueError(
             f"--in-process trains one after the other; got --jobs {args.jobs} beside it"

@@ -6,7 +6,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import add_command, add_draw_options, draw_samples, open_run, prepare_output
+from .common import (
+    add_command,
+    add_draw_options,
+    check_least,
+    draw_samples,
+    open_run,
+    prepare_output,
+)
 
 if TYPE_CHECKING:
     from .common import Commands
@@ -43,6 +50,8 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    check_least(args, num_images=1, steps=1, seed=0)
+
     import numpy
 
     from ..evaluation import check_sampling

@@ -42,6 +42,13 @@ class Lesson:
     the names of the page's figures. trains_on: the device on which the page trains a network.
     The first line of output names the page, the versions and that device, and says whether the run is
     full or short. Guesses and exercises are those of `dysigma.course.answers`.
+
+    >>> lesson = Lesson("03_snr_weightings", trains_on="cpu")
+    03_snr_weightings · dysigma ... · torch ... · trains on the CPU · ...
+    >>> lesson.predict("How many times fewer images?", 3.7)
+    How many times fewer images? Your prediction: 3.7
+    >>> lesson.end()
+    Python ..., dysigma ..., torch ...
     """
 
     def __init__(self, notebook: str, trains_on: torch.device | str | None = None) -> None:

@@ -55,6 +55,10 @@ def find(folder: str | Path, names: Sequence[str] = ()) -> list[Path]:
     """The sources in folder, in order: all, or those whose names start with one of names ("03", "03_snr_weightings").
 
     Raises ValueError when the folder holds no notebook, KeyError with the choices for an unknown name.
+
+    >>> find("a-folder-of-nobody")
+    Traceback (most recent call last):
+    ValueError: no notebooks (NN_name.py) in a-folder-of-nobody; run this in the checkout of the project
     """
     sources = sorted(Path(folder).glob("[0-9][0-9]_*.py"))
     if not sources:
@@ -131,7 +135,18 @@ def _clean(text: str, root: Path) -> str:
 
 
 def normalise(notebook: Any, root: Path) -> None:
-    """Drop from an executed notebook, in place, what would differ between two runs or is of no use to a reader."""
+    """Drop from an executed notebook, in place, what would differ between two runs or is of no use to a reader.
+
+    Widgets, progress bars, and the paths of this machine in front of root go; the versions of the kernel too.
+
+    >>> import pytest
+    >>> nbformat = pytest.importorskip("nbformat")
+    >>> printed = nbformat.v4.new_output("stream", text=" 50%|##  |\\nsaved /tmp/course/runs/first")
+    >>> page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(outputs=[printed])])
+    >>> normalise(page, Path("/tmp/course"))
+    >>> page.cells[0].outputs[0].text
+    'saved runs/first'
+    """
     notebook.metadata["language_info"] = METADATA["language_info"]  # the kernel puts its version
     for cell in notebook.cells:
         if "outputs" not in cell:

@@ -33,6 +33,9 @@ class AlongTraining:
     moments: the numbers of images seen at which to look. count: how many latents. steps: of DDIM.
     After training, `samples` and `networks` hold the pictures (count, C, H, W) and the network with
     averaged weights, by images seen; `first_losses` the losses (B,) of the first step.
+
+    >>> AlongTraining([3200, 6400], count=4).samples  # nothing has been trained
+    {}
     """
 
     def __init__(self, moments: Sequence[int], count: int = 8, steps: int = 25) -> None:
@@ -129,7 +132,11 @@ def train_and_watch(
 
 
 def new_run_folder(name: str, runs: Path = READERS_RUNS) -> Path:
-    """A folder that is not there yet: name, or name-2, name-3, ...; earlier runs are kept."""
+    """A folder that is not there yet: name, or name-2, name-3, ...; earlier runs are kept.
+
+    >>> new_run_folder("ddpm", runs=Path("runs-of-nobody")).name
+    'ddpm'
+    """
     folder = runs / name
     number = 1
     while folder.exists():

@@ -46,7 +46,15 @@ def write_slides(sources: Iterable[Path], out: Path) -> list[Path]:
 
 
 def slides(page: Any) -> Any:
-    """The notebook of slides of an executed page: cells with the slide types of Jupyter."""
+    """The notebook of slides of an executed page: cells with the slide types of Jupyter.
+
+    >>> import pytest
+    >>> nbformat = pytest.importorskip("nbformat")
+    >>> text = nbformat.v4.new_markdown_cell("## A weight\\n\\nIt is clipped.\\n\\nMore on that.")
+    >>> made = slides(nbformat.v4.new_notebook(cells=[text]))
+    >>> [(cell.metadata["slideshow"]["slide_type"], cell.source) for cell in made.cells]
+    [('slide', '## A weight\\n\\nIt is clipped.'), ('notes', 'More on that.')]
+    """
     from nbformat.v4 import new_notebook
 
     cells: list[Any] = []

@@ -25,6 +25,9 @@ from .optimizer import adam_step
 from .report import ConflictReport
 from .statistics import Tracks, report_statistics
 
+# Stationarity is taken from two halves, and leaving one out of a debiased half needs three.
+FEWEST_MICRO_BATCHES = 6
+
 
 def _mean_log_snr(schedule: NoiseSchedule, bins: Bins) -> Tensor:
     """(K,) the mean over the finite values of each bin."""
@@ -102,7 +105,7 @@ def conflicts(
     """
     from tqdm import tqdm
 
-    micro_batches = check_count("micro_batches", micro_batches, 6)
+    micro_batches = check_count("micro_batches", micro_batches, FEWEST_MICRO_BATCHES)
     batch_per_bin = check_count("batch_per_bin", batch_per_bin, 1)
     seed = check_count("seed", seed, 0)
     table, cut, kind = check_request(model, images, schedule, bins, prediction_type, model_kwargs)

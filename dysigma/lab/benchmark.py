@@ -53,6 +53,12 @@ def time_in_turn(
     """Seconds of each call in each round.
 
     Every round runs all of them once, so that all share the drift of the machine.
+
+    >>> order = []
+    >>> calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    >>> seconds = time_in_turn(calls, 2, torch.device("cpu"))
+    >>> order[2:], len(seconds["a"])  # the first two calls warm up
+    (['a', 'b', 'a', 'b'], 2)
     """
     for call in calls.values():
         call()
@@ -78,7 +84,7 @@ def _reason(error: Exception) -> str:
 
 
 def matmul_peak(device: torch.device) -> float:
-    """FLOP/s of one large matrix product, the fastest of ten: bfloat16 on CUDA, else float32."""
+    """FLOP per second of one large matrix product, the fastest of ten: bfloat16 on CUDA, else float32."""
     size, dtype = 1024, torch.float32
     if device.type == "cuda":
         size, dtype = 8192, torch.bfloat16

@@ -239,7 +239,11 @@ def lucidrains_step(config: TrainConfig, data: ImageData) -> Step:
 
 
 def contenders(device: torch.device) -> dict[str, Maker]:
-    """What can be timed here, by name, ours first; a package that is not installed is left out."""
+    """What can be timed here, by name, ours first; a package that is not installed is left out.
+
+    >>> [*contenders(torch.device("cpu"))][:2]
+    ['dysigma', 'dysigma, flow']
+    """
     found: dict[str, Maker] = {"dysigma": own_step, "dysigma, flow": own_flow_step}
     if device.type == "cuda":
         found["dysigma, CUDA graphs"] = functools.partial(own_step, mode="reduce-overhead")

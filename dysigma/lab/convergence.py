@@ -66,6 +66,11 @@ def thresholds_at(
     The level that the baseline stays below from each of these fractions of its images on: the
     median over its seeds, in the unit of the metric. Fraction 1 is the level at its end. Raises
     ValueError for a fraction that is not beyond the first evaluation, or for a diverged seed.
+
+    >>> curves = {("x0", "const-x0"): {0: (np.array([1.0, 2.0, 4.0]), np.array([8.0, 4.0, 2.0]))}}
+    >>> levels = thresholds_at(curves, "const-x0", [0.5, 1.0])
+    >>> np.round(levels["x0"], 6).tolist()
+    [4.0, 2.0]
     """
     return {
         label: _kept_from(runs.values(), fractions)
@@ -82,8 +87,11 @@ def levels_at(
 ) -> dict[str, dict[str, float]]:
     """Named thresholds for race_table: those of thresholds_at, and absolute levels beside them.
 
-    `absolute` names levels in the unit of the metric, the same for every grid label: for example
-    {"end of plain training": 10.1}.
+    `absolute` names levels in the unit of the metric, the same for every grid label.
+
+    >>> curves = {("x0", "const-x0"): {0: (np.array([1.0, 2.0, 4.0]), np.array([8.0, 4.0, 2.0]))}}
+    >>> levels_at(curves, "const-x0", [1.0], {"end of plain training": 10.1})
+    {'x0': {'fraction 1': 2.0, 'end of plain training': 10.1}}
     """
     named: dict[str, dict[str, float]] = {}
     for label, levels in thresholds_at(curves, baseline, fractions).items():
@@ -169,6 +177,14 @@ def race_table(
     Holm's adjustment over thresholds x arms of a grid label; outcome, in words, after it.
 
     Raises KeyError for a label without the baseline.
+
+    >>> import pandas
+    >>> row = {"grid": "x0", "seed": 0, "images": [1, 2, 4]}
+    >>> plain = {**row, "arm": "const-x0", "distances": [8.0, 4.0, 2.0]}
+    >>> other = {**row, "arm": "min-snr", "distances": [8.0, 2.0, 1.0]}
+    >>> found = race_table(pandas.DataFrame([plain, other]), "distance", {"x0": [2.0]}, "const-x0")
+    >>> found[["arm", "threshold", "ratio"]].values.tolist()
+    [['min-snr', 2.0, 2.0]]
     """
     import pandas
 

@@ -20,6 +20,9 @@ def check_curve(images: ArrayLike, values: ArrayLike) -> Curve:
     """Both arrays in float64; ValueError for what is no curve.
 
     An empty curve is one: that of a training that diverged before its first evaluation.
+
+    >>> check_curve([10, 20], [0.5, 0.25])
+    (array([10., 20.]), array([0.5 , 0.25]))
     """
     n = np.asarray(images, dtype=np.float64)
     v = np.asarray(values, dtype=np.float64)
@@ -34,7 +37,11 @@ def check_curve(images: ArrayLike, values: ArrayLike) -> Curve:
 
 
 def worst_to_come(values: Array) -> Array:
-    """The largest value from each evaluation on, (M,): what a training has yet to fall below."""
+    """The largest value from each evaluation on, (M,): what a training has yet to fall below.
+
+    >>> worst_to_come(np.array([4.0, 1.0, 3.0, 2.0]))
+    array([4., 3., 3., 2.])
+    """
     return np.maximum.accumulate(values[::-1])[::-1]
 
 
@@ -42,6 +49,10 @@ def log_curve_until(images: Array, values: Array, end: float) -> Curve:
     """(ln images, ln values) from the first images above 0 to `end`, interpolated there.
 
     Raises ValueError where `end` lies outside the evaluations: nothing is extrapolated.
+
+    >>> ln_images, ln_values = log_curve_until(np.array([1.0, 4.0]), np.array([8.0, 2.0]), end=2.0)
+    >>> np.exp(ln_images), np.exp(ln_values)
+    (array([1., 2.]), array([8., 4.]))
     """
     trained = images > 0
     n = images[trained]

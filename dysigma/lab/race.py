@@ -58,6 +58,12 @@ class Race:
 
     Entries with one seed and networks of one shape share initial weights, images, timesteps and
     noise. Raises ValueError for anything else, and what TrainConfig raises for a wrong field.
+
+    >>> arms = {"const": {"weighting": "const-x0"}, "min-snr": {"weighting": "min-snr"}}
+    >>> grid = {"x0": {"prediction": "x0"}}
+    >>> values = {"name": "two", "seeds": [1, 2], "base": {"images": 320}, "arms": arms, "grid": grid}
+    >>> [key for key, config in Race.from_dict(values).entries()]
+    [('x0', 'const', 1), ('x0', 'min-snr', 1), ('x0', 'const', 2), ('x0', 'min-snr', 2)]
     """
 
     name: str

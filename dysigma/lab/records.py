@@ -59,6 +59,10 @@ def load_races(*folders: Path) -> pandas.DataFrame:
     Raises RunError for a folder that holds no records, and for folders that are not of one
     protocol: under a grid label everything must be equal but seed, machine and STRATEGY; under one
     arm of it STRATEGY too; and no entry may come twice. The message says what differs, and where.
+
+    >>> load_races(Path("a-race-that-nobody-ran"))
+    Traceback (most recent call last):
+    dysigma.runs.files.RunError: a-race-that-nobody-ran has no records.jsonl with records; ...
     """
     import pandas
 
@@ -99,7 +103,12 @@ def load_races(*folders: Path) -> pandas.DataFrame:
 
 
 def entries_of_a_seed(spec: dict[str, Any]) -> list[tuple[str, str]]:
-    """(grid label, arm) of all trainings of one seed, in the order of the specification."""
+    """(grid label, arm) of all trainings of one seed, in the order of the specification.
+
+    >>> arms = {"const": {}, "min-snr": {}}
+    >>> entries_of_a_seed({"arms": arms, "grid": {"x0": {}, "epsilon": {"arms": ["const"]}}})
+    [('x0', 'const'), ('x0', 'min-snr'), ('epsilon', 'const')]
+    """
     entries = []
     for label, fields in spec["grid"].items():
         for arm in spec["arms"]:
@@ -112,6 +121,11 @@ def race_config(spec: dict[str, Any], label: str, arm: str) -> TrainConfig:
     """The configuration of an arm under a grid label, seed aside.
 
     The arm overrides the grid entry, which overrides the base.
+
+    >>> spec = {"base": {"lr": 1e-3}, "grid": {"x0": {"prediction": "x0"}}, "arms": {"slow": {"lr": 1e-4}}}
+    >>> config = race_config(spec, "x0", "slow")
+    >>> config.prediction, config.lr
+    ('sample', 0.0001)
     """
     fields = {**spec["base"], **spec["grid"][label], **spec["arms"][arm]}
     fields.pop("arms", None)  # of the grid entry: which arms are raced under it
@@ -162,6 +176,11 @@ def race_curves(table: pandas.DataFrame, metric: str) -> Curves:
     diffusion term of the ELBO between the first and the last validation timestep, in bits per
     dimension; "distance" and "kid", of sampled images. KeyError for any other, or for one that the
     records do not have; ValueError where a KID, unbiased, is not positive.
+
+    >>> import pandas
+    >>> row = {"grid": "x0", "arm": "const", "seed": 7, "images": [10, 20], "distances": [4.0, 2.0]}
+    >>> race_curves(pandas.DataFrame([row]), "distance")
+    {('x0', 'const'): {7: (array([10., 20.]), array([4., 2.]))}}
     """
     if metric not in UNITS:
         raise KeyError(f"no metric {metric!r}; there are {', '.join(UNITS)}")
