@@ -786,12 +786,13 @@ if run.path.name == "cifar10-cpu-small":
 #
 # Replace each `...` and run the cell; the check says what is wrong. Solutions are collapsed below.
 #
-# **8.1** (●○○, 5 min) Two bins, $M=4$ micro-batches, shared samples. The sums are $|S_1|^2=40$, $|S_2|^2=24$,
-# $S_1\cdot S_2=-12$, and $Q_{11}=22$, $Q_{22}=12$, $Q_{12}=2$. What is the debiased cosine?
+# **8.1** (●○○, 5 min) Three bins with equal weights, at a minimum of the training loss. The gradients of bins 1 and 2 have
+# the lengths 3 and 4, and a right angle between them. So they do not conflict. What is the cosine between the gradients of
+# bins 1 and 3?
 #
 # <details><summary>Hint</summary>
 #
-# Subtract $Q$ from all three products, not only from the squares. The factor $M(M-1)$ cancels.
+# At a minimum the three gradients add up to zero. That determines the third one.
 #
 # </details>
 #
@@ -809,10 +810,11 @@ if run.path.name == "cifar10-cpu-small":
 # What the checks of the exercises expect; there is no need to read this cell.
 lesson.exercise(
     "8.1",
-    expected=-14 / 216**0.5,
+    expected=-0.6,
     mistakes={
-        "That is the naive cosine.": -12 / 960**0.5,
-        "Q belongs in the numerator too.": -12 / 216**0.5,
+        "That is the cosine between bins 2 and 3.": -0.8,
+        "The third gradient is minus the sum of the other two.": 0.6,
+        "That is the inner product; divide it by both lengths.": -9.0,
     },
 )
 lesson.exercise(
@@ -826,8 +828,8 @@ lesson.exercise(
 )
 
 # %%
-debiased_cosine = ...  # a number
-lesson.check("8.1", debiased_cosine)
+cosine_1_3 = ...  # a number
+lesson.check("8.1", cosine_1_3)
 
 # %%
 samples_needed = ...  # a number
@@ -837,11 +839,9 @@ lesson.check("8.2", samples_needed)
 # ### Solutions
 
 # %% tags=["solution"]
-numerator = -12 - 2
-first_square = 40 - 22
-second_square = 24 - 12
-debiased_cosine = numerator / (first_square * second_square) ** 0.5
-lesson.check("8.1", debiased_cosine)
+# g3 = -(g1 + g2), so g1 · g3 = -|g1|² = -9, and |g3|² = 3² + 4² = 25.
+cosine_1_3 = -9 / (3 * 5)
+lesson.check("8.1", cosine_1_3)
 
 # %% tags=["solution"]
 # n² = 0.81 (n + 20) (n + 80), so 0.19 n² - 81 n - 1296 = 0.

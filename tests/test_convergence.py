@@ -418,6 +418,22 @@ def test_every_row_has_its_level_and_both_ends(tmp_path):
     assert set(result.outcome) == {"fewer images"}
 
 
+def test_a_race_in_progress_is_compared_over_the_seeds_that_both_have(tmp_path):
+    whole = load_races(write_race(tmp_path / "race"))
+    is_arm = whole.arm == "dy-sigma"
+    first, *others = sorted(whole.seed.unique())
+    of_first = whole[~is_arm | (whole.seed == first)]
+    levels = levels_at(race_curves(whole, "validation"), "const-x0", (0.5,))
+    (row,) = race_table(of_first, "validation", levels, "const-x0").to_dict("records")
+    curves = race_curves(whole, "validation")
+    assert row["pairs"] == 1 and math.isnan(row["low"])
+    for column, arm in {"baseline_end": "const-x0", "arm_end": "dy-sigma"}.items():
+        assert row[column] == pytest.approx(curves["epsilon", arm][first][1][-1])
+
+    without_pair = whole[is_arm & (whole.seed == first) | ~is_arm & whole.seed.isin(others)]
+    assert len(race_table(without_pair, "validation", levels, "const-x0")) == 0
+
+
 SAMPLED = BASE | {"distance_images": 16, "validation_timesteps": len(TIMESTEPS)}
 
 

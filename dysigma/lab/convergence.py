@@ -133,18 +133,24 @@ def _comparisons(
     levels: Sequence[tuple[str, float]],
     budget: float,
 ) -> list[dict[str, Any]]:
-    """One family of tests: a row for each level and arm, Holm's adjustment over all of them."""
+    """One family of tests: a row for each level and arm, Holm's adjustment over all of them.
+
+    A race in progress has more seeds of some arms than of others. An arm is compared over the seeds
+    that it has in common with the baseline, and left out where there are none.
+    """
     rows: list[dict[str, Any]] = []
-    baseline_end = _end(baseline)
     for name, level in levels:
         baseline_images = _reached(baseline, level)
         for (label, arm), runs in arms.items():
+            common = baseline.keys() & runs.keys()
+            if not common:
+                continue
             found = speedup(baseline_images, _reached(runs, level), budget)
             row: dict[str, Any] = {"grid": label, "level": name, "threshold": level, "arm": arm}
             row.update(found._asdict())
             row["claim"] = against_claim(found.estimate_low, found.estimate_high)
-            row["baseline_end"] = baseline_end
-            row["arm_end"] = _end(runs)
+            row["baseline_end"] = _end({seed: baseline[seed] for seed in common})
+            row["arm_end"] = _end({seed: runs[seed] for seed in common})
             rows.append(row)
     adjusted = holm([row["p"] for row in rows])
     estimate_adjusted = holm([row["estimate_p"] for row in rows])
@@ -174,7 +180,9 @@ def race_table(
     levels_at give them, or any others. Columns: grid, level (its name), threshold (the level
     itself), arm; the fields of Speedup; claim, where the interval lies against CLAIMED;
     baseline_end and arm_end, the level that each reaches at the end; p_holm and estimate_p_holm,
-    Holm's adjustment over thresholds x arms of a grid label; outcome, in words, after it.
+    Holm's adjustment over thresholds x arms of a grid label; outcome, in words, after it. Seeds may
+    be missing: a row is of the `pairs` seeds that its arm has in common with the baseline, and an
+    arm that has none has no row.
 
     Raises KeyError for a label without the baseline.
 
