@@ -136,8 +136,9 @@ torch.testing.assert_close(inside_const_x0, inside_min_snr, rtol=0.02, atol=1e-6
 print("inside ends at 1 / L, from either prior")
 
 # %% [markdown]
-# There is one thing that can hold it: the limit `clamp` on $|s|$. The cell above set it to 20. With the package's default
-# of 5 the fixed point cannot be reached everywhere. Here is the share of the weight on the noisiest tenth:
+# One thing can still hold the weights near the prior: the limit `clamp` on $|s|$. The cells above set it to 20. With the
+# package's default of 5, $s$ cannot reach its fixed point everywhere. The table shows what that does to the share of the
+# weight on the noisiest tenth of the timesteps:
 
 # %%
 prior = prior_weights(PRIOR)
@@ -173,9 +174,10 @@ if is_default:
 #
 # $$\textbf{anchored:}\quad \sum_tz_te^{-s_t}+s_t+\tfrac\kappa2s_t^2,\qquad z_t=\frac{w_tL_t}{\overline{wL}},\qquad\text{weight }w_te^{-s_t}.$$
 #
-# Is that a Bayesian prior on $s$? Almost. The likelihood was $\frac12[Le^{-s}+s]$, and we dropped the ½. So the penalty
-# is that of a Gaussian prior $\mathcal N(0,2/\kappa)$ on $s_t$ for *one* observation. A true prior would fade as
-# observations accumulate. This penalty stands beside the *mean* over samples and never fades. So it is a regulariser.
+# Is that a Bayesian prior on $s$? Almost. The likelihood of page 05 was $\frac12[Le^{-s}+s]$, and we dropped the ½. So the
+# penalty is that of a Gaussian prior on $s_t$ with variance $2/\kappa$, for *one* observation. A Bayesian prior would matter
+# less and less as observations accumulate. This penalty stands beside the *mean* over samples, so it always matters as much.
+# It is a regulariser.
 #
 # **The fixed point.** The derivative vanishes at $1+\kappa s=ze^{-s}$. Put $y=s+1/\kappa$. Then $\kappa y=z\,e^{1/\kappa}e^{-y}$,
 # so
@@ -257,10 +259,10 @@ lesson.show(
 # %% [markdown]
 # ## What holds after the division by the mean
 #
-# $W$ is never negative, so $s^\star\ge-1/\kappa$. A weight $we^{-s}$ is raised by at most $e^{1/\kappa}$, even if its loss is 0. For
-# $\kappa=1$ that is 2.72. But the package divides all weights by their mean. That mean falls when others are lowered. Take
-# losses that are the same at all timesteps. Which is the largest factor by which a weight *of mean 1* grows, with the
-# prior Const-x0 on the cosine schedule?
+# $W$ is never negative here, so $s^\star\ge-1/\kappa$. A weight $we^{-s}$ is raised by at most $e^{1/\kappa}$, even if its loss is 0.
+# For $\kappa=1$ that is 2.72. But the package then divides all weights by their mean. That mean falls when large weights are
+# lowered, and a smaller divisor raises the small weights. Take losses that are the same at all timesteps, and the prior
+# Const-x0 on the cosine schedule. By which factor, at most, does a weight grow *after* the division?
 
 # %%
 QUESTION_RAISE = (
@@ -293,7 +295,8 @@ assert raises.iloc[0, 1] > 100 * math.e, "and fail by far after it"
 #
 # ## The family
 #
-# Other members keep the prior in other ways. All start at the prior. Two of them need a word. **Excess** looks at $L_t-L_t^\star$ instead of $L_t$, because the floor cannot be learned. **Tilt** gives *more* weight to large losses; all
+# Other members keep the prior in other ways. All start at the prior. Two of them need a word. **Excess** looks at
+# $L_t-L_t^\star$ instead of $L_t$, because the floor cannot be learned. **Tilt** gives *more* weight to large losses; all
 # others give less.
 #
 # | variant | what $s$ minimises | weight | ends at (up to a factor) |
@@ -305,7 +308,8 @@ assert raises.iloc[0, 1] > 100 * math.e, "and fail by far after it"
 # | excess | the same with $L-L^\star$ in $z$ | $we^{-s}$ | $we^{-s^\star}$, Lambert |
 # | tilt | $ze^{-s}+s$ | $we^{+s/(1+\kappa)}$ | $w\,(wL)^{1/(1+\kappa)}$ |
 #
-# A seventh, *conflict*, also looks at gradients. An eighth, *density*, has a section of its own at the end. Every line of the table can be checked by training $s$:
+# A seventh, *conflict*, also looks at gradients. An eighth, *density*, has a section of its own at the end. Every line of the
+# table can be checked by training $s$. We use losses that do not change:
 
 # %%
 losses = (
@@ -422,7 +426,7 @@ if is_default and is_full:
 #   same noise, from the best possible denoiser, so the difference is paired;
 # - **likelihood**: $\frac12\int L^\epsilon\,\mathrm d\lambda$ in bits per dimension, minus that of Min-SNR.
 #
-# Prediction: by total loss, the anchored Dy-Sigma is 13 % better than its prior. By how many per cent does its
+# Guess again. By total loss, the anchored Dy-Sigma is 13 % better than its prior. By how many per cent does its
 # *excess* loss change on the **cleanest** fifth of the timesteps? Negative is better.
 
 # %%
@@ -539,8 +543,8 @@ assert bits_of["const-eps"] == min(bits_of.values()), (
 # %% [markdown]
 # Read it metric by metric.
 #
-# - **Total loss** favours the variants without an anchor, because *inside* and *uncertainty* minimise it directly. It
-#   also hides the clean timesteps, where the floor is most of the loss.
+# - **Total loss** favours the two without an anchor, because *inside* and *uncertainty* minimise it directly. It
+#   also hides the clean timesteps. There the floor is most of the loss, and no training lowers the floor.
 # - **Excess loss** shows them. Dy-Sigma is better than Min-SNR in the middle and at high noise, and worse at the clean
 #   end. Inside and uncertainty are worse still at the clean end. Over all timesteps their intervals contain 1, so they
 #   are not shown to beat Min-SNR.
@@ -617,7 +621,7 @@ assert stability.iloc[:, 1].max() < 5, (
 #
 # $$\hat p_t\propto\sqrt{w_t}\;e^{s_t/2},\qquad p_t=(1-u)\,\hat p_t+\frac uT .$$
 #
-# The sign is that of $+s$: a large gradient is drawn more often. For $\kappa\to0$, $e^{s}=z$ and $\hat p\propto w\sqrt q$, the
+# The exponent is $+s/2$, not $-s$: a timestep with a large gradient is drawn more often. For $\kappa\to0$, $e^{s}=z$ and $\hat p\propto w\sqrt q$, the
 # optimum if $q\propto m$. For $\kappa\to\infty$, $\hat p\propto\sqrt w$, which learns nothing. The part $u/T$ bounds the importance by
 # $1/u$.
 #
@@ -713,12 +717,11 @@ torch.testing.assert_close(
 print("weights: those of min-snr; density at the start: √w")
 
 # %% [markdown]
-# Most of the gain comes with $\sqrt w$ already, which
-# needs no learning. So $\sqrt w$ is the baseline that a learned density must beat. Whether less noise becomes faster
+# Most of the gain comes with $\sqrt w$ already, which needs no learning. So $\sqrt w$ is the baseline that a learned density must beat. Whether less noise becomes faster
 # training is a question for a race, not for this table.
 #
-# **Try it yourself.** In the second code cell: `PRIOR = "const-eps"` or `"const-x0"` (which figures change?), `KAPPA = 0.5`. In the
-# last one: `UNIFORM_PART = 0.5`.
+# **Try it yourself.** In the cell below the first prediction: `PRIOR = "const-eps"` or `"const-x0"` (which figures change?),
+# `KAPPA = 0.5`. In the cell below the last prediction: `UNIFORM_PART = 0.5`.
 #
 # ## Exercises
 #
@@ -727,33 +730,28 @@ print("weights: those of min-snr; density at the start: √w")
 # %%
 # What the checks expect; there is no need to read this cell.
 lesson.exercise(
-    "6.1", expected=1 / math.log(10), mistakes={"That is 1/κ.": math.log(10)}
-)
-lesson.exercise(
-    "6.2",
+    "6.1",
     expected=3 * math.e,
     mistakes={
         "That is variant inside, without the penalty on s.": math.e,
         "The sign of s is wrong.": 3 / math.e,
     },
 )
+a_little = torch.tensor([1.0, 1.0001], dtype=torch.float64)
+s_of_a_little = anchored(a_little, 3.0)
+lesson.exercise(
+    "6.2",
+    expected=float((s_of_a_little[1] - s_of_a_little[0]) / math.log(1.0001)),
+    mistakes={
+        "That is variant inside, where nothing holds s.": 1.0,
+        "On the right-hand side s changes too: the product has two derivatives.": 1 / 3,
+        "The weight is lowered where the loss is large: check the sign of a.": -1 / 4,
+    },
+    rtol=1e-3,
+)
 
 # %% [markdown]
-# **6.1** (●○○, 3 min) With `normalize=False` you accept that a predefined weight is raised tenfold, but not more. What is the
-# smallest $\kappa$ of the anchored variant that guarantees it, whatever the losses?
-#
-# <details><summary>Hint</summary>
-#
-# The bound is derived under "What holds after the division by the mean". Set it to 10.
-#
-# </details>
-
-# %%
-smallest_kappa = ...
-lesson.check("6.1", smallest_kappa)
-
-# %% [markdown]
-# **6.2** (●●○, 6 min) At which relative loss $z$ does the anchored variant with $\kappa=2$ lower a weight to exactly $1/e$ of
+# **6.1** (●○○, 4 min) At which relative loss $z$ does the anchored variant with $\kappa=2$ lower a weight to exactly $1/e$ of
 # its prior, before the division by the mean?
 #
 # <details><summary>Hint</summary>
@@ -764,18 +762,35 @@ lesson.check("6.1", smallest_kappa)
 
 # %%
 z_needed = ...
-lesson.check("6.2", z_needed)
+lesson.check("6.1", z_needed)
+
+# %% [markdown]
+# **6.2** (●●○, 8 min) Is the anchored variant a power of the loss in disguise? Near the prior, where $z$ is close to 1, it
+# weighs a timestep like $w\,z^{-a}$. What is $a$ for $\kappa=3$?
+#
+# <details><summary>Hint</summary>
+#
+# $a$ is the derivative of $s^\star$ by $\ln z$ at $z=1$. Take the derivative of the condition $1+\kappa s=ze^{-s}$ on both sides.
+# On the right-hand side both $z$ and $s$ change.
+#
+# </details>
+
+# %%
+power = ...
+lesson.check("6.2", power)
 
 # %% [markdown]
 # ### Solutions
 
 # %% tags=["solution"]
-smallest_kappa = 1 / math.log(10)
-lesson.check("6.1", smallest_kappa)
+z_needed = (1 + 2 * 1) * math.exp(1)
+lesson.check("6.1", z_needed)
 
 # %% tags=["solution"]
-z_needed = (1 + 2 * 1) * math.exp(1)
-lesson.check("6.2", z_needed)
+# κ ds/dln z = z e^{-s} (1 - ds/dln z). At z = 1, s = 0 and z e^{-s} = 1, so ds/dln z = 1 / (1 + κ).
+# That is the power of variant tempered: the two agree near the prior, and part far from it.
+power = 1 / (1 + 3)
+lesson.check("6.2", power)
 
 # %% [markdown]
 # ## What you can now do
