@@ -281,6 +281,7 @@ def x0_loss_factor(log_snr: Tensor, prediction_type: str, is_flow: bool = False)
 def field_floor(schedule: NoiseSchedule, prediction_type: str = "epsilon", size: int = 8) -> Tensor:
     """The loss of the best denoiser of ``gaussian_fields`` at each timestep, (T,) float64: nothing trained beats it."""
     snr = schedule.log_snr.exp()
-    x0_loss = (1 / (snr[:, None] + 1 / field_variances(size).flatten())).mean(1)
+    variances = field_variances(size).flatten().to(snr.device)
+    x0_loss = (1 / (snr[:, None] + 1 / variances)).mean(1)
     kind = canonical_prediction_type(prediction_type)
     return x0_loss * x0_loss_factor(schedule.log_snr, kind, schedule.is_flow)

@@ -70,14 +70,14 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def tile(images: ArrayLike, columns: int) -> NDArray[Any]:
+def tile(images: ArrayLike | Tensor, columns: int) -> NDArray[Any]:
     """One picture (H', W', 3) uint8 of images (N, 1 or 3, H, W), row by row on white, a pixel apart.
 
     Floating images lie in [-1, 1] and are clipped to it, for the eye only.
     """
     from einops import rearrange
 
-    array = np.asarray(images)
+    array = np.asarray(images.cpu() if isinstance(images, Tensor) else images)
     if array.ndim != 4 or array.shape[1] not in (1, 3):
         raise ValueError(f"images must be (N, 1 or 3, H, W); got shape {array.shape}")
     if array.dtype != np.uint8:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import signal
 import subprocess
 import sys
@@ -220,8 +221,14 @@ def test_slides_show_pictures_and_no_code_and_keep_the_rest_as_notes(tmp_path):
     assert "## The wish" in text and "$$" in text
     assert "# Solutions" not in text and "Measured" not in text
 
+    pytest.importorskip("latex2mathml")
     (path,) = write_slides([source], tmp_path)
-    assert path.read_text().count('src="data:image/png') == len(pictures(page))
+    deck = path.read_text(encoding="utf-8")
+    assert deck.count('src="data:image/png') == len(pictures(page))
+    assert deck.count("<section") == kinds.count("slide") + kinds.count("subslide")
+    assert "<math" in deck and "$" not in re.sub(r"<script>.*", "", deck, flags=re.S)
+    assert not re.search(r'(src|href)="(?!data:|https?://(arxiv|doi|github))', deck)
+    assert "<script src" not in deck and "<link" not in deck
 
 
 def test_a_slide_has_the_first_paragraph_and_notes_have_the_others():

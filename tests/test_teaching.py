@@ -1,5 +1,7 @@
 """Helpers of the notebooks: a check says what is wrong, an untouched stub passes in silence, predictions are kept."""
 
+import re
+
 import pytest
 import torch
 
@@ -113,7 +115,30 @@ def test_banner_and_watermark_name_the_versions(capsys, monkeypatch):
 
 
 def test_the_banner_names_the_device_that_trains(capsys):
-    Lesson("07_train")
-    assert "trains on" not in capsys.readouterr().out
+    lesson = Lesson("03_snr_weightings")
+    assert "trains no network" in capsys.readouterr().out and lesson.device.type == "cpu"
     Lesson("07_train", "cpu")
     assert "trains on the CPU" in capsys.readouterr().out
+
+
+def test_a_page_trains_on_a_gpu_where_there_is_one(capsys, monkeypatch):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr("dysigma.course.lesson.resolve_device", lambda name: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.delenv("DYSIGMA_FAST", raising=False)
+    lesson = Lesson("07_train", "auto")
+    assert lesson.device == gpu and "trains on a card" in capsys.readouterr().out
+    assert not lesson.as_published
+
+
+def test_tables_of_one_page_do_not_share_their_marks(monkeypatch):
+    import pandas
+
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    lesson = Lesson("03_snr_weightings")
+    for mark in ("a", None):
+        lesson.table(pandas.DataFrame({"x": [1, 2]}, index=["a", "b"]), mark=mark, caption="")
+    marked, plain = (styler.to_html() for styler in shown)
+    (name,) = set(re.findall(r'<table id="(\w+)"', marked))
+    assert "bold" in marked and name not in plain

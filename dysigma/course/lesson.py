@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from .. import plots
+from ..devices import resolve_device
 from ..images import tile
 from . import answers
 
@@ -39,9 +40,11 @@ class Lesson:
     """One page of the course.
 
     notebook: the name of its file without ending, such as "03_snr_weightings". Its number starts
-    the names of the page's figures. trains_on: the device on which the page trains a network.
+    the names of the page's figures. trains_on: where the page trains networks: "auto" for a GPU if
+    there is one, "cpu" where recorded numbers want it, None if it trains none.
     The first line of output names the page, the versions and that device, and says whether the run is
-    full or short. Guesses and exercises are those of `dysigma.course.answers`.
+    full or short. `device` is where networks, images and schedules belong; the CPU on a page that
+    trains none. Guesses and exercises are those of `dysigma.course.answers`.
 
     >>> lesson = Lesson("03_snr_weightings", trains_on="cpu")
     03_snr_weightings · dysigma ... · torch ... · trains on the CPU · ...
@@ -53,13 +56,17 @@ class Lesson:
 
     def __init__(self, notebook: str, trains_on: torch.device | str | None = None) -> None:
         self.notebook = notebook
+        self.device = resolve_device("cpu" if trains_on is None else str(trains_on))
+        self._tables = 0
         plots.use_style()
         warnings.filterwarnings(
             "ignore", message="IProgress not found"
         )  # diffusers asks for widgets
         words = [notebook, f"dysigma {version('dysigma')}", f"torch {torch.__version__}"]
-        if trains_on is not None:
-            words.append(f"trains on {_device_name(torch.device(trains_on))}")
+        if trains_on is None:
+            words.append("trains no network")
+        else:
+            words.append(f"trains on {_device_name(self.device)}")
         short = "short run (DYSIGMA_FAST=1): smaller sizes, looser numbers"
         words.append(self.fast("full run", short))
         print(" · ".join(words))
@@ -67,6 +74,15 @@ class Lesson:
     def fast(self, full: Any, quick: Any) -> Any:
         """``quick`` in a short run (DYSIGMA_FAST=1), else ``full``: the same code path at two sizes."""
         return quick if os.environ.get("DYSIGMA_FAST") == "1" else full
+
+    @property
+    def as_published(self) -> bool:
+        """Whether this is a full run on the CPU, as the pages were published.
+
+        A claim about one experiment was checked there. Elsewhere the noise is drawn by another
+        generator, and a short run trains too little.
+        """
+        return bool(self.fast(True, False)) and self.device.type == "cpu"
 
     def show(self, fig: Figure, name: str, *, title: str, caption: str, alt: str) -> None:
         """Write the conclusion above a figure, save it as ``figures/name.png`` and ``.svg``, show it.
@@ -97,7 +113,7 @@ class Lesson:
         """
         import matplotlib.pyplot as plt
 
-        blocks = {label: tile(np.asarray(images), columns) for label, images in rows.items()}
+        blocks = {label: tile(images, columns) for label, images in rows.items()}
         first = next(iter(rows.values()))
         scale = max(1, round(pixels / np.shape(first)[2]))
         height = sum(block.shape[0] for block in blocks.values()) * scale / 100
@@ -177,7 +193,8 @@ class Lesson:
 
         styled = frame.style.apply(emphasise, axis=1)
         styled = styled.format(precision=digits, na_rep="–").set_caption(caption)
-        styled = styled.set_uuid(self.notebook[:2]).set_table_styles(
+        self._tables += 1  # the styles of a table go by this name: two tables must not share one
+        styled = styled.set_uuid(f"{self.notebook[:2]}_{self._tables}").set_table_styles(
             [
                 {"selector": "caption", "props": "text-align: left; font-weight: bold"},
                 {"selector": "td, th", "props": "text-align: right; padding: 2px 10px"},

@@ -4,11 +4,13 @@ Formulas become MathML, which browsers draw themselves: MathJax would come from 
 """
 
 import re
+from pathlib import Path
 
 from docutils import nodes
-from latex2mathml.converter import convert
 
 import dysigma
+from dysigma.course.pages import find
+from dysigma.course.slides import mathml, write_slides
 
 project, author, release = "dysigma", "The dysigma authors", dysigma.__version__
 copyright = "the dysigma authors, MIT licence"
@@ -58,18 +60,24 @@ def as_rst(app, what, name, obj, options, lines):
         ] + [""]
 
 
+def write_decks(app, exception):
+    """Beside the pages, the slides that the teaching plan links to."""
+    if exception is not None or app.builder.name != "html":
+        return
+    reference = Path(__file__).parent
+    plan = (reference / "teaching.md").read_text(encoding="utf-8")
+    linked = re.findall(r'href="\.\./slides/(\w+)\.slides\.html"', plan)
+    write_slides(find(reference.parent, linked), Path(app.outdir) / "slides")
+
+
 def setup(app):
     def math(display):
         def visit(self, node):
-            formula = convert(node.astext(), display=display).replace(
-                "&#x02015;", "&#x000AF;"
-            )  # a bar that stretches
-            if "\\" in formula:
-                raise ValueError(f"MathML has no form of {node.astext()}")
-            self.body.append(formula)
+            self.body.append(mathml(node.astext(), display))
             raise nodes.SkipNode
 
         return visit, None
 
     app.connect("autodoc-process-docstring", as_rst)
+    app.connect("build-finished", write_decks)
     app.add_html_math_renderer("mathml", math("inline"), math("block"))

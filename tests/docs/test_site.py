@@ -108,6 +108,13 @@ def test_links_resolve(path):
         assert (path.parent / target).exists(), target
 
 
+def test_the_slides_that_the_plan_links_to_are_of_pages():
+    linked = re.findall(r'href="\.\./slides/(\w+)\.slides\.html">(\d\d)<', PAGES["teaching"])
+    assert len(linked) >= 3
+    for page, number in linked:
+        assert (NOTEBOOKS / f"{page}.ipynb").exists() and page.startswith(number)
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_needs_nothing_from_elsewhere(tmp_path):
     for module in ("sphinx", "myst_nb", "furo", "latex2mathml"):
@@ -151,6 +158,8 @@ def test_the_site_builds_without_a_warning_and_needs_nothing_from_elsewhere(tmp_
     assert pages["06_dy_sigma_derived"].count("Show code cell source") >= 2
     assert "<img" in pages["06_dy_sigma_derived"] and "<math" in pages["06_dy_sigma_derived"]
     assert "<details>" in pages["06_dy_sigma_derived"]
+    linked = re.findall(r"(\w+\.slides)\.html", PAGES["teaching"])
+    assert set(linked) <= set(pages), "the decks lie where the plan links to"
 
 
 def test_the_formulas_of_the_cheat_sheet_are_those_of_the_package():
