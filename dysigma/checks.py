@@ -41,6 +41,19 @@ def check_name(
     raise error(f"unknown {what} {name!r}{meant}; have {names}{more}")
 
 
+def described(value: Any) -> str:
+    """What was given in the place of an object, for the message of an error.
+
+    >>> described(int), described("cosine"), described({"lr": 1e-3}), described(None)
+    ('the class int', "the text 'cosine'", 'a configuration', 'NoneType')
+    """
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, str):
+        return f"the text {value!r}"
+    return "a configuration" if isinstance(value, Mapping) else type(value).__name__
+
+
 def check_timesteps(timesteps: Tensor, num_timesteps: int, batch: int | None = None) -> None:
     """Raise ValueError unless timesteps is (B,) int64 in [0, num_timesteps), with B == batch if
     given.

@@ -11,6 +11,7 @@ from .data.dataset import ImageData
 from .images import to_uint8
 from .randomness import generator
 from .schedule import NoiseSchedule, canonical_prediction_type
+from .weightings.formulas import log_error_factor
 
 ROUNDING_VARIANCE = (2 / 255) ** 2 / 12  # of a uniform error as wide as a grey level in [-1, 1]
 
@@ -253,35 +254,9 @@ def gaussian_fields(
     return ImageData(to_uint8(x0), name="gaussian-fields")
 
 
-def x0_loss_factor(log_snr: Tensor, prediction_type: str, is_flow: bool = False) -> Tensor:
-    """What turns the squared error of x0 into that of another prediction at the same x_t, for log_snr (T,).
-
-    1 for sample, SNR for epsilon, 1 + SNR for v_prediction, (1 + sqrt(SNR))^2 for flow_prediction: the errors are
-    sigma / alpha, 1 / sigma and, on the flow, 1 / s apart (Salimans, Ho 2022, appendix D). For v_prediction on the flow
-    it is (1 + SNR)^2 / (1 + sqrt(SNR))^2, because alpha^2 + sigma^2 is not 1 there.
-
-    >>> x0_loss_factor(torch.tensor([0.0]), "v_prediction")
-    tensor([2.])
-    """
-    kind = canonical_prediction_type(prediction_type)
-    snr = log_snr.exp()
-    if kind == "sample":
-        return torch.ones_like(snr)
-    if kind == "epsilon":
-        return snr
-    if kind == "v_prediction" and is_flow:
-        alpha = torch.sigmoid(log_snr / 2)
-        sigma = torch.sigmoid(-log_snr / 2)
-        return ((alpha**2 + sigma**2) / sigma) ** 2
-    if kind == "v_prediction":
-        return 1 + snr
-    return (1 + snr.sqrt()) ** 2
-
-
 def field_floor(schedule: NoiseSchedule, prediction_type: str = "epsilon", size: int = 8) -> Tensor:
     """The loss of the best denoiser of ``gaussian_fields`` at each timestep, (T,) float64: nothing trained beats it."""
     snr = schedule.log_snr.exp()
     variances = field_variances(size).flatten().to(snr.device)
     x0_loss = (1 / (snr[:, None] + 1 / variances)).mean(1)
-    kind = canonical_prediction_type(prediction_type)
-    return x0_loss * x0_loss_factor(schedule.log_snr, kind, schedule.is_flow)
+    return x0_loss * log_error_factor(schedule.log_snr, prediction_type, schedule.is_flow).exp()

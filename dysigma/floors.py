@@ -19,7 +19,7 @@ of one half of the images, judged on the other half and the other way round (tig
 locally Gaussian).
 
 The bounds hold in expectation over independent images. Copies of an image among the others break the first upper bound.
-The floor of other prediction types follows with the factors of ``x0_loss_factor``.
+The floor of other prediction types follows with the factor exp(``log_error_factor``).
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ from torch import Tensor
 
 from .checks import check_timesteps
 from .data.dataset import ImageData
-from .exact import x0_loss_factor
 from .images import check_pixels, to_real
 from .randomness import generator
 from .schedule import NoiseSchedule, check_schedule
+from .weightings.formulas import log_error_factor
+
+SAMPLES_AT_ONCE = 64
 
 
 class FloorBounds(NamedTuple):
@@ -127,7 +129,6 @@ def floor_bounds(
     *,
     num_samples: int = 256,
     seed: int = 0,
-    batch_size: int = 64,
     progress: bool = False,
 ) -> FloorBounds:
     """Bounds of the loss that the best denoiser of these images' distribution has, from the images alone.
@@ -152,10 +153,8 @@ def floor_bounds(
         timesteps = torch.arange(schedule.num_timesteps)
     timesteps = timesteps.cpu()
     check_timesteps(timesteps, schedule.num_timesteps)
-    if num_samples < 2 or batch_size < 1:
-        raise ValueError(
-            f"need num_samples >= 2 and batch_size >= 1; got {num_samples}, {batch_size}"
-        )
+    if num_samples < 2:
+        raise ValueError(f"need num_samples >= 2; got {num_samples}")
     log_snr = schedule.log_snr.cpu()[timesteps]
     snr = log_snr.exp()
 
@@ -167,15 +166,15 @@ def floor_bounds(
 
     variances = []
     errors = []
-    starts = range(0, num_samples, batch_size)
+    starts = range(0, num_samples, SAMPLES_AT_ONCE)
     for start in tqdm(starts, desc="floor", unit="batch", disable=not progress):
-        batch = slice(start, start + batch_size)
+        batch = slice(start, start + SAMPLES_AT_ONCE)
         variance, error = _posterior_losses(points, index[batch], noise[batch], snr.to(device))
         variances.append(variance.cpu())
         errors.append(error.cpu())
     lower = torch.cat(variances, 1)
     others = torch.cat(errors, 1)
-    factor = x0_loss_factor(log_snr, kind, schedule.is_flow)
+    factor = log_error_factor(log_snr, kind, schedule.is_flow).exp()
     root = num_samples**0.5
     return FloorBounds(
         timesteps=timesteps,

@@ -488,13 +488,3 @@ def effective_weights(
         weights = _weights_of(weighting, len(p)).to(p.device)
     product = weights if sampler.corrected else weights * p
     return product / product.mean()
-
-
-def equivalent_sampler(schedule: NoiseSchedule, weighting: nn.Module | Tensor) -> TimestepSampler:
-    """The uncorrected sampler whose unweighted loss is the objective of a weighting, p_t as w_t.
-
-    Raises ValueError for weights of 0: such timesteps could not be drawn.
-    """
-    check_schedule(schedule)
-    weights = _weights_of(weighting, schedule.num_timesteps)
-    return TimestepSampler(weights.to(schedule.log_snr.device))

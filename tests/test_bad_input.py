@@ -48,7 +48,7 @@ from dysigma.runs import (
     save_checkpoint,
     write_json,
 )
-from dysigma.samplers import equivalent_sampler, make_sampler
+from dysigma.samplers import make_sampler
 from dysigma.sampling import sample_images
 from dysigma.schedule import NoiseSchedule, make_schedule
 from dysigma.training import TrainConfig
@@ -236,7 +236,6 @@ X0 = IMAGES.float()
 STEPS = torch.zeros(4, dtype=torch.int64)
 NEED_SCHEDULE: dict[str, Callable[[Any], Any]] = {
     "make_sampler": lambda schedule: dysigma.make_sampler("uniform", schedule),
-    "equivalent_sampler": lambda schedule: equivalent_sampler(schedule, torch.ones(1000)),
     "audit": lambda schedule: dysigma.audit("min-snr", schedule, "v"),
     "sample_losses": lambda schedule: sample_losses(torch.nn.Flatten(), schedule, X0, X0, STEPS),
     "conflicts": lambda schedule: dysigma.conflicts(torch.nn.Linear(8, 8), X0, schedule),

@@ -1,10 +1,6 @@
 """The benchmark times contenders in turns, counts FLOP as it says, and lists what cannot run with its reason."""
 
-import functools
-import importlib
 import json
-import sys
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -48,11 +44,9 @@ def test_flops_are_two_for_each_multiply_add_of_convolutions_and_products(monkey
     )
 
 
-@pytest.mark.parametrize("name", ["by_hand_step", "recipe_step", "lucidrains_step"])
+@pytest.mark.parametrize("name", ["by_hand_step", "recipe_step"])
 def test_others_train_the_same_network_on_the_same_images(name, monkeypatch):
     pytest.importorskip("accelerate")
-    if name == "lucidrains_step" and not find_spec("denoising_diffusion_pytorch"):
-        pytest.skip("denoising-diffusion-pytorch is not installed")
     made = []
     monkeypatch.setattr(
         contenders, "make_model", lambda *a: made.append(make_model(*a)) or made[-1]
@@ -67,23 +61,14 @@ def test_others_train_the_same_network_on_the_same_images(name, monkeypatch):
     assert any((a != b).any() for a, b in zip(before, made[0].parameters(), strict=True))
 
 
-def test_stand_ins_are_there_for_an_import_and_gone_after_it():
-    names = ("surely_not_installed", "surely_not_installed.part", "json")
-    with contenders._stand_ins(names):
-        part = importlib.import_module("surely_not_installed.part")
-        assert part.Whatever(1, b=2)
-        assert importlib.import_module("json") is json, "what is installed stays"
-    assert not {"surely_not_installed", "surely_not_installed.part"} & {*sys.modules}
-
-
 def test_what_is_not_installed_is_no_contender(monkeypatch):
     there = contenders.importlib.util.find_spec
     monkeypatch.setattr(
         contenders.importlib.util,
         "find_spec",
-        lambda name: None if name == "denoising_diffusion_pytorch" else there(name),
+        lambda name: None if name == "accelerate" else there(name),
     )
-    assert "denoising-diffusion-pytorch" not in contenders.contenders(CPU)
+    assert [*contenders.contenders(CPU)] == ["dysigma", "dysigma, flow"]
 
 
 @pytest.mark.slow
@@ -123,8 +108,7 @@ def test_the_record_holds_what_ran_and_why_the_rest_did_not(monkeypatch, tmp_pat
         "contenders",
         few_contenders(other=fails, flow=contenders.own_flow_step),
     )
-    once = functools.partial(benchmark.import_seconds, 1)
-    monkeypatch.setattr(benchmark, "import_seconds", once)
+    monkeypatch.setattr(benchmark, "import_seconds", lambda: 0.25)
     out = tmp_path / "b.json"
     result = benchmark.benchmark("micro", 8, [4, 11], rounds=1, device="cpu", out=out)
     assert json.loads(out.read_text()) == result and out.with_suffix(".png").exists()
@@ -136,11 +120,10 @@ def test_the_record_holds_what_ran_and_why_the_rest_did_not(monkeypatch, tmp_pat
         for row in rows.values():
             assert row["images_per_second"] == pytest.approx(cost["batch_size"] / row["seconds"])
             assert row["share"] == pytest.approx(row["flops"] / result["matmul_flops"])
-        assert set(cost["parts"]) >= {"forward", "forward and backward", "optimizer", "EMA"}
     assert "min-snr" in result["weighting_overhead"]
     assert set(result["sampler_overhead"]) == set(TIMESTEP_SAMPLERS) - {"uniform"}
     assert (result["conflicts"]["batch_per_bin"], result["conflicts"]["ratio"] > 0) == (1, True)
-    assert result["import_seconds"] > 0
+    assert result["import_seconds"] == 0.25
     said = capsys.readouterr().out
     assert "fails: RuntimeError" in said and "2 FLOP per multiply-add" in said
 
@@ -163,7 +146,7 @@ def test_what_was_measured_is_written_though_our_step_and_a_part_fail(monkeypatc
     benchmark.benchmark("micro", 8, [11, 4], rounds=1, device="cpu", out=out)
     record = json.loads(out.read_text())
     large, small = record["steps"]
-    assert "out of memory" in large["steps"]["dysigma"]["fails"] and "parts" not in large
+    assert "out of memory" in large["steps"]["dysigma"]["fails"]
     assert small["steps"]["dysigma"]["ratio"] == 1
     assert "min-snr" in record["weighting_overhead"]
     assert record["conflicts"] == {"fails": "ValueError: no report"}

@@ -407,7 +407,8 @@ def test_recorded_races_are_read_and_the_rule_gives_thresholds_that_the_baseline
 def test_every_row_has_its_level_and_both_ends(tmp_path):
     table = load_races(write_race(tmp_path / "race"))
     curves = race_curves(table, "validation")
-    levels = levels_at(curves, "const-x0", (0.5,), {"half a nat": 0.5})
+    levels = levels_at(curves, "const-x0", (0.5,))
+    levels["epsilon"]["half a nat"] = 0.5
     result = race_table(table, "validation", levels, "const-x0").set_index("level")
     assert list(result.index) == ["fraction 0.5", "half a nat"]
     assert result.threshold["half a nat"] == 0.5

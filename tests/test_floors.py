@@ -13,12 +13,12 @@ from dysigma.exact import (
     OptimalDenoiser,
     field_floor,
     gaussian_fields,
-    x0_loss_factor,
 )
 from dysigma.floors import floor_bounds
 from dysigma.objective import sample_losses
 from dysigma.randomness import generator
 from dysigma.schedule import NoiseSchedule
+from dysigma.weightings.formulas import log_error_factor
 
 LINEAR = NoiseSchedule.linear()
 TIMESTEPS = torch.tensor([5, 50, 150, 300, 500, 800, 999])
@@ -118,15 +118,15 @@ def test_factors_are_those_of_the_targets():
         for kind in kinds:
             right = schedule.target(x0, noise, timesteps, kind)
             wrong = schedule.target(guess, implied, timesteps, kind)
-            factor = x0_loss_factor(schedule.log_snr[timesteps], kind, schedule.is_flow)
-            expected = factor[:, None] * change.square()
+            log_factor = log_error_factor(schedule.log_snr[timesteps], kind, schedule.is_flow)
+            expected = log_factor.exp()[:, None] * change.square()
             torch.testing.assert_close((wrong - right).square(), expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("is_flow", [False, True])
-def test_the_factor_of_v_has_its_limits_at_both_ends(is_flow):
-    ends = torch.tensor([math.inf, -math.inf])
-    assert x0_loss_factor(ends, "v_prediction", is_flow).tolist() == [math.inf, 1.0]
+def test_the_factor_of_v_is_1_at_pure_noise(is_flow):
+    pure_noise = torch.tensor([-math.inf])
+    assert log_error_factor(pure_noise, "v_prediction", is_flow).tolist() == [0.0]
 
 
 def test_the_floor_of_v_on_a_flow_is_that_of_x0_in_its_units():

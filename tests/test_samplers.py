@@ -18,7 +18,6 @@ from dysigma.samplers import (
     TIMESTEP_SAMPLERS,
     TimestepSampler,
     effective_weights,
-    equivalent_sampler,
     make_sampler,
 )
 from dysigma.schedule import SCHEDULES, NoiseSchedule, make_schedule
@@ -575,17 +574,6 @@ def test_effective_weights_are_the_objective_in_expectation(name):
     gradient = expected_gradients(weighting, p, importance)[0].double()
     effective = effective_weights(sampler, weighting)
     torch.testing.assert_close(gradient / gradient.mean(), effective, rtol=1e-5, atol=1e-9)
-
-
-def test_the_sampler_of_a_weighting_has_its_objective():
-    weighting = make_weighting("min-snr", LINEAR, "sample")
-    sampler = equivalent_sampler(LINEAR, weighting)
-    assert not sampler.corrected
-    torch.testing.assert_close(
-        effective_weights(sampler), effective_weights(SAMPLERS["uniform"], weighting)
-    )
-    with pytest.raises(ValueError, match="no probability"):
-        equivalent_sampler(LINEAR, torch.cat([torch.zeros(1), torch.ones(999)]))
 
 
 @pytest.mark.parametrize("number", [np.float64, np.float32, torch.tensor])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..samplers import TimestepSampler
+from ..samplers import TimestepSampler, effective_weights
 from ..schedule import NoiseSchedule
 from ..weightings import Weighting
 
@@ -61,12 +61,11 @@ def preview(weighting: Weighting, sampler: TimestepSampler, schedule: NoiseSched
     """
     density = sampler.probabilities().double().cpu() * schedule.num_timesteps
     weight = weighting.weights().double().cpu()
-    objective = weight if sampler.corrected else density * weight
     return Preview(
         target=weighting.prediction_type,
         corrected=sampler.corrected,
         log_snr=schedule.log_snr.cpu(),
         density=density,
         weight=weight / weight.mean(),
-        objective=objective / objective.mean(),
+        objective=effective_weights(sampler, weighting).cpu(),
     )

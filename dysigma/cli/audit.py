@@ -5,13 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from .common import add_command, prepare_figure, read_pairs
+from .common import Commands, add_command, prepare_figure, read_pairs
 from .schedules import add_sampler, add_schedule, read_schedule
-
-if TYPE_CHECKING:
-    from .common import Commands
 
 
 def add(commands: Commands) -> None:

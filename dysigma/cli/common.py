@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from ..schedule import NoiseSchedule
     from ..training.config import TrainConfig
 
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+# To which every command adds itself.
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def add_command(

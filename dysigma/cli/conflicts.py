@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..gradients.measure import FEWEST_MICRO_BATCHES
 from ..pareto import MAX_OBJECTIVES
 from .common import (
+    Commands,
     add_command,
     add_draw_options,
     check_folder,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from ..schedule import NoiseSchedule
     from ..training.config import TrainConfig
     from ..weightings.base import Weighting
-    from .common import Commands
 
 MEASURED = "only networks on pixels that need timesteps, and classes at most, are measured"
 IMAGES_FOR_PIPELINE = 1000  # of leaves, if no others are named

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..distances import FEWEST_IMAGES
 from .common import (
+    Commands,
     OpenRun,
     add_command,
     add_draw_options,
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from ..data.dataset import ImageData
     from ..training.config import TrainConfig
-    from .common import Commands
     from .distances import Metric
 
 

@@ -5,12 +5,8 @@ from __future__ import annotations
 import argparse
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from .common import add_command, check_folder, check_least
-
-if TYPE_CHECKING:
-    from .common import Commands
+from .common import Commands, add_command, check_folder, check_least
 
 
 def add(commands: Commands) -> None:

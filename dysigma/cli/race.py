@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from .common import add_command, check_least
-
-if TYPE_CHECKING:
-    from .common import Commands
+from .common import Commands, add_command, check_least
 
 
 def add(commands: Commands) -> None:

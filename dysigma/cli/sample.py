@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .common import (
+    Commands,
     add_command,
     add_draw_options,
     check_least,
@@ -14,9 +14,6 @@ from .common import (
     open_run,
     prepare_output,
 )
-
-if TYPE_CHECKING:
-    from .common import Commands
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 

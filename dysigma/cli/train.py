@@ -9,11 +9,10 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import add_command, read_pairs
+from .common import Commands, add_command, read_pairs
 
 if TYPE_CHECKING:
     from ..training.config import TrainConfig
-    from .common import Commands
 
 # What --help shows under which title, common options first. A field that no title names stands under "other".
 GROUPS = {

@@ -56,11 +56,11 @@ class AlongTraining:
             return
         network: Any = copy.deepcopy(state.model)  # a UNet2DModel
         state.ema.copy_to(network)
-        height, width = _sides(network)
+        size = network.config.sample_size
         drawn = sample_images(
             network,
             state.schedule,
-            (self.count, network.config.in_channels, height, width),
+            (self.count, network.config.in_channels, size, size),
             prediction_type=config.prediction,
             num_steps=self.steps,
             precision=low_precision(config, next(network.parameters()).device),
@@ -90,14 +90,6 @@ class AlongTraining:
             display(Markdown(words))
         else:
             self._shown.update(Markdown(words))
-
-
-def _sides(network: Any) -> tuple[int, int]:
-    side = network.config.sample_size
-    if isinstance(side, int):
-        return side, side
-    height, width = side
-    return height, width
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import statistics
 import subprocess
@@ -17,20 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.dataset import ImageData, batch
+from ..data.dataset import ImageData
 from ..devices import fast_kernels, resolve_device
 from ..gradients.measure import conflicts
 from ..models import make_model
-from ..objective import OutputLayerGradients, sample_losses
+from ..objective import OutputLayerGradients
 from ..randomness import generator
 from ..runs.files import write_json
 from ..runs.provenance import provenance
 from ..samplers import TIMESTEP_SAMPLERS, make_sampler
 from ..schedule import NoiseSchedule
 from ..training.config import TrainConfig
-from ..training.parts import build, load_split
-from ..training.precision import autocast
-from ..training.step import train_step
+from ..training.parts import load_split
 from ..weightings.registry import WEIGHTINGS, make_weighting
 from .contenders import Maker, Step, contenders, make_network
 
@@ -133,7 +130,7 @@ def step_costs(
 
     "fails" with the reason; or "seconds" (median), "images_per_second", "flops" per second and its
     "share" of peak, "ratio" of its seconds to ours (median over rounds, where ours runs), and
-    "bytes" at the peak (CUDA alone). "parts" has the seconds of the parts of ours.
+    "bytes" at the peak (CUDA alone).
     """
     torch.compiler.reset()  # else the ninth network of another size or batch is refused
     data = load_split(config, "train", device)
@@ -162,13 +159,7 @@ def step_costs(
     print(f"training step, {config.model} at {size} pixels, batch {config.batch_size}, {device}")
     for name, row in rows.items():
         print(f"  {name:32s} {_step_text(row)}")
-    result: dict[str, Any] = {"batch_size": config.batch_size, "steps": rows}
-    if "dysigma" in seconds:
-        parts = _medians(_parts(config, data), rounds, device)
-        words = [f"{name} {1e3 * value:.1f} ms" for name, value in parts.items()]
-        print("  parts of ours: " + ", ".join(words))
-        result["parts"] = parts
-    return result
+    return {"batch_size": config.batch_size, "steps": rows}
 
 
 def _step_text(row: dict[str, Any]) -> str:
@@ -185,39 +176,6 @@ def _step_text(row: dict[str, Any]) -> str:
     if row["bytes"] is not None:
         words.append(f"{row['bytes'] / 2**20:8.0f} MiB")
     return "   ".join(words)
-
-
-def _parts(config: TrainConfig, data: ImageData) -> dict[str, Step]:
-    """The parts of our step, each as a call of its own."""
-    device = data.images.device
-    state = build(config, data)
-    train_step(state, data, config)
-    steps = itertools.count()
-    x0, _, _ = batch(data, 0, 0, config.batch_size)
-    noise = torch.randn_like(x0)
-    timesteps = torch.arange(config.batch_size, device=device) % config.num_timesteps
-
-    def images_and_noise() -> Tensor:
-        images, _, _ = batch(data, 0, next(steps), config.batch_size)
-        return torch.randn_like(images)
-
-    def forward() -> Tensor:
-        with autocast(config, device):
-            return sample_losses(
-                state.forward, state.schedule, x0, noise, timesteps, config.prediction
-            )
-
-    def update() -> None:
-        torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
-        state.optimizer.step()
-
-    return {
-        "images and noise": images_and_noise,
-        "forward": forward,
-        "forward and backward": lambda: forward().mean().backward(),
-        "optimizer": update,
-        "EMA": lambda: state.ema.update(state.model, 10**6, config.batch_size),
-    }
 
 
 def _weighting_call(
@@ -378,10 +336,10 @@ print(time.perf_counter() - start)
 """
 
 
-def import_seconds(rounds: int = 3) -> float:
+def import_seconds() -> float:
     """Print and return the seconds that `import dysigma` takes beyond torch, in fresh processes."""
     found = []
-    for _ in range(rounds):
+    for _ in range(3):
         command = [sys.executable, "-c", IMPORT]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found.append(float(done.stdout))

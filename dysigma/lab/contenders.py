@@ -8,17 +8,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
-import sys
-import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..data.dataset import ImageData, batch
+from ..data.dataset import ImageData
 from ..models import make_model
 from ..training.config import TrainConfig
 from ..training.parts import build
@@ -156,88 +153,6 @@ def recipe_step(config: TrainConfig, data: ImageData, low: bool = False) -> Step
     return step
 
 
-# What denoising-diffusion-pytorch imports for data loading, averaging and evaluation.
-UNUSED_BY_LUCIDRAINS = (
-    "torchvision",
-    "torchvision.transforms",
-    "torchvision.utils",
-    "torchvision.datasets",
-    "ema_pytorch",
-    "pytorch_fid",
-    "pytorch_fid.inception",
-    "pytorch_fid.fid_score",
-)
-
-
-class _Anything(types.ModuleType):
-    """A module of which every name is a class that does nothing."""
-
-    def __getattr__(self, name: str) -> type:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (), {"__init__": lambda self, *args, **kwargs: None})
-
-
-@contextmanager
-def _stand_ins(names: tuple[str, ...]) -> Iterator[None]:
-    """Modules in place of those that are not installed, for the time of an import."""
-    added = []
-    for name in names:
-        top = name.partition(".")[0]
-        is_missing = top in added or (
-            name not in sys.modules and importlib.util.find_spec(top) is None
-        )
-        if is_missing:
-            sys.modules[name] = _Anything(name)
-            added.append(name)
-    try:
-        yield
-    finally:
-        for name in added:
-            del sys.modules[name]
-
-
-class _AsLucidrainsCallsIt(nn.Module):
-    """A network of diffusers behind the attributes that denoising-diffusion-pytorch asks for."""
-
-    channels = 3
-    out_dim = 3
-    self_condition = False
-    random_or_learned_sinusoidal_cond = False
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor, timesteps: Tensor, _: Any = None) -> Tensor:
-        return self.network(x, timesteps).sample
-
-
-def lucidrains_step(config: TrainConfig, data: ImageData) -> Step:
-    """A step of denoising-diffusion-pytorch's Trainer, spared its data loading and its EMA."""
-    with _stand_ins(UNUSED_BY_LUCIDRAINS):
-        from denoising_diffusion_pytorch.denoising_diffusion_pytorch import GaussianDiffusion
-
-    network = _AsLucidrainsCallsIt(make_network(config, data))
-    size = data.images.shape[-1]
-    diffusion = GaussianDiffusion(network, image_size=size, objective="pred_noise")
-    diffusion.to(data.images.device)
-    optimizer = torch.optim.Adam(diffusion.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99))
-    steps = itertools.count()
-
-    def step() -> float:
-        images, _, _ = batch(data, 0, next(steps), config.batch_size)
-        loss = diffusion(images.add(1).div(2))
-        loss.backward()
-        total = loss.item()
-        torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return total
-
-    return step
-
-
 def contenders(device: torch.device) -> dict[str, Maker]:
     """What can be timed here, by name, ours first; a package that is not installed is left out.
 
@@ -254,6 +169,4 @@ def contenders(device: torch.device) -> dict[str, Maker]:
         found["by hand, diffusers + accelerate"] = by_hand_step
         found["diffusers recipe"] = recipe_step
         found["diffusers recipe, bf16"] = functools.partial(recipe_step, low=True)
-    if importlib.util.find_spec("denoising_diffusion_pytorch") is not None:
-        found["denoising-diffusion-pytorch"] = lucidrains_step
     return found

@@ -83,21 +83,15 @@ def levels_at(
     curves: Curves,
     baseline: str,
     fractions: Sequence[float] = (0.25, 0.5, 0.8),
-    absolute: Mapping[str, float] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Named thresholds for race_table: those of thresholds_at, and absolute levels beside them.
-
-    `absolute` names levels in the unit of the metric, the same for every grid label.
+    """The thresholds of thresholds_at with names, as race_table takes them.
 
     >>> curves = {("x0", "const-x0"): {0: (np.array([1.0, 2.0, 4.0]), np.array([8.0, 4.0, 2.0]))}}
-    >>> levels_at(curves, "const-x0", [1.0], {"end of plain training": 10.1})
-    {'x0': {'fraction 1': 2.0, 'end of plain training': 10.1}}
+    >>> levels_at(curves, "const-x0", [1.0])
+    {'x0': {'fraction 1': 2.0}}
     """
-    named: dict[str, dict[str, float]] = {}
-    for label, levels in thresholds_at(curves, baseline, fractions).items():
-        named[label] = _named_fractions(fractions, levels)
-        named[label].update(absolute or {})
-    return named
+    found = thresholds_at(curves, baseline, fractions)
+    return {label: _named_fractions(fractions, levels) for label, levels in found.items()}
 
 
 def _named_fractions(fractions: Sequence[float], levels: Sequence[float]) -> dict[str, float]:

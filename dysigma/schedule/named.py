@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..checks import check_name, check_options
+from ..checks import check_name, check_options, described
 from .noise import NoiseSchedule
 
 SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
@@ -51,17 +51,8 @@ def configured_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
 
 def check_schedule(schedule: Any) -> None:
     """Raise TypeError, with the way, unless schedule is a NoiseSchedule."""
-    if isinstance(schedule, NoiseSchedule):
-        return
-    need = "schedule must be a NoiseSchedule"
-    advice = "use NoiseSchedule.from_diffusers(scheduler)"
-    if isinstance(schedule, type):
-        raise TypeError(f"{need}; got the class {schedule.__name__}: make one, and {advice}")
-    if isinstance(schedule, str):
+    if not isinstance(schedule, NoiseSchedule):
         raise TypeError(
-            f"{need}; got the text {schedule!r}: for a name of SCHEDULES use make_schedule, for a model of diffusers "
-            "NoiseSchedule.from_diffusers(pipeline.scheduler)"
+            f"schedule must be a NoiseSchedule; got {described(schedule)}: use make_schedule(name), or "
+            "NoiseSchedule.from_diffusers(scheduler) with a scheduler that was made or opened"
         )
-    if isinstance(schedule, Mapping):
-        raise TypeError(f"{need}; got a configuration: make its scheduler, and {advice}")
-    raise TypeError(f"{need}; got {type(schedule).__name__}: {advice}")

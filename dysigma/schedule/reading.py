@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import described
 from .tables import (
     BETAS,
     Levels,
@@ -62,23 +63,15 @@ def read_scheduler(scheduler: Any) -> Levels:
 
 def _check_is_scheduler(scheduler: Any) -> None:
     """Raise TypeError, with the way, for what is near a scheduler object and none."""
-    wanted = "from_diffusers takes a scheduler object"
-    if isinstance(scheduler, type):
-        name = scheduler.__name__
-        raise TypeError(f"{wanted}; got the class {name}: make one, {name}(...) or .from_config")
-    if isinstance(scheduler, str):
-        raise TypeError(
-            f"{wanted}; got the text {scheduler!r}: open the scheduler of that model first, such as "
-            "DDPMScheduler.from_pretrained(model, subfolder='scheduler')"
-        )
-    if isinstance(scheduler, Mapping):
-        raise TypeError(f"{wanted}; got a config: make one with DDPMScheduler.from_config(config)")
     if isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
         return
-    if hasattr(scheduler, "scheduler"):
-        raise TypeError(f"{wanted}; got {type(scheduler).__name__}: give its .scheduler")
-    if not hasattr(scheduler, "step") and not hasattr(scheduler, "set_timesteps"):
-        raise TypeError(f"{wanted}; got {type(scheduler).__name__}")
+    is_object = not isinstance(scheduler, type | str | Mapping)
+    if not is_object or not (hasattr(scheduler, "step") or hasattr(scheduler, "set_timesteps")):
+        raise TypeError(
+            f"from_diffusers takes a scheduler object; got {described(scheduler)}: of a pipeline give "
+            "its .scheduler, of a model DDPMScheduler.from_pretrained(model, subfolder='scheduler'), of "
+            "a config DDPMScheduler.from_config(config)"
+        )
 
 
 def _read_flow(scheduler: Any, config: Mapping[str, Any]) -> Levels:

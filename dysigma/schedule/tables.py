@@ -19,20 +19,16 @@ class Levels(NamedTuple):
     shift: float = 1.0
 
 
-def _line(start: float, end: float, num_timesteps: int) -> Tensor:
+def _linear_betas(start: float, end: float, num_timesteps: int) -> Tensor:
     return torch.linspace(start, end, num_timesteps, dtype=torch.float64)
 
 
-def _linear_betas(start: float, end: float, num_timesteps: int) -> Tensor:
-    return _line(start, end, num_timesteps)
-
-
 def _scaled_linear_betas(start: float, end: float, num_timesteps: int) -> Tensor:
-    return _line(start**0.5, end**0.5, num_timesteps) ** 2
+    return _linear_betas(start**0.5, end**0.5, num_timesteps) ** 2
 
 
 def _sigmoid_betas(start: float, end: float, num_timesteps: int) -> Tensor:
-    return _line(-6, 6, num_timesteps).sigmoid() * (end - start) + start
+    return _linear_betas(-6, 6, num_timesteps).sigmoid() * (end - start) + start
 
 
 # By the names of diffusers.

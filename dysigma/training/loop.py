@@ -73,7 +73,7 @@ def train(
         if first:
             wait_for_all()
         _check_classes(config, data, test)
-        earlier = from_first(_read_summary(out) if first and resume else None, device)
+        earlier = from_first(runs.load_run(out).summary if first and resume else None, device)
         threads_before = (earlier or {}).get("provenance", {}).get("cpu_threads")
         tracker = Tracker(log_with, config, out) if log_with is not None and first else None
         ran_out = False
@@ -123,10 +123,6 @@ def _check_classes(config: TrainConfig, data: ImageData, test: ImageData) -> Non
             f"{data.name}: test labels reach {test.num_classes} classes and the training images "
             f"chosen have only {data.num_classes}; use more train_images"
         )
-
-
-def _read_summary(out: Path) -> dict[str, Any]:
-    return runs.load_run(out).summary
 
 
 def _train_on(
