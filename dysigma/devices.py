@@ -6,10 +6,25 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class KeepsPrecision(nn.Module):
+    """A module that follows to a device and keeps its dtypes, whatever .half() a module around it gets.
+
+    >>> module = KeepsPrecision()
+    >>> module.register_buffer("table", torch.ones(2, dtype=torch.float64))
+    >>> nn.Sequential(module).half()[0].table.dtype
+    torch.float64
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        move: Any = super()._apply  # which torch leaves untyped
+        move(lambda tensor: tensor.to(fn(tensor).device), recurse)
+        return self
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .bins import Bins
 from .checks import check_name, check_timesteps, keyword_parameters
+from .devices import KeepsPrecision
 from .parallel import over_ranks
 from .schedule import NoiseSchedule, check_schedule
 
@@ -167,7 +168,7 @@ def floored(mass: Tensor, uniform: float) -> Tensor:
 # ---------------------------------------------------------------- samplers
 
 
-class TimestepSampler(nn.Module):
+class TimestepSampler(KeepsPrecision):
     """sampler(u) draws timesteps by given masses.
 
     masses: (T,), positive; their sum does not matter. stratified: one timestep in each of B equal parts
@@ -196,10 +197,6 @@ class TimestepSampler(nn.Module):
         self.stratified = bool(stratified)
         self.corrected = corrected
         self.register_buffer("table", masses / masses.sum(), persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TimestepSampler:
-        # .half() on an enclosing module must not round probabilities: follow the device, keep the dtype.
-        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
     def probabilities(self) -> Tensor:
         """p_t now: (T,) float64, positive, summing to 1."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..data.dataset import ImageData
 from ..devices import fast_kernels, resolve_device
 from ..gradients.measure import conflicts
+from ..images import to_real
 from ..models import make_model
 from ..objective import OutputLayerGradients
 from ..randomness import generator
@@ -304,7 +305,7 @@ def conflict_costs(
     per_bin = -(-config.batch_size // BINS)
     samples = BINS * per_bin
     chosen = torch.arange(samples, device=device) % len(data)
-    x0 = data.images[chosen].float().div(127.5).sub(1)
+    x0 = to_real(data.images[chosen])
     report = functools.partial(
         conflicts,
         model,

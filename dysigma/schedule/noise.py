@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checks import check_timesteps
+from ..devices import KeepsPrecision
 from . import tables
 from .predictions import canonical_prediction_type
 from .reading import read_scheduler
 from .writing import make_scheduler
 
 
-class NoiseSchedule(nn.Module):
+class NoiseSchedule(KeepsPrecision):
     """A noise schedule on T discrete timesteps; timestep 0 is the cleanest.
 
     alphas_cumprod: (T,) real, strictly decreasing, in (0, 1). The last value may be 0, which is zero
@@ -67,12 +68,6 @@ class NoiseSchedule(nn.Module):
         self.register_buffer("log_snr", bar.log() - torch.log1p(-bar), persistent=False)
         self.register_buffer("alpha", alpha.float(), persistent=False)
         self.register_buffer("sigma", sigma.float(), persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoiseSchedule:
-        # .half() on an enclosing module must not round the schedule: follow the device, keep the dtype.
-        for name, table in self.named_buffers(recurse=False):
-            setattr(self, name, table.to(fn(table).device))
-        return self
 
     def extra_repr(self) -> str:
         """What print(schedule) shows: the path, T and the range of log_snr."""

@@ -50,6 +50,66 @@ class StepRecord(NamedTuple):
     grad_norm: Tensor  # () before clipping
 
 
+class _Batch(NamedTuple):
+    """What a step draws."""
+
+    x0: Tensor  # (B, C, H, W)
+    noise: Tensor  # (B, C, H, W)
+    timesteps: Tensor  # (B,)
+    importance: Tensor  # (B,)
+    kwargs: dict[str, Tensor]  # of the network: class labels (B,), if it is conditional
+
+
+def _draw_batch(state: TrainState, data: ImageData, config: TrainConfig) -> _Batch:
+    seed, step, device = config.seed, state.step, data.images.device
+    x0, labels, _ = batch(data, seed, step, config.batch_size, flip=config.flip)
+    u = torch.rand(config.batch_size, generator=generator(seed, step, "timesteps"))
+    timesteps, importance = state.sampler(to_device(u, device))
+    noise = torch.randn(x0.shape, generator=generator(seed, step, "noise", device), device=device)
+    return _Batch(x0, noise, timesteps, importance, model_kwargs(config, labels))
+
+
+def _backward(
+    state: TrainState, drawn: _Batch, share: Tensor, config: TrainConfig
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Add up the gradients of this rank's share of a batch, part by part.
+
+    Returns the losses (B,) of all ranks, their squared gradient norms (B,) in the output layer if the
+    sampler observes those, and what was minimised here, ().
+    """
+    device = drawn.x0.device
+    output = None
+    if state.sampler.observes == "gradient-norms":
+        output = OutputLayerGradients(state.model)
+    losses = []
+    norms = []
+    total = torch.zeros((), device=device)
+    for part in share:
+        part_kwargs = {name: value[part] for name, value in drawn.kwargs.items()}
+        with output or nullcontext():
+            with autocast(config, device):
+                part_losses = sample_losses(
+                    state.forward,
+                    state.schedule,
+                    drawn.x0[part],
+                    drawn.noise[part],
+                    drawn.timesteps[part],
+                    config.prediction,
+                    **part_kwargs,
+                )
+            if output is not None:
+                part_losses.retain_grad()
+            correction = drawn.importance[part] if state.sampler.corrected else None
+            weighted = state.weighting(part_losses, drawn.timesteps[part], correction)
+            loss = weighted / config.accumulate
+            state.scaler.scale(loss).backward()
+        if output is not None:
+            norms.append(over_ranks(output.squared_norms(part_losses))[0])
+        losses.append(over_ranks(part_losses)[0])
+        total += loss.detach()
+    return torch.cat(losses), torch.cat(norms) if norms else None, total
+
+
 def train_step(state: TrainState, data: ImageData, config: TrainConfig) -> StepRecord:
     """One optimizer step on batch_size images; a function of (state, data, config) alone.
 
@@ -57,55 +117,23 @@ def train_step(state: TrainState, data: ImageData, config: TrainConfig) -> StepR
     counter agree. Under torch.distributed every rank draws the whole batch, works on its share and
     returns the record of the whole.
     """
-    seed, step, device = config.seed, state.step, data.images.device
-    x0, labels, _ = batch(data, seed, step, config.batch_size, flip=config.flip)
-    u = torch.rand(config.batch_size, generator=generator(seed, step, "timesteps"))
-    timesteps, importance = state.sampler(to_device(u, device))
-    noise = torch.randn(x0.shape, generator=generator(seed, step, "noise", device), device=device)
-    kwargs = model_kwargs(config, labels)
+    step, sampler, weighting = state.step, state.sampler, state.weighting
+    drawn = _draw_batch(state, data, config)
+    timesteps = drawn.timesteps
     weights = None
-    if state.sampler.observes != "nothing":  # it adapts, to weights as they are before this step
-        weights = state.weighting.weights()[timesteps]
-    if state.weighting.needs_gramian and step % state.weighting.gramian_every == 0:
-        state.weighting.observe_gramian(_step_gramian(state, data, config))
+    if sampler.observes != "nothing":  # it adapts, to weights as they are before this step
+        weights = weighting.weights()[timesteps]
+    if weighting.needs_gramian and step % weighting.gramian_every == 0:
+        weighting.observe_gramian(_step_gramian(state, data, config))
 
     factor = config.learning_rate_factor(step)
     for group in state.optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     state.optimizer.zero_grad(set_to_none=True)
-    losses = []
-    norms = []
-    output = None
-    if state.sampler.observes == "gradient-norms":
-        output = OutputLayerGradients(state.model)
-    total = torch.zeros((), device=device)
-    share = share_of_batch(config, device)
-    for part in share:
-        part_kwargs = {name: value[part] for name, value in kwargs.items()}
-        with output or nullcontext():
-            with autocast(config, device):
-                part_losses = sample_losses(
-                    state.forward,
-                    state.schedule,
-                    x0[part],
-                    noise[part],
-                    timesteps[part],
-                    config.prediction,
-                    **part_kwargs,
-                )
-            if output is not None:
-                part_losses.retain_grad()
-            correction = importance[part] if state.sampler.corrected else None
-            loss = state.weighting(part_losses, timesteps[part], correction) / config.accumulate
-            state.scaler.scale(loss).backward()
-        if output is not None:
-            norms.append(over_ranks(output.squared_norms(part_losses))[0])
-        losses.append(over_ranks(part_losses)[0])
-        total += loss.detach()
-    batch_losses = torch.cat(losses)
-    mine = share.flatten()
-    if state.weighting.observes == "gradient-norms":
-        objective = state.weighting.observe_gradient_norms(torch.cat(norms), timesteps, importance)
+    share = share_of_batch(config, data.images.device)
+    losses, norms, total = _backward(state, drawn, share, config)
+    if norms is not None and weighting.observes == "gradient-norms":
+        objective = weighting.observe_gradient_norms(norms, timesteps, drawn.importance)
         state.scaler.scale(objective).backward()
     total = average_over_ranks(total, state.trained_parameters)
 
@@ -116,12 +144,10 @@ def train_step(state: TrainState, data: ImageData, config: TrainConfig) -> StepR
     state.step += 1
     state.ema.update(state.model, state.step * config.batch_size, config.batch_size)
     if weights is not None:
-        if state.sampler.observes == "losses":
-            observed = weights * batch_losses
-        else:
-            observed = weights.square() * torch.cat(norms)
-        state.sampler.update(observed[mine], timesteps[mine])
-    return StepRecord(step, timesteps, batch_losses, total, grad_norm)
+        observed = weights * losses if norms is None else weights.square() * norms
+        mine = share.flatten()
+        sampler.update(observed[mine], timesteps[mine])
+    return StepRecord(step, timesteps, losses, total, grad_norm)
 
 
 def _step_gramian(state: TrainState, data: ImageData, config: TrainConfig) -> Tensor:

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..bins import Bins
 from ..checks import check_number, check_timesteps, find_named
+from ..devices import KeepsPrecision
 from ..parallel import over_ranks
 from ..pareto import project_psd
 from ..schedule import NoiseSchedule
@@ -90,7 +91,7 @@ class Setting(NamedTuple):
     normalize: bool = True
 
 
-class Weighting(nn.Module):
+class Weighting(KeepsPrecision):
     """Base of all weightings: one weight per timestep, on per-sample losses in the model's own
     target space.
 
@@ -173,13 +174,6 @@ class Weighting(nn.Module):
         if not self.normalize:
             parts.append("normalize=False")
         return f"{self.name or type(self).__name__}({', '.join(parts)})"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Weighting:
-        # .half() on an enclosing module must not round weights or statistics: follow the device,
-        # keep the dtype.
-        move: Any = super()._apply  # which torch leaves untyped
-        move(lambda tensor: tensor.to(fn(tensor).device), recurse)
-        return self
 
     # ------------------------------------------------------------ for subclasses
 
