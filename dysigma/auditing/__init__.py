@@ -1,7 +1,8 @@
 """Which weighting is this, really? Loss weights of any trainer on the one scale of `dysigma.weightings`.
 
-`audit` compares the loss weights of a function with what they claim to be, up to a factor, and names what they are.
-`preview` multiplies the density of the timesteps with the weight: the objective that a training run really minimises.
+`audit` compares the loss weights of a function with what they claim to be, up to a factor, and
+names what they are. `preview` multiplies the density of the timesteps with the weight: the
+objective that a training run really minimises.
 """
 
 from .levels import LEVELS

@@ -21,8 +21,9 @@ _SAME = 1e-4
 def levels(schedule: NoiseSchedule, as_: str = "snr") -> Tensor:
     """The levels of a schedule in the unit that a weight function takes: (T,) float64, int64 for timesteps.
 
-    as_: "snr"; "log_snr", its natural logarithm; "timesteps", 0 the cleanest; or "sigma", what samplers call so: the
-    ratio of noise to signal, SNR^-1/2, on a variance-preserving path, and the share of noise s on a rectified flow.
+    as_: "snr"; "log_snr", its natural logarithm; "timesteps", 0 the cleanest; or "sigma", what
+    samplers call so: the ratio of noise to signal, SNR^-1/2, on a variance-preserving path, and the
+    share of noise s on a rectified flow.
     """
     if as_ == "timesteps":
         return torch.arange(schedule.num_timesteps)
@@ -43,7 +44,8 @@ def from_log_snr(log_snr: Tensor, as_: str, is_flow: bool) -> Tensor:
 def call(function: WeightFunction, level: Tensor) -> Tensor:
     """function(level) as float64 weights of the same shape (N,).
 
-    Raises ValueError, in one line, if the function raises, or returns another shape or something else than numbers.
+    Raises ValueError, in one line, if the function raises, or returns another shape or something
+    else than numbers.
     """
     try:
         # A copy: the function may work in place.
@@ -69,8 +71,8 @@ def call(function: WeightFunction, level: Tensor) -> Tensor:
 def read_weights(function: WeightFunction, schedule: NoiseSchedule, as_: str = "snr") -> Tensor:
     """The weights of a function at all timesteps of the schedule: (T,) float64, finite, not negative, not all 0.
 
-    Raises ValueError for anything else, and for a weight that depends on more than its own level: on the order of the
-    levels, on the other levels of the batch, or on chance.
+    Raises ValueError for anything else, and for a weight that depends on more than its own level:
+    on the order of the levels, on the other levels of the batch, or on chance.
     """
     level = levels(schedule, as_)
     weights = call(function, level)

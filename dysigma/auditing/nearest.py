@@ -51,9 +51,9 @@ def find_nearest(
 ) -> Fit:
     """The nearest of all names of WEIGHTINGS that do not learn, for log-weights (T,) on the error of target.
 
-    Distance is the root mean square of the log-ratio over timesteps. Parameters are fitted. Every target's conversion
-    is tried, because the formula of another target is the commonest mistake. Among equals the claimed name wins, then
-    fewer parameters, then the given target.
+    Distance is the root mean square of the log-ratio over timesteps. Parameters are fitted. Every
+    target's conversion is tried, because the formula of another target is the commonest mistake.
+    Among equals the claimed name wins, then fewer parameters, then the given target.
     """
     coarse = []
     for name in predefined_names():

@@ -16,8 +16,8 @@ from ..weightings import Weighting
 class Preview:
     """Density, weight and their product at each timestep, (T,) float64 of mean 1, on the error of target.
 
-    objective is density times weight: the weights of the same objective under uniform timesteps. For a sampler that is
-    corrected for its density (corrected) it is the weight alone.
+    objective is density times weight: the weights of the same objective under uniform timesteps.
+    For a sampler that is corrected for its density (corrected) it is the weight alone.
     """
 
     target: str

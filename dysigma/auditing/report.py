@@ -32,12 +32,14 @@ from .tables import (
 class Audit:
     """What `audit` found. Every comparison is up to a factor: the median ratio over timesteps is taken out.
 
-    agrees: no timestep is more than 10 per cent off. off: share of timesteps that are. total_variation: share of the
-    total weight that sits elsewhere. ratio_at_noisiest: of the weight to the claimed one at the last timestep; inf if
-    the claim is 0 there. factor: the median ratio itself. nearest: {"name", "target", "params"} of the named weighting
-    nearest to the weights, and nearest_off, the share of timesteps more than 10 per cent off it. effective_sample_size:
-    share of timesteps that does the work. at_zero_snr, at_infinite_snr: where the weight goes, in words. right_formula:
-    the claim as code. weights, reference: (T,) float64, of mean 1, on the error of target; log_snr: (T,).
+    agrees: no timestep is more than 10 per cent off. off: share of timesteps that are.
+    total_variation: share of the total weight that sits elsewhere. ratio_at_noisiest: of the weight
+    to the claimed one at the last timestep; inf if the claim is 0 there. factor: the median ratio
+    itself. nearest: {"name", "target", "params"} of the named weighting nearest to the weights, and
+    nearest_off, the share of timesteps more than 10 per cent off it. effective_sample_size: share
+    of timesteps that does the work. at_zero_snr, at_infinite_snr: where the weight goes, in words.
+    right_formula: the claim as code. weights, reference: (T,) float64, of mean 1, on the error of
+    target; log_snr: (T,).
     """
 
     target: str
@@ -111,16 +113,19 @@ def audit(
 ) -> Audit:
     """Compare loss weights with what they claim to be, name what they are, and say what probably went wrong.
 
-    function: takes noise levels (N,) in the unit as_ ("snr", "log_snr", "sigma" or "timesteps", see `levels`) and
-    returns the weights (N,) on the squared error of target; or the name of a weighting. claims, params: the name and
-    the parameters that the weights should have; without a claim they are compared with the nearest named weighting.
-    sampler: a density of timesteps. The weight is multiplied by it, which gives the objective of a training run that
-    draws so, as a weight over uniform timesteps. A sampler that is corrected for its density changes nothing.
-    A network that predicts the noise has weight 0 at the last level of a flow, which is noise alone. There the function
-    is not called, and all tables end one level before.
+    function: takes noise levels (N,) in the unit as_ ("snr", "log_snr", "sigma" or "timesteps", see
+    `levels`) and returns the weights (N,) on the squared error of target; or the name of a
+    weighting. claims, params: the name and the parameters that the weights should have; without a
+    claim they are compared with the nearest named weighting.
+    sampler: a density of timesteps. The weight is multiplied by it, which gives the objective of a
+    training run that draws so, as a weight over uniform timesteps. A sampler that is corrected for
+    its density changes nothing.
+    A network that predicts the noise has weight 0 at the last level of a flow, which is noise
+    alone. There the function is not called, and all tables end one level before.
 
-    Raises ValueError if the function returns another shape, values that are negative, NaN or infinite, or a weight that
-    depends on more than its own level; KeyError for an unknown name; TypeError for what is no NoiseSchedule.
+    Raises ValueError if the function returns another shape, values that are negative, NaN or
+    infinite, or a weight that depends on more than its own level; KeyError for an unknown name;
+    TypeError for what is no NoiseSchedule.
 
     >>> from dysigma import NoiseSchedule, audit
     >>> schedule = NoiseSchedule.scaled_linear()

@@ -54,8 +54,9 @@ def log_x0_weight(name: str, schedule: NoiseSchedule, params: Mapping[str, float
 def log_error_ratio(log_snr: Tensor, used: str, target: str, is_flow: bool) -> Tensor:
     """Log of the error of a target over the error of x0; a weight on the target's error is divided by this ratio.
 
-    used: the target whose formula is meant. The audited one has the formula of its own path. Of the others it is the
-    published one, because that is what people copy: v's is that of a variance-preserving path.
+    used: the target whose formula is meant. The audited one has the formula of its own path. Of the
+    others it is the published one, because that is what people copy: v's is that of a
+    variance-preserving path.
     """
     return log_error_factor(log_snr, used, is_flow and used == target)
 
@@ -81,7 +82,8 @@ def total_variation(log_weights: Tensor, reference: Tensor) -> float:
 def distance(log_weights: Tensor, reference: Tensor) -> Tensor:
     """Root mean square of the log-ratio over timesteps, its own mean taken out: (..., T) to (...).
 
-    Timesteps where both are 0, or where the reference has no value, do not count. NaN if none counts.
+    Timesteps where both are 0, or where the reference has no value, do not count. NaN if none
+    counts.
     """
     difference = log_weights - reference
     centred = difference - difference.nanmedian(-1, keepdim=True).values

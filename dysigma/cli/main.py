@@ -154,7 +154,8 @@ def _warnings_in_one_line() -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0 done, 2 bad input, 130 interrupted.
 
-    1 says that a run failed, or, of audit, that the function is not what it claims to be. With --debug every error passes through, so that Python prints its traceback.
+    1 says that a run failed, or, of audit, that the function is not what it claims to be. With
+    --debug every error passes through, so that Python prints its traceback.
     """
     args = make_parser().parse_args(argv)
     _on_sigterm(signal.default_int_handler)

@@ -86,8 +86,8 @@ def exercise(
 ) -> None:
     """Declare an exercise.
 
-    expected: the right answer, a word, a number or an array. mistakes: the wrong answers that common
-    mistakes give, by diagnosis. rtol: relative tolerance of numbers.
+    expected: the right answer, a word, a number or an array. mistakes: the wrong answers that
+    common mistakes give, by diagnosis. rtol: relative tolerance of numbers.
 
     >>> exercise("3.2", "epsilon")
     >>> check("3.2", "epsilon")

@@ -1,8 +1,9 @@
 """Execute the notebooks: people edit ``notebooks/NN_name.py`` (percent format), the .ipynb is written from it.
 
-An exercise is a cell with a stub (``answer = ...``) and its check, which skips an untouched stub; the cell that solves
-it carries the tag "solution". The cell that tells the checks what they expect begins with EXPECTED. All run every time;
-JupyterLab and the site show the code of the last two collapsed.
+An exercise is a cell with a stub (``answer = ...``) and its check, which skips an untouched stub;
+the cell that solves it carries the tag "solution". The cell that tells the checks what they expect
+begins with EXPECTED. All run every time; JupyterLab and the site show the code of the last two
+collapsed.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class NotebookError(RuntimeError):
 def find(folder: str | Path, names: Sequence[str] = ()) -> list[Path]:
     """The sources in folder, in order: all, or those whose names start with one of names ("03", "03_snr_weightings").
 
-    Raises ValueError when the folder holds no notebook, KeyError with the choices for an unknown name.
+    Raises ValueError when the folder holds no notebook, KeyError with the choices for an unknown
+    name.
 
     >>> find("a-folder-of-nobody")
     Traceback (most recent call last):
@@ -94,9 +96,10 @@ def convert(source: str | Path, *, solutions: bool = True) -> Any:
 def write_hosted(sources: Iterable[Path], out: Path, repository: str) -> list[Path]:
     """Write each page, not executed, with one set-up cell at the top, for a machine that has nothing of the project.
 
-    The cell clones the repository (an address that git understands), installs the package, and moves to the folder
-    notebooks, where pages find records and figures. Run twice, it does no harm. Returns the files. Raises ValueError
-    for an address that a shell would take for more than one word.
+    The cell clones the repository (an address that git understands), installs the package, and
+    moves to the folder notebooks, where pages find records and figures. Run twice, it does no harm.
+    Returns the files. Raises ValueError for an address that a shell would take for more than one
+    word.
     """
     import nbformat
 
@@ -137,7 +140,8 @@ def _clean(text: str, root: Path) -> str:
 def normalise(notebook: Any, root: Path) -> None:
     """Drop from an executed notebook, in place, what would differ between two runs or is of no use to a reader.
 
-    Widgets, progress bars, and the paths of this machine in front of root go; the versions of the kernel too.
+    Widgets, progress bars, and the paths of this machine in front of root go; the versions of the
+    kernel too.
 
     >>> import pytest
     >>> nbformat = pytest.importorskip("nbformat")
@@ -278,9 +282,10 @@ def build(
 ) -> None:
     """Execute notebooks and write each .ipynb beside its source, its figures to ``figures/``, or both to ``out``.
 
-    fast: shortened sizes (DYSIGMA_FAST=1); what is published stays as it is, and results are kept only in ``out``.
-    solutions=False: leave the solutions out, for a class; needs ``out``. jobs: notebooks at once, one CPU thread each.
-    Goes on after a failure and raises NotebookError at the end.
+    fast: shortened sizes (DYSIGMA_FAST=1); what is published stays as it is, and results are kept
+    only in ``out``. solutions=False: leave the solutions out, for a class; needs ``out``. jobs:
+    notebooks at once, one CPU thread each. Goes on after a failure and raises NotebookError at the
+    end.
     """
     if not solutions and out is None:
         raise ValueError(

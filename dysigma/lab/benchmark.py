@@ -184,8 +184,8 @@ def _weighting_call(
 ) -> Step:
     """Forward, backward and optimizer step of a weighting on the losses of a network of one number.
 
-    The weighting is one more group of the network's optimizer, as in a training loop. "mean" is plain
-    losses.mean().
+    The weighting is one more group of the network's optimizer, as in a training loop. "mean" is
+    plain losses.mean().
     """
     draw = generator(0, 0, "benchmark")
     timesteps = torch.randint(0, config.num_timesteps, (config.batch_size,), generator=draw)

@@ -244,10 +244,10 @@ def compare_across(
     """Every target and weighting against one baseline, such as plain training of a noise network.
 
     The paper's Const has the target of the arm; a practitioner's baseline is ordinary training,
-    whatever the target of the arm. `baseline` is that (grid label, arm), for example
-    ("cifar10 epsilon", "const-eps"). Seeds are paired: all networks of one seed share images and noise, and those of
-    one shape their initial weights. Thresholds are what the baseline keeps from these fractions of
-    its images on (1: what it reaches at the end), and the named levels of `absolute`.
+    whatever the target of the arm. `baseline` is that (grid label, arm), for example ("cifar10
+    epsilon", "const-eps"). Seeds are paired: all networks of one seed share images and noise, and
+    those of one shape their initial weights. Thresholds are what the baseline keeps from these
+    fractions of its images on (1: what it reaches at the end), and the named levels of `absolute`.
 
     Returns the columns of race_table, one family of tests for Holm's adjustment. Raises ValueError
     for a metric that depends on the target, RunError for records that differ in more than target

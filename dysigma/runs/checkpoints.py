@@ -35,7 +35,8 @@ def save_checkpoint(
 ) -> None:
     """Write step, tensors (as safetensors) and meta (as JSON) to folder; the one before stays, older ones go last.
 
-    ``latest.json`` and ``state-STEP.json`` name the tensor file and its SHA-256 and appear, whole, after it.
+    ``latest.json`` and ``state-STEP.json`` name the tensor file and its SHA-256 and appear, whole,
+    after it.
     """
     from safetensors.torch import save
 
@@ -65,8 +66,8 @@ def load_checkpoint(
 ) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
     """(step, tensors on the CPU, meta) of the newest checkpoint in folder that is whole.
 
-    One that is truncated, altered or of another run, whose meta["config"] is not config, is named in a warning and the
-    one before it taken; RunError if there is none.
+    One that is truncated, altered or of another run, whose meta["config"] is not config, is named
+    in a warning and the one before it taken; RunError if there is none.
     """
     problems = []
     for path in (folder / "latest.json", *sorted(folder.glob("state-*.json"), reverse=True)):

@@ -42,14 +42,14 @@ class Run:
     def pipeline(self) -> DiffusionPipeline:
         """A diffusers DDPMPipeline with the EMA weights.
 
-        A run that has not ended gives the EMA weights of its last checkpoint, and a warning that says
-        after how many images.
+        A run that has not ended gives the EMA weights of its last checkpoint, and a warning that
+        says after how many images.
 
-        That of a flow has a FlowRunScheduler, which knows how the run calls its network. Opened with
-        DDPMPipeline.from_pretrained it is the same, after `import dysigma`; without that import
-        diffusers says that it is missing, except for flow_prediction without a shift, which needs
-        nothing of ours and is right to one timestep. Raises RunError if the run has
-        written neither a pipeline nor a checkpoint yet, or it is damaged.
+        That of a flow has a FlowRunScheduler, which knows how the run calls its network. Opened
+        with DDPMPipeline.from_pretrained it is the same, after `import dysigma`; without that
+        import diffusers says that it is missing, except for flow_prediction without a shift, which
+        needs nothing of ours and is right to one timestep. Raises RunError if the run has written
+        neither a pipeline nor a checkpoint yet, or it is damaged.
         """
         folder = self.path / "pipeline"
         if not (folder / "model_index.json").exists():

@@ -19,16 +19,17 @@ from .writing import make_scheduler
 class NoiseSchedule(KeepsPrecision):
     """A noise schedule on T discrete timesteps; timestep 0 is the cleanest.
 
-    alphas_cumprod: (T,) real, strictly decreasing, in (0, 1). The last value may be 0, which is zero
-        terminal SNR.
-    config: keyword arguments with which a diffusers scheduler makes the same table, if there are any.
+    alphas_cumprod: (T,) real, strictly decreasing, in (0, 1). The last value may be 0, which is
+        zero terminal SNR.
+    config: keyword arguments with which a diffusers scheduler makes the same table, if there are
+        any.
     is_flow: whether x_t is that of the rectified flow of the same SNR. By default it is
         variance-preserving.
     shift: of a flow, what its levels were shifted by.
 
-    For levels sigma of another process (EDM, any continuous time) use NoiseSchedule(log_snr.sigmoid()),
-    in float64. With quantiles of the levels that training draws, weights have mean 1 over the draws,
-    and uniform bins hold equal shares of them.
+    For levels sigma of another process (EDM, any continuous time) use
+    NoiseSchedule(log_snr.sigmoid()), in float64. With quantiles of the levels that training draws,
+    weights have mean 1 over the draws, and uniform bins hold equal shares of them.
 
     Buffers: ``log_snr`` (T,) float64, natural log of alphas_cumprod / (1 - alphas_cumprod),
     decreasing, -inf only at the last step; ``alphas_cumprod`` (T,) float64; ``alpha`` and ``sigma``
@@ -152,8 +153,8 @@ class NoiseSchedule(KeepsPrecision):
         shift s / (1 + (shift - 1) s) (Esser et al. 2024). The last one is s = 1, noise alone.
 
         Timesteps are counted from the clean end, as everywhere here: index i of diffusers is our
-        T - 1 - i. The pipelines of diffusers call a network with T s. Networks trained here are called
-        with the integer t, as on the other path; see timestep_of.
+        T - 1 - i. The pipelines of diffusers call a network with T s. Networks trained here are
+        called with the integer t, as on the other path; see timestep_of.
 
         >>> NoiseSchedule.flow(4).sigma
         tensor([0.2500, 0.5000, 0.7500, 1.0000])
@@ -182,13 +183,13 @@ class NoiseSchedule(KeepsPrecision):
     def from_diffusers(cls, scheduler: Any) -> NoiseSchedule:
         """The schedule that a diffusers scheduler is for, whatever steps it was last set to sample with.
 
-        scheduler: any object with ``alphas_cumprod`` (DDPM, DDIM, DPM-Solver, ...; those of Euler type
-        work in x / alpha, on the same table) or of flow matching. Its table is read, not its config, so
-        a table that was edited in place is what comes out. Dynamic shifting of flows is for sampling
-        and not in the table.
+        scheduler: any object with ``alphas_cumprod`` (DDPM, DDIM, DPM-Solver, ...; those of Euler
+        type work in x / alpha, on the same table) or of flow matching. Its table is read, not its
+        config, so a table that was edited in place is what comes out. Dynamic shifting of flows is
+        for sampling and not in the table.
         Raises TypeError for what is no scheduler object, such as its class, its config or a model's
-        name. Raises ValueError for schedulers whose network was trained on a continuum of levels (EDM,
-        Stable Video Diffusion), in stages, or on no levels at all.
+        name. Raises ValueError for schedulers whose network was trained on a continuum of levels
+        (EDM, Stable Video Diffusion), in stages, or on no levels at all.
 
         >>> from diffusers import DDIMScheduler
         >>> NoiseSchedule.from_diffusers(DDIMScheduler(beta_schedule="squaredcos_cap_v2")).num_timesteps
@@ -205,14 +206,16 @@ class NoiseSchedule(KeepsPrecision):
         """A diffusers scheduler with the levels of this schedule.
 
         scheduler_class: by default DDPMScheduler, and FlowMatchEulerDiscreteScheduler of a flow.
-        prediction_type: by default epsilon, and flow_prediction of a flow. FlowMatch schedulers step by
-        flow_prediction alone: convert the outputs of other networks with to_velocity.
+        prediction_type: by default epsilon, and flow_prediction of a flow. FlowMatch schedulers
+        step by flow_prediction alone: convert the outputs of other networks with to_velocity.
         options go to the scheduler's constructor unchanged (for example
         ``timestep_spacing="trailing"``).
 
-        Where the class does not know the name of the schedule, it gets the betas. Classes that cannot
-        sample from SNR 0 get a last alpha of 2^-12 in its place, which from_diffusers reads as 0.
-        Raises TypeError for what is not a class, ValueError for a class that cannot hold the levels.
+        Where the class does not know the name of the schedule, it gets the betas. Classes that
+        cannot sample from SNR 0 get a last alpha of 2^-12 in its place, which from_diffusers reads
+        as 0.
+        Raises TypeError for what is not a class, ValueError for a class that cannot hold the
+        levels.
 
         >>> from diffusers import DDIMScheduler
         >>> NoiseSchedule.sigmoid(50).to_diffusers(DDIMScheduler).config.num_train_timesteps
@@ -254,8 +257,8 @@ class NoiseSchedule(KeepsPrecision):
     ) -> Tensor:
         """What a network of this prediction type must return: (B, ...), float32 at least.
 
-        epsilon: noise. sample: x0. v_prediction: alpha noise - sigma x0 (Salimans, Ho 2022), with the
-        alpha and sigma of the path. flow_prediction: noise - x0, of the rectified flow.
+        epsilon: noise. sample: x0. v_prediction: alpha noise - sigma x0 (Salimans, Ho 2022), with
+        the alpha and sigma of the path. flow_prediction: noise - x0, of the rectified flow.
         """
         kind = self.canonical(prediction_type)
         alpha, sigma = self._coefficients(x0, timesteps)

@@ -85,11 +85,11 @@ def _first_step(config: TrainConfig, data: ImageData) -> TrainState | None:
 def fit_to_minutes(config: TrainConfig, minutes: float) -> TrainConfig:
     """The configuration with as many images as fit into minutes of wall-clock time from this call on.
 
-    Trains a throw-away network for a moment to measure the rate, validates once, and leaves time for
-    the validations, the samples and the pipeline. The number is fixed in what is returned, so that
-    the run can be repeated and resumed; how long it really takes depends on the machine. Where the
-    memory is too small for a batch, it is taken in parts, as fit_in_memory says. Raises ValueError if
-    the time is too short, or with several ranks.
+    Trains a throw-away network for a moment to measure the rate, validates once, and leaves time
+    for the validations, the samples and the pipeline. The number is fixed in what is returned, so
+    that the run can be repeated and resumed; how long it really takes depends on the machine. Where
+    the memory is too small for a batch, it is taken in parts, as fit_in_memory says. Raises
+    ValueError if the time is too short, or with several ranks.
     """
     if not 0 < minutes < math.inf:
         raise ValueError(f"minutes must be a positive number; got {minutes!r}")

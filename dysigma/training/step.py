@@ -74,8 +74,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Add up the gradients of this rank's share of a batch, part by part.
 
-    Returns the losses (B,) of all ranks, their squared gradient norms (B,) in the output layer if the
-    sampler observes those, and what was minimised here, ().
+    Returns the losses (B,) of all ranks, their squared gradient norms (B,) in the output layer if
+    the sampler observes those, and what was minimised here, ().
     """
     device = drawn.x0.device
     output = None
