@@ -311,9 +311,9 @@ assert price.iloc[:2].round(4).tolist() == [0.0255, 0.0424], (
 assert (price.iloc[1:].diff().dropna() < 0).all(), "from then on it must fall"
 
 # %% [markdown]
-# The price first rises, from 0.0255 to 0.0424. The second polynomial lowers both columns, and it lowers the sum of the separate
-# denoisers more. From then on the price falls, and with twenty polynomials it is zero. So the trade-off between noise levels
-# comes from the limited capacity of the *denoiser*. It is not a property of diffusion itself.
+# The price first rises, from 0.0255 to 0.0424. With a second polynomial both columns of losses fall, but the column *one for each
+# half* falls more. So the difference grows. From then on the price falls, and with twenty polynomials it is zero. In this toy
+# the trade-off between noise levels comes from the limited capacity of the *denoiser*, and not from diffusion itself.
 #
 # ## A real network: sweep first, then compare
 #
@@ -576,7 +576,7 @@ if is_record:
 #   three seeds, but the intervals contain 0;
 # - `p2` has a negative mean, and its interval just reaches 0.
 #
-# "Not shown to lie beyond" does not mean "shown not to lie beyond". More seeds could decide.
+# For the three open ones, "not shown to lie beyond" does not mean "shown not to lie beyond". More seeds could decide.
 #
 # ## Was the comparison fair?
 #
@@ -671,9 +671,9 @@ if is_record:
     )
 
 # %% [markdown]
-# `split 0.25` lies beyond the line through its neighbours. So the true front lies lower than a straight line there. With that
-# weight left out the gap is twice as wide as in the sweep, so a smaller part of this error remains in every $\delta$ above. The
-# error makes strategies look *better* than they are.
+# `split 0.25` lies beyond the line through its neighbours. So the true front lies lower than a straight line there. The line thus
+# has an error, and it makes strategies look *better* than they are. Here one weight was left out, so the line is twice as long as
+# in the sweep. In the sweep itself the error is smaller, but it is in every $\delta$ above.
 #
 # **Noise.** Two trainings with the same weighting and different seeds end at different points. So a point may lie beyond a front
 # by luck. As a control, compare the sweep with *itself*: its inner points with the front of another seed. A point that lies

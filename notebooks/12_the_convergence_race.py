@@ -119,7 +119,7 @@ lesson.show(
 # horizontal line: how many images does each network need to one level? "Times faster" is the second question.
 #
 # Guess before we compute anything, for the image network. Take the level that constant weights keep from the middle of their
-# training on. How many times fewer images does Dy-Sigma need to it than constant weights?
+# training on. To reach it, how many times fewer images does Dy-Sigma need than constant weights?
 #
 # A second guess. Our Dy-Sigma starts from the weights of Min-SNR, which learns nothing. To the same level, divide the images
 # that Min-SNR needs by those that Dy-Sigma needs. Above 1, learning saves images.
@@ -451,7 +451,7 @@ assert easiest[easiest.arm.isin(arms)].more.tolist() == [3, 3], (
 )
 
 # %% [markdown]
-# Start with the two lower levels, which ordinary training reaches late. There an image network with Min-SNR or Dy-Sigma needs
+# Start with the level *late* and with the *end* of ordinary training. There an image network with Min-SNR or Dy-Sigma needs
 # fewer images in all five seeds. The estimated factors are 2.2 to 2.7.
 #
 # At the easiest level it is otherwise: each of the two needs *more* images in three of the five seeds. And with *constant*
@@ -575,8 +575,8 @@ assert likelihood.loc[("CIFAR-10", "noise"), "Const ends at"] < 2, (
 # For a noise network the level is near 2 bits/dim, and the plain loss is ahead. Neither Dy-Sigma nor Min-SNR reaches the level
 # within the budget, in any seed. So only a bound is known: they need at least about *twice as many* images.
 #
-# This was the middle level. The protocol names an earlier and a later one too. At those a training may miss the level. Such a
-# training is *censored*: we know only that it needs more images than the budget. The last column counts them.
+# This was the middle level. The protocol names an earlier and a later one too. A training that never reaches a level is
+# *censored*: we know only that it needs more images than the budget. The last column counts them.
 
 # %%
 bits_by_level = {}
@@ -968,8 +968,9 @@ lesson.table(
 #
 # For reference, here are the comparisons at the middle level, for four arms. The marked rows are the registered ones.
 #
-# - *Sigmoid, stratified* is the sigmoid weighting with stratified timesteps. In the first races a Dy-Sigma starts from it and
-#   learns (`dy-sigma tuned`). On CIFAR-10 nothing is learned.
+# - The column *sigmoid, stratified* holds two arms. In the first races it is a Dy-Sigma that starts from the sigmoid weighting and
+#   learns (`dy-sigma tuned`). On CIFAR-10 it is the sigmoid weighting itself, which learns nothing. Both draw stratified
+#   timesteps.
 # - *Timesteps alike* is the geometric mean of the losses over timesteps.
 # - **≤** is a bound: the arm misses the level in at least one seed.
 # - **≥** is a bound too: the constant misses the level in at least one seed.

@@ -499,8 +499,8 @@ assert round(by_part["old palettes"].iloc[0], 2) == 1.06, (
 # pretraining there may be nothing left to learn at these levels.
 #
 # The table also shows what the *specific* ratio is made of. At the cleaner levels Dy-Sigma gains nothing on frost. On the old
-# palettes it ends 6 % behind plain training there. So the *specific* ratio is below 1 in part because the old palettes got
-# worse, and not because frost got better.
+# palettes it ends 6 % behind plain training there. So a part of the *specific* ratio is no gain on frost. It is a loss on the
+# old palettes.
 #
 # ## Fewer images, and a second metric
 #
@@ -606,8 +606,8 @@ lesson.gallery(
 )
 
 # %% [markdown]
-# The first two blocks have the palette of frost, and no clear shapes. We see no difference between them, although their
-# mean losses differ by about a quarter. In the third block the noise is still there.
+# The first two blocks have the palette of frost, and no clear shapes. We see no difference between them, although the mean
+# loss of Dy-Sigma is lower by about a quarter. In the third block the noise is still there.
 #
 # ## What follows, and what does not
 #
