@@ -36,15 +36,20 @@ section::after { content: counter(slide) " / " attr(data-of); position: absolute
 h1, h2, h3 { line-height: 1.15; margin: 0 0 0.5em; }
 p, ul, ol, blockquote { margin: 0 0 0.6em; max-width: 45em; }
 blockquote { border-left: 0.25em solid #2a6fb0; padding-left: 0.8em; }
-section > div { max-width: 100%; overflow-x: auto; }
+section > div, section > table { display: block; max-width: 100%; overflow-x: auto; }
 img { display: block; max-width: 100%; max-height: 88vh; }
 section.picture { align-items: center; padding: 2vmin; }
+section.picture img { width: 94vw; height: 88vh; object-fit: contain; }
 table { border-collapse: collapse; font-size: 0.8em; }
 td, th { padding: 0.2em 0.8em; border-bottom: 1px solid #ddd; }
 math { font-family: "STIX Two Math", "Latin Modern Math", "Cambria Math", "STIXGeneral", math; }
 math[display="block"] { font-size: 1.1em; margin: 0.4em 0; }
 aside { display: none; max-width: 55em; margin-top: 1em; padding: 0.6em 1em; font-size: 1rem; background: #f3f3f3; }
 .with-notes aside { display: block; }
+@media (max-width: 700px) {
+  section { min-height: 45vh; max-width: 100vw; overflow-x: auto; }
+  section.picture img { width: 100%; height: auto; }
+}
 @media print { section { page-break-after: always; } }
 """
 
