@@ -25,7 +25,7 @@
 # **You need** log-SNR from [01](01_forward_process_and_snr.ipynb) and the training step of
 # [07](07_train_a_compact_ddpm.ipynb). [02](02_one_network_many_objectives.ipynb) shows why the question matters.
 #
-# **Time** reading 25 min · running about 100 s (short run 25 s) on one CPU core · memory under 1 GB.
+# **Time** reading 25 min · running about 80 s (short run 25 s) on one CPU core · memory under 1 GB.
 #
 # **Functions introduced** `dysigma.conflicts`, `dysigma.gradients.bin_gramian`, `bin_timesteps`, `cosine_matrix`.
 
@@ -50,12 +50,12 @@ from dysigma.randomness import generator
 from dysigma.runs import load_run, read_json
 from dysigma.training import build, iterate
 
-lesson = Lesson("08_gradient_conflicts", trains_on="cpu")
+lesson = Lesson("08_gradient_conflicts", trains_on="auto")
 
 # %% [markdown]
 # ## One angle, measured many times
 #
-# We train a few small networks that predict noise, on images of dead leaves. Of each we keep three versions: before
+# We train two small networks that predict noise, on images of dead leaves. Of each we keep three versions: before
 # training, at the end, and the running average of the weights (EMA), from which one would sample.
 
 # %%
@@ -65,12 +65,12 @@ config = TrainConfig(
     model="micro",
     images=lesson.fast(9_600, 3_200),
     lr=2e-3,
-    device="cpu",
+    device=str(lesson.device),  # a GPU if there is one
 )
-is_default = config.lr == 2e-3 and config.images == 9_600
-data = leaves(4096, size=8)
-schedule = NoiseSchedule.linear(1000)
-seeds = range(lesson.fast(3, 2))
+is_default = config.lr == 2e-3 and lesson.as_published
+data = leaves(4096, size=8).to(lesson.device)
+schedule = NoiseSchedule.linear(1000).to(lesson.device)
+seeds = range(2)
 
 
 def train_and_keep(seed):
@@ -105,8 +105,9 @@ def gramian_of_batch(model, timesteps, bins, draw, splits=1):
     """Inner products of the gradients of the bins, from one fresh batch."""
     chosen = torch.randint(len(data.images), timesteps.shape, generator=draw)
     x0 = data.images[chosen] / 127.5 - 1
-    noise = torch.randn(x0.shape, generator=draw)
-    return bin_gramian(model, schedule, x0, noise, timesteps, bins, splits=splits)
+    noise = torch.randn(x0.shape, generator=draw).to(x0.device)
+    found = bin_gramian(model, schedule, x0, noise, timesteps, bins, splits=splits)
+    return found.cpu()
 
 
 def measure_often(samples, splits=1):
@@ -119,7 +120,7 @@ def measure_often(samples, splits=1):
     return torch.stack(found)
 
 
-sizes = [4, 16, 64, lesson.fast(512, 128)]
+sizes = [4, 16, 64, lesson.fast(384, 128)]
 measured = {}
 for samples in sizes:
     measured[samples] = cosine_matrix(measure_often(samples))[:, 0, 1]
@@ -128,7 +129,8 @@ for samples in sizes:
 almost_true = float(measured[sizes[-1]].mean())
 display(
     Markdown(
-        f"With {sizes[-1]} samples of each timestep, the mean cosine is **{almost_true:.2f}**."
+        f"With {sizes[-1]} samples of each timestep, the mean cosine is "
+        f"**{almost_true:.2f}**."
     )
 )
 
@@ -165,17 +167,19 @@ lesson.show(
     fig,
     "08_angle",
     title="Few samples make opposed gradients look less opposed",
-    caption="Cosine of the gradients at t = 80 and t = 700 of one network, several fresh batches for each size. Black: "
-    "their mean. It moves towards 0 as batches get smaller.",
-    alt="Dots of measured cosines against the number of samples. At 4 samples they scatter about a mean close to zero, "
-    "at the largest size they lie close together far below zero.",
+    caption="Cosine of the gradients at t = 80 and t = 700 of one network, several "
+    "fresh batches for each size. Black: their mean. It moves towards 0 as batches "
+    "get smaller.",
+    alt="Dots of measured cosines against the number of samples. At 4 samples they "
+    "scatter about a mean close to zero, at the largest size they lie close together "
+    "far below zero.",
 )
 if is_default:
     assert measured[4].mean() > 0.6 * almost_true, "few samples must shrink the cosine"
 
 # %% [markdown]
 # Scatter is what one expects of small batches. But the *mean* moves too. Averaging many such cosines does not help. So
-# "distant timesteps are nearly orthogonal" can be a statement about a batch size.
+# "distant timesteps are nearly orthogonal" may tell more about a batch size than about a network.
 #
 # ## What an inner product says
 #
@@ -212,7 +216,8 @@ predicted = -eta * gramian[0]
 
 lesson.table(
     pd.DataFrame({"predicted × 10⁶": 1e6 * predicted, "real × 10⁶": 1e6 * change}).T,
-    caption="A step for timestep 0 of the toy: change of the ten losses (clean → noisy)",
+    caption="A step for timestep 0 of the toy: change of the ten losses (clean → "
+    "noisy)",
     digits=2,
 )
 torch.testing.assert_close(change, predicted, rtol=0.02, atol=1e-8)
@@ -249,8 +254,9 @@ truth = cosine_matrix(gramian)
 naive_predicted = truth * shrink[:, None] * shrink[None, :]
 display(
     Markdown(
-        f"With {SAMPLES} samples of each, timesteps 0 and 3 have the true cosine **{truth[0, 3]:.2f}** "
-        f"and gradient-to-noise ratios of {gnr[0]:.1f} and {gnr[3]:.2f}."
+        f"With {SAMPLES} samples of each, timesteps 0 and 3 have the true cosine "
+        f"**{truth[0, 3]:.2f}** and gradient-to-noise ratios of {gnr[0]:.1f} and "
+        f"{gnr[3]:.2f}."
     )
 )
 
@@ -272,7 +278,7 @@ gaussian = gaussian * variances.sqrt().float()
 def measure_toy(paired):
     """Many independent measurements of the toy."""
     reports = []
-    for seed in range(lesson.fast(60, 20)):
+    for seed in range(lesson.fast(50, 20)):
         report = conflicts(
             toy,
             gaussian,
@@ -413,11 +419,14 @@ axes[0].set(ylabel="measured cosine, mean of many repeats", ylim=(-1.05, 1.05))
 lesson.show(
     fig,
     "08_shrink",
-    title="The naive cosine is wrong in two ways; the debiased one lies on the diagonal",
-    caption="Each dot is one pair of timesteps of the toy, 16 samples each. Independent samples pull the naive cosine "
-    "towards 0. Shared samples push it up: some conflicts even look like agreement.",
-    alt="Two panels of measured against true cosine with the diagonal. Debiased dots lie on the diagonal in both. Naive "
-    "dots lie flatter than the diagonal on the left, and above it on the right.",
+    title="The naive cosine is wrong in two ways; the debiased one lies on the "
+    "diagonal",
+    caption="Each dot is one pair of timesteps of the toy, 16 samples each. "
+    "Independent samples pull the naive cosine towards 0. Shared samples push it up: "
+    "some conflicts even look like agreement.",
+    alt="Two panels of measured against true cosine with the diagonal. Debiased dots "
+    "lie on the diagonal in both. Naive dots lie flatter than the diagonal on the "
+    "left, and above it on the right.",
 )
 for reports in panels.values():
     gap = (mean_over_repeats(reports, True) - true_pairs).abs().max()
@@ -450,8 +459,9 @@ claimed = np.sqrt(np.nanmean(errors**2, axis=0))[above[0], above[1]]
 too_wide = float(np.median(claimed / spread))
 display(
     Markdown(
-        f"{(~known).double().mean():.0%} of the cosines are undetermined. Of the others, the intervals hold the truth "
-        f"in **{coverage:.0%}** of cases. The standard errors are {too_wide:.1f} times the real spread (median)."
+        f"{(~known).double().mean():.0%} of the cosines are undetermined. Of the "
+        f"others, the intervals hold the truth in **{coverage:.0%}** of cases. The "
+        f"standard errors are {too_wide:.1f} times the real spread (median)."
     )
 )
 assert coverage > 0.92, "intervals of 95 % must hold the truth at least about as often"
@@ -534,7 +544,7 @@ share = bins.counts.double() / 1000  # training draws timesteps uniformly
 SAMPLES_PER_BATCH = {
     "before training": 4,
     "end": lesson.fast(16, 8),
-    "end, averaged": lesson.fast(48, 16),
+    "end, averaged": lesson.fast(32, 16),
 }
 
 
@@ -576,7 +586,8 @@ means = results.groupby("weights", sort=False).mean()
 lesson.reveal(QUESTION_SURE, float(means.loc["end, averaged", "sure conflict"]))
 lesson.table(
     means,
-    caption=f"Means over {len(seeds)} networks; the last two columns are shares of the 45 pairs",
+    caption=f"Means over {len(seeds)} networks; the last two columns are shares of "
+    "the 45 pairs",
     mark="end, averaged",
     digits=2,
 )
@@ -635,11 +646,14 @@ large.set(xlabel="log-SNR of the bin (clean → noisy)", ylabel="log-SNR of the 
 lesson.show(
     fig,
     "08_matrices",
-    title=f"The naive matrix pales the conflicts, and fills in {few.undetermined} of 45 pairs that are not known",
-    caption="Cosines between ten bins of one network. Red agrees, blue conflicts, hatched is undetermined. Left: one set of "
-    "samples, read in two ways. Right: many samples.",
-    alt="Three ten by ten matrices of cosines. The upper left one is paler, the lower left one partly hatched. The "
-    "large one on the right has strong red blocks and strong blue cells.",
+    title=f"The naive matrix pales the conflicts, and fills in {few.undetermined} of "
+    "45 pairs that are not known",
+    caption="Cosines between ten bins of one network. Red agrees, blue conflicts, "
+    "hatched is undetermined. Left: one set of samples, read in two ways. Right: many "
+    "samples.",
+    alt="Three ten by ten matrices of cosines. The upper left one is paler, the lower "
+    "left one partly hatched. The large one on the right has strong red blocks and "
+    "strong blue cells.",
 )
 
 # %%
@@ -650,10 +664,11 @@ debiased_low = (determined.abs() < 0.3).double().mean()
 noisy_half = many.cosine_debiased[5:, 5:]
 display(
     Markdown(
-        f"With {few_samples} samples and the naive formula, **{naive_low:.0%}** of the pairs have a cosine between −0.3 "
-        f"and 0.3. Of the pairs that many samples determine, {debiased_low:.0%} do. Their cosines reach from "
-        f"{determined.min():.2f} to {determined.max():.2f}. Among the five noisiest bins the lowest is "
-        f"{noisy_half[noisy_half.isfinite()].min():.2f}."
+        f"With {few_samples} samples and the naive formula, **{naive_low:.0%}** of "
+        "the pairs have a cosine between −0.3 and 0.3. Of the pairs that many "
+        f"samples determine, {debiased_low:.0%} do. Their cosines reach from "
+        f"{determined.min():.2f} to {determined.max():.2f}. Among the five noisiest "
+        f"bins the lowest is {noisy_half[noisy_half.isfinite()].min():.2f}."
     )
 )
 
@@ -677,14 +692,15 @@ dealt_bins = Dealt(bins.edges)
 ratios = []
 for repeat in range(REPEATS):
     draw = generator(repeat, 0, "dealt")
-    mixed = torch.randint(0, 1000, (10 * lesson.fast(64, 32),), generator=draw)
+    mixed = torch.randint(0, 1000, (10 * lesson.fast(48, 32),), generator=draw)
     alike = gramian_of_batch(network, mixed, dealt_bins, draw, splits=4)
     ratios.append(
         [float(alike[above[0], above[1]].mean()), float(alike.diagonal().mean())]
     )
 between, own = np.mean(ratios, axis=0)
 print(
-    f"bins that are alike: mean inner product over mean squared length = {between / own:.2f}"
+    "bins that are alike: mean inner product over mean squared length = "
+    f"{between / own:.2f}"
 )
 if is_default:
     assert abs(between / own - 1) < 0.4, "bins with one distribution must agree"
@@ -692,9 +708,9 @@ of_real_bins = means.loc["end, averaged", "debiased"]
 print(f"bins of noise levels, from the table above: mean cosine {of_real_bins:.2f}")
 
 # %% [markdown]
-# The result is near 1, and not exactly 1. The averaged weights have short gradients and much noise, so a mean over a
-# few batches still scatters; the check allows 0.6 to 1.4. The bins of noise levels have a far lower mean cosine. So what
-# the matrix shows is not an artefact of the estimate.
+# The result is not exactly 1. The averaged weights have short gradients and much noise, so a mean over a few batches
+# still scatters; the check allows 0.6 to 1.4. But the bins of noise levels have a mean cosine that is far from it. So
+# what the matrix shows is not an artefact of the estimate.
 #
 # ## How noisy is a training step?
 #
@@ -728,10 +744,11 @@ averaged = noise_scales["end, averaged"]
 more_gradient = sum(scale < config.batch_size for scale in at_end)
 display(
     Markdown(
-        f"Gradient and noise are equal at **{min(at_end):.0f} to {max(at_end):.0f} images** at the raw weights, and at "
-        f"{min(averaged):.0f} to {max(averaged):.0f} images at the averaged ones. The batches of this training had "
-        f"{config.batch_size} images. So at its end a step holds more gradient than noise in **{more_gradient} of "
-        f"{len(at_end)} networks**."
+        f"Gradient and noise are equal at **{min(at_end):.0f} to {max(at_end):.0f} "
+        f"images** at the raw weights, and at {min(averaged):.0f} to "
+        f"{max(averaged):.0f} images at the averaged ones. The batches of this "
+        f"training had {config.batch_size} images. So at its end a step holds more "
+        f"gradient than noise in **{more_gradient} of {len(at_end)} networks**."
     )
 )
 
@@ -750,7 +767,8 @@ display(
 run = best_run("cifar10-min-snr")
 if not (run.path / "conflicts.json").exists():
     print(
-        f"not measured yet, so here is the record; to measure yours: dysigma conflicts {run.path}"
+        "not measured yet, so here is the record; to measure yours: dysigma "
+        f"conflicts {run.path}"
     )
     run = load_run("../data/runs/cifar10-cpu-small")
 measured = read_json(run.path / "conflicts.json")["report"]
@@ -758,7 +776,8 @@ report = ConflictReport.from_dict(measured)
 naive = report.cosine[above[0], above[1]]
 samples = report.settings["micro_batches"] * report.settings["batch_per_bin"]
 print(
-    f"{samples} samples a bin; naive cosines from {naive.min():.2f} to {naive.max():.2f}"
+    f"{samples} samples a bin; naive cosines from {naive.min():.2f} to "
+    f"{naive.max():.2f}"
 )
 print(f"pairs of 45 whose sign is not determined: {report.undetermined}")
 if run.path.name == "cifar10-cpu-small":
@@ -858,7 +877,7 @@ lesson.check("8.2", samples_needed)
 #
 # ## Limitations
 #
-# - One small architecture, images of 8 × 8 pixels, three networks, unweighted losses. A network with more capacity has
+# - One small architecture, images of 8 × 8 pixels, two networks, unweighted losses. A network with more capacity has
 #   shorter gradients, and so less conflict, at its minimum.
 # - The weighted cosine of a trained network is compared with a bound that holds at a stationary point. Our networks are
 #   near one at best.
