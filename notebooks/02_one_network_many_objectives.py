@@ -49,7 +49,8 @@ from dysigma.gradients import negative_transfer
 from dysigma.pareto import non_dominated
 from dysigma.randomness import generator
 
-lesson = Lesson("02_one_network_many_objectives", trains_on="cpu")
+lesson = Lesson("02_one_network_many_objectives", trains_on="auto")
+device = lesson.device  # a GPU if there is one
 
 # %% [markdown]
 # ## Five jobs
@@ -59,16 +60,18 @@ lesson = Lesson("02_one_network_many_objectives", trains_on="cpu")
 # give. The images of this page are Gaussian random fields. For them the best answer is known exactly.
 
 # %%
-schedule = NoiseSchedule.cosine(1000)
+schedule = NoiseSchedule.cosine(1000).to(device)
 bands = Bins.uniform(1000, 5)
 NAMES = ["cleanest", "clean", "middle", "noisy", "noisiest"]
 
 middles = torch.tensor([100, 300, 500, 700, 900])
 one_image = gaussian_fields(1, size=32, split="test").images.float() / 127.5 - 1
-five_times = one_image.expand(5, -1, -1, -1)
+five_times = one_image.to(device).expand(5, -1, -1, -1)
 noise = torch.randn(five_times.shape, generator=generator(0, 0, "picture"))
+noise = noise.to(device)  # drawn on the CPU, so that it is the same everywhere
 seen = schedule.add_noise(five_times, noise, middles)
-best_answer = OptimalDenoiser(GaussianField(32), schedule, "sample")(seen, middles)
+best_denoiser = OptimalDenoiser(GaussianField(32), schedule, "sample").to(device)
+best_answer = best_denoiser(seen, middles)
 
 lesson.gallery(
     {
@@ -80,10 +83,12 @@ lesson.gallery(
     columns=5,
     pixels=128,
     title="Five jobs: from sharpening pixels to guessing the mean",
-    caption="One image at the middle timestep of each band. On the left the best answer keeps nearly every pixel. On "
-    "the right it keeps only the largest shapes, and at last hardly anything.",
-    alt="Three rows of five grey pictures. First row: the same cloud-like image five times. Second row: it drowns in "
-    "noise from left to right. Third row: a sharp image on the left becomes blurred, then nearly uniform.",
+    caption="One image at the middle timestep of each band. On the left the best "
+    "answer keeps nearly every pixel. On the right it keeps only the largest shapes, "
+    "and at last hardly anything.",
+    alt="Three rows of five grey pictures. First row: the same cloud-like image five "
+    "times. Second row: it drowns in noise from left to right. Third row: a sharp "
+    "image on the left becomes blurred, then nearly uniform.",
 )
 
 # %% [markdown]
@@ -114,20 +119,21 @@ lesson.gallery(
 TEST_IMAGES = lesson.fast(32, 8)
 PROBES = evaluation_timesteps(1000, 40)  # eight timesteps in each band
 
-test = gaussian_fields(TEST_IMAGES, split="test")
+test = gaussian_fields(TEST_IMAGES, split="test").to(device)
 x0 = (test.images.float() / 127.5 - 1).repeat(40, 1, 1, 1)
-timesteps = PROBES.repeat_interleave(TEST_IMAGES)
-noise = torch.randn(x0.shape, generator=generator(0, 0, "noise"))
+timesteps = PROBES.repeat_interleave(TEST_IMAGES).to(device)
+noise = torch.randn(x0.shape, generator=generator(0, 0, "noise")).to(device)
 x_t = schedule.add_noise(x0, noise, timesteps)
-best = OptimalDenoiser(GaussianField(8), schedule, "epsilon")(x_t, timesteps)
+best_denoiser = OptimalDenoiser(GaussianField(8), schedule, "epsilon").to(device)
+best = best_denoiser(x_t, timesteps)
 
 
 @torch.no_grad()
 def excess(model):
-    """The loss above the floor at each probe: (40,)."""
+    """The loss above the floor at each probe: (40,), on the CPU."""
     predicted = model(x_t, timesteps)
     squared = (predicted - best).square().mean((1, 2, 3))
-    return squared.view(40, TEST_IMAGES).mean(1)
+    return squared.view(40, TEST_IMAGES).mean(1).cpu()
 
 
 def by_band(values):
@@ -136,11 +142,12 @@ def by_band(values):
 
 
 # %%
-loss_of_best = (best - noise).square().mean((1, 2, 3)).view(40, TEST_IMAGES).mean(1)
-floor = field_floor(schedule)[PROBES].float()
+loss_of_best = (best - noise).square().mean((1, 2, 3)).cpu()
+loss_of_best = loss_of_best.view(40, TEST_IMAGES).mean(1)
+floor = field_floor(schedule)[PROBES].float().cpu()
 
 facts = pd.DataFrame(index=pd.Index(NAMES, name="band"))
-facts["log-SNR"] = by_band(schedule.log_snr[PROBES])
+facts["log-SNR"] = by_band(schedule.log_snr[PROBES].cpu())
 facts["floor"] = by_band(floor)
 facts["loss of the best denoiser"] = by_band(loss_of_best)
 lesson.table(facts, caption="The five bands (cosine schedule)")
@@ -159,26 +166,26 @@ assert TEST_IMAGES < 32 or floors["cleanest"] > 100 * floors["noisiest"], (
 #
 # A specialist serves one band only, and has nothing to compromise with. Do five specialists beat one shared network? That
 # depends on what we keep equal. Five networks share the work of one, so each gets a fifth of the *images*, or else a
-# fifth of the *steps*. A young network needs many steps more than it needs many images. So we try both.
+# fifth of the *steps*. Early in training, the number of steps matters more than the number of images. So we try both.
 #
 # - **Shared:** one network, with some number of steps at 32 images each.
 # - **Specialists, fewer steps:** five networks. Each gets a fifth of the steps, at 32 images each.
 # - **Specialists, equal steps:** five networks. Each gets all the steps, at 6 images each.
 #
-# In all three plans the images in all are nearly the same. The next cell computes them.
+# The three plans use nearly the same number of images in total. The next cell computes it.
 
 # %%
-STEPS = lesson.fast(300, 15)
+STEPS = lesson.fast(270, 15)
 SEEDS = range(lesson.fast(3, 2))
 WIDTH = 32  # channels of the network
-data = gaussian_fields(8192)
+data = gaussian_fields(8192).to(device)
 
-# Claims about this experiment are checked for the default settings, and not in a short run.
+# Claims about this experiment are checked for the default settings, in a full run on the CPU.
 is_cosine = torch.equal(
-    schedule.alphas_cumprod, NoiseSchedule.cosine(1000).alphas_cumprod
+    schedule.alphas_cumprod.cpu(), NoiseSchedule.cosine(1000).alphas_cumprod
 )
-is_full_size = STEPS == 300 and len(SEEDS) == 3 and WIDTH == 32
-is_default = is_cosine and lesson.fast(is_full_size, False)
+is_full_size = STEPS == 270 and len(SEEDS) == 3 and WIDTH == 32
+is_default = is_cosine and is_full_size and lesson.as_published
 
 plans = pd.DataFrame(columns=["networks", "steps of each", "images in a step"])
 plans.loc["shared"] = [1, STEPS, 32]
@@ -219,7 +226,7 @@ class SmallDenoiser(nn.Module):
 
 def new_network(seed):
     torch.manual_seed(seed)
-    return SmallDenoiser()
+    return SmallDenoiser().to(device)
 
 
 # %% [markdown]
@@ -236,6 +243,7 @@ def train(model, learning_rates, seed, first=0, last=1000, batch_size=32):
         uniform = torch.rand(batch_size, generator=generator(seed, step, "timesteps"))
         drawn = first + (uniform * (last - first)).long()
         eps = torch.randn(images.shape, generator=generator(seed, step, "noise"))
+        eps = eps.to(device)
         loss = sample_losses(model, schedule, images, eps, drawn, "epsilon").mean()
         optimizer.zero_grad()
         loss.backward()
@@ -318,18 +326,23 @@ ax.minorticks_off()
 if is_default:
     title = "Specialists lose with fewer steps; with equal steps they often win"
     shape = (
-        "The one for fewer steps lies far above one everywhere. The one for equal steps is near one in the second and "
-        "third band and below it in the other three."
+        "The one for fewer steps lies far above one everywhere. The one for equal "
+        "steps is near one in the second and third band and below it in the other "
+        "three."
     )
 else:
-    title = f"Bands with better specialists: fewer steps {better_fewer} of 5, equal steps {better_equal} of 5"
+    title = (
+        f"Bands with better specialists: fewer steps {better_fewer} of 5, equal steps "
+        f"{better_equal} of 5"
+    )
     shape = "Below one, the specialists are better."
 lesson.show(
     fig,
     "02_specialists",
     title=title,
-    caption="Excess of each specialist in its own band, relative to the shared network. Below the line specialists are "
-    "better. Lines: geometric mean of the seeds. Dots: single seeds. Images in all are nearly equal in the three plans.",
+    caption="Excess of each specialist in its own band, relative to the shared "
+    "network. Below the line specialists are better. Lines: geometric mean of the "
+    "seeds. Dots: single seeds. Images in all are nearly equal in the three plans.",
     alt=f"Two lines over five bands on a logarithmic axis. {shape}",
 )
 
@@ -338,8 +351,9 @@ times_fewer = (own_fewer / shared).log().mean(0).exp()
 times_equal = (own_equal / shared).log().mean(0).exp()
 display(
     Markdown(
-        f"With fewer steps, the excess of specialists is {times_fewer.min():.1f} to {times_fewer.max():.1f} times that of the "
-        f"shared network. With equal steps, it is {times_equal.min():.2f} to {times_equal.max():.2f} times."
+        f"With fewer steps, the excess of specialists is {times_fewer.min():.1f} to "
+        f"{times_fewer.max():.1f} times that of the shared network. With equal steps, "
+        f"it is {times_equal.min():.2f} to {times_equal.max():.2f} times."
     )
 )
 if is_default:
@@ -425,7 +439,7 @@ TUNING_RATES = [1e-4] * lesson.fast(20, 3)
 
 
 def transfer_matrix(network, seed):
-    """Row: the band a copy trains on. Column: the part of a band's excess that is gone."""
+    """Row: band a copy trains on. Column: part of a band's excess that is gone."""
     before = by_band(excess(network))
     rows = []
     for band in range(5):
@@ -472,8 +486,8 @@ axes[0].set_ylabel("trained on")
 if is_default:
     title = "First every band helps every other; later most of them compete"
     shape = (
-        "In the first every cell is red. In the last the diagonal is red and most other cells are blue, the bluest far "
-        "from the diagonal."
+        "In the first every cell is red. In the last the diagonal is red and most "
+        "other cells are blue, the bluest far from the diagonal."
     )
 else:
     title = "Which band's training helps which band, at three ages of the network"
@@ -482,8 +496,9 @@ lesson.show(
     fig,
     "02_transfer",
     title=title,
-    caption=f"Part of the excess in the band of the column that is gone, when a copy trains {len(TUNING_RATES)} steps on the "
-    "band of the row. Red: the band got better. Blue: it got worse. Means over seeds; the colours end at ±0.5.",
+    caption="Part of the excess in the band of the column that is gone, when a copy "
+    f"trains {len(TUNING_RATES)} steps on the band of the row. Red: the band got "
+    "better. Blue: it got worse. Means over seeds; the colours end at ±0.5.",
     alt=f"Three signed five by five matrices. {shape}",
 )
 
@@ -579,7 +594,7 @@ if is_default:
 # %% [markdown]
 # Read the two rows of gains. In the young network specialising gains little: all bands want nearly the same step. In the
 # old one it gains clearly more than the control. The shared network gives up this gain in one band, so that the other bands
-# do not get worse. It is one measured piece of the price of sharing.
+# do not get worse. This is a part of the price of sharing.
 #
 # ## What this has to do with loss weights
 #
@@ -655,7 +670,7 @@ lesson.exercise(
     expected=loss_shared - loss_alone,
     mistakes={
         "That is the excess: it is measured from the floor.": loss_shared - loss_floor,
-        "The sign: the shared network has the larger loss, so the price is positive.": loss_alone
+        "The sign: the shared loss is the larger, so the price is positive.": loss_alone
         - loss_shared,
     },
 )
@@ -748,8 +763,8 @@ print("negative transfer where the value is below 0:", row_of_transfer)
 #
 # ## Limitations
 #
-# - One data set of 8 × 8 Gaussian fields, one small network, 300 steps, one untuned learning rate, three seeds. When, and
-#   how strongly, large networks on photographs enter the late stage is not shown here.
+# - One data set of 8 × 8 Gaussian fields, one small network, 270 steps, one untuned learning rate, three seeds. When,
+# and how strongly, large networks on photographs enter the late stage is not shown here.
 # - Equal steps with 6 images a step means noisier steps. No comparison of one network with five is equal in all respects,
 #   and none of ours lets the specialists train to the end.
 # - Transfer is measured by 20 steps on one band with nothing else in the batch. Part of it is forgetting, which joint

@@ -34,7 +34,7 @@ EDITS = [
             "POINTS = [-1.0, 1.0]": "POINTS = [-1.0, 0.0, 1.0]",
         },
     ),
-    ("02", {"STEPS = lesson.fast(300, 15)": "STEPS = 120", "WIDTH = 32": "WIDTH = 8"}),
+    ("02", {"STEPS = lesson.fast(270, 15)": "STEPS = 120", "WIDTH = 32": "WIDTH = 8"}),
     ("02", {"schedule = NoiseSchedule.cosine(1000)": "schedule = NoiseSchedule.linear(1000)"}),
     (
         "03",
