@@ -12,8 +12,8 @@
 # %% [markdown]
 # # 09 · Acting on conflicts
 #
-# > **Claim.** MGDA, UPGrad, PCGrad and CAGrad change the weights of one step by looking at the Gramian. What they
-# > promise, they promise for the Gramian they are given: noise in it breaks the promise.
+# > **Question.** Noise levels pull against each other. MGDA, UPGrad, PCGrad and CAGrad look at the conflicts before each step.
+# > What do they promise, do they keep it in training, and when are they better than the plain sum of losses or Dy-Sigma?
 #
 # **You will be able to**
 #
@@ -233,10 +233,11 @@ if is_default:
 # weights follow the clean bins, because their gradients are longest. Dy-Sigma gives more weight to the noisy bins,
 # whose losses are small. In this step that makes the clean bins worse.
 #
-# ## The promise holds for the Gramian one has
+# ## Does the promise hold with few samples?
 #
-# In training, $G$ comes from a few samples. Give the rules such a Gramian, naive or debiased. Take their weights, and ask
-# the well-measured $G$ what they really do. How often does some bin get worse?
+# The picture used a well-measured $G$. In training, $G$ comes from a few samples. Give the rules such a $G$, with the noise
+# in it (naive) or taken out on average (debiased, [08](08_gradient_conflicts.ipynb)). Take their weights, and ask the
+# well-measured $G$ what these really do. In how many repeats does some bin get worse?
 
 # %%
 QUESTION_BROKEN = (
