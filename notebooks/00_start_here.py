@@ -25,12 +25,14 @@
 # **You need** Python, and PyTorch at the level of writing a training loop. A short test at the end of this page tells
 # you whether the course is for you.
 #
-# **Time** reading 15 min · running about 90 s (short run 20 s) on one CPU core · memory under 1 GB.
+# **Time** reading 15 min · running about 60 s (short run 20 s) on one CPU core, or on a GPU if there is one ·
+# memory under 1 GB.
 #
 # **Functions introduced** `dysigma.make_weighting`, `dysigma.sample_losses`, `dysigma.evaluation.sample_images`,
 # `dysigma.data.shapes`, `dysigma.data.batch`, `dysigma.make_model`.
 
 # %%
+import copy
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -45,7 +47,7 @@ from dysigma.evaluation import sample_images
 from dysigma.images import tile
 from dysigma.runs import read_metrics
 
-lesson = Lesson("00_start_here", trains_on="cpu")
+lesson = Lesson("00_start_here", trains_on="auto")
 
 # %% [markdown]
 # ## The same network, the same images, the same number of steps
@@ -55,7 +57,7 @@ lesson = Lesson("00_start_here", trains_on="cpu")
 # number of steps were the same in all four runs. Two things differed: what the network predicts, and how the losses of
 # the noise levels are weighted.
 #
-# Each row below shows twenty samples of one run. The network was told which shape to draw, in the order of the list
+# Each block below shows twenty samples of one run. The network was told which shape to draw, in the order of the list
 # above. All four runs used the same learning rate, 0.008. It was not tuned for each run, so read the picture as an
 # example and not as a fair race.
 
@@ -80,15 +82,18 @@ lesson.gallery(
     pictures,
     "00_first_minute",
     columns=10,
-    title="Same network, same images, same time: what the network predicts decides what you get",
-    caption="Twenty samples of each run, asked for in the same order, from the same latents.",
-    alt="Four blocks of twenty small pictures. The blocks differ in how clearly one can name the shapes in them.",
+    title="Same network, same images, same time: what the network predicts decides "
+    "what you get",
+    caption="Twenty samples of each run, asked for in the same order, from the same "
+    "latents.",
+    alt="Four blocks of twenty small pictures. The blocks differ in how clearly one "
+    "can name the shapes in them.",
 )
 
 # %% [markdown]
 # How much of that is the *target* (what the network predicts), and how much is the *weights*? The table measures how
 # far 500 samples of each run are from the data: the Fréchet distance between the pixels of samples and of training
-# images, lower is better. Compare the first two rows for the target, and the next two with the second for the weights.
+# images, lower is better. The first two rows differ in the target. The second, third and fourth differ in the weights.
 #
 # A sceptic asks whether the noise network had a bad learning rate. So the last row has the same training at a quarter of
 # the rate.
@@ -127,8 +132,8 @@ assert 0.89 < of_dy_sigma < 0.91, "and dy-sigma 10 % nearer"
 #
 # ## Watch two of them learn
 #
-# How do the shapes appear? We trained the first network and the third again, and stopped from time to time to draw from
-# the same twenty latents. In each frame, both have seen the same images.
+# How do the shapes appear? We trained the first and the third of the four networks again. From time to time we stopped,
+# and drew samples from the same twenty latents. In each frame, both networks have seen the same images.
 
 # %%
 along_noise = np.load(RECORD / "along-noise-plain-loss.npz")
@@ -156,13 +161,14 @@ lesson.animate(
     frames,
     "00_two_networks_learn",
     title="Shapes appear sooner if the network predicts the image",
-    caption="Samples from the same twenty latents while two networks train on the same images.",
-    alt="Two blocks of twenty small pictures that change together. In the lower block shapes stand out from the "
-    "background earlier than in the upper one.",
+    caption="Samples from the same twenty latents while two networks train on the "
+    "same images.",
+    alt="Two blocks of twenty small pictures that change together. In the lower block "
+    "shapes stand out from the background earlier than in the upper one.",
 )
 
 # %% [markdown]
-# This is the same pair of runs in time, again with one seed. The order of the shapes is that of the list above.
+# This is one seed and one learning rate again.
 #
 # ## Your own first minute
 #
@@ -171,6 +177,7 @@ lesson.animate(
 
 # %%
 data = shapes(lesson.fast(10_000, 1_000))
+data = data.to(lesson.device)  # a GPU if there is one
 print(
     len(data),
     "images of",
@@ -186,7 +193,8 @@ print(
 #
 # **The weights.** The loss at every timestep gets a factor. Min-SNR (Hang et al. 2023) uses
 # $\min(\mathrm{SNR}, 5)$ for a network that predicts the image: the signal-to-noise ratio, but never more than 5. All
-# weights are divided by their mean. So a weight is 1 on average, and says how much a timestep counts beside the others.
+# weights are divided by their mean. So a weight is 1 on average, and says how much a timestep counts compared with the
+# others.
 
 # %%
 schedule = NoiseSchedule.cosine(1000)
@@ -198,22 +206,25 @@ by_hand = (by_hand / by_hand.mean()).float()
 torch.testing.assert_close(weighting.weights(), by_hand)
 
 # %% [markdown]
-# **The loop.** This is all there is to using a weighting. `sample_losses` returns one loss for each image, *not* their
-# mean. `weighting` turns losses and timesteps into the number on which to call `backward`.
+# **The loop.** The network, the schedule and the weighting go to the device of the page: a GPU if PyTorch finds one.
+# The first line of output above says which. This is all there is to using a weighting. `sample_losses` returns one loss
+# for each image, *not* their mean. `weighting` turns losses and timesteps into the number on which to call `backward`.
 
 # %%
-IMAGES = lesson.fast(24_000, 1_280)
+IMAGES = lesson.fast(12_800, 1_280)
 BATCH = 32
 
 torch.manual_seed(0)
 model = make_model("tiny", image_size=16, num_classes=data.num_classes)
+for part in (model, schedule, weighting):
+    part.to(lesson.device)
 average = EMA(model, half_life=500_000)
 optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
 
 
 def train_step(step):
     x0, labels, _ = batch(data, seed=0, step=step, batch_size=BATCH)
-    timesteps = torch.randint(0, 1000, (BATCH,))
+    timesteps = torch.randint(0, 1000, (BATCH,), device=lesson.device)
     noise = torch.randn_like(x0)
     losses = sample_losses(  # one loss for each image: (B,)
         model, schedule, x0, noise, timesteps, "sample", class_labels=labels
@@ -231,7 +242,7 @@ def train_step(step):
 # Samples are drawn with the average of the weights along training, which is less noisy than the last ones.
 
 # %%
-averaged_model = make_model("tiny", image_size=16, num_classes=data.num_classes)
+averaged_model = copy.deepcopy(model)
 
 
 def draw_samples(count):
@@ -278,8 +289,10 @@ lesson.show(
     fig,
     "00_loss_curve",
     title="The loss falls fast, then slowly",
-    caption="Grey: each step. Blue: a running mean of 25 steps. The steps differ mostly because each draws other timesteps.",
-    alt="The weighted loss against images on a logarithmic axis: a steep fall at first, then a slow one, with noise all along.",
+    caption="Grey: each step. Blue: a running mean of 25 steps. The steps differ "
+    "mostly because each draws other timesteps.",
+    alt="The weighted loss against images on a logarithmic axis: a steep fall at "
+    "first, then a slow one, with noise all along.",
 )
 
 # %%
@@ -289,7 +302,8 @@ lesson.gallery(
     columns=10,
     title="Colour comes first, then shape",
     caption="Samples of the same twenty latents at three moments of your training.",
-    alt="Three blocks of twenty small pictures: blurred at first, then coloured blobs, and in the last block some shapes.",
+    alt="Three blocks of twenty small pictures: blurred at first, then coloured "
+    "blobs, and in the last block some shapes.",
 )
 
 # %% [markdown]
@@ -297,7 +311,7 @@ lesson.gallery(
 # its mean; edges are decided at low noise. Each noise level is a task of its own, all tasks share one network, and the
 # weights say how much each task counts. That is the subject of this course.
 #
-# In a full run the shapes are still rough: this was half of the training of the picture at the top.
+# In a full run the shapes are still rough: this was about a quarter of the training of the picture at the top.
 
 # %%
 assert last_loss < loss_curve[0] / 3, "the loss must fall at least to a third"
@@ -349,6 +363,7 @@ assert samples_along[f"after {IMAGES:,} images"].shape == (20, 3, 16, 16), (
 # What the checks of the exercises expect; there is no need to read this cell.
 timesteps = torch.tensor([3, 250, 500, 999])
 losses_of_batch = torch.tensor([0.1, 0.2, 0.4, 0.9])
+weighting = weighting.cpu()  # the numbers of the exercises are small
 w = weighting.weights()
 weighted_sum = (w[timesteps] * losses_of_batch).sum()
 x = torch.linspace(-1, 1, 8 * 3 * 16 * 16).view(8, 3, 16, 16)
