@@ -48,7 +48,8 @@ from dysigma.models import EMA
 from dysigma.training import TrainConfig, TrainState, train_step
 from dysigma.weightings import fluctuation
 
-lesson = Lesson("05_learnable_weightings", trains_on="cpu")
+lesson = Lesson("05_learnable_weightings", trains_on="auto")
+device = lesson.device  # a GPU if there is one
 
 # %% [markdown]
 # ## A network that weighs its own timesteps
@@ -68,14 +69,15 @@ FAST_LR = 0.1  # a high learning rate of the weights, for the runs further below
 CLAMP = 10.0  # the logarithm of a learned variance stays within ± CLAMP
 SKIP = 1.0  # 1: the network corrects its input; 0: it starts from nothing
 is_default = FAST_LR == 0.1 and CLAMP == 10.0 and SKIP == 1.0
-is_full = lesson.fast(True, False)
+is_full = lesson.as_published
 
 STEPS = lesson.fast(800, 200)
 EVERY = 10  # steps between two records of the weights
 
-schedule = NoiseSchedule.linear(1000)
-images = gaussian_fields(8192, size=8)
-held_out = gaussian_fields(256, size=8, split="test").images
+schedule = NoiseSchedule.linear(1000)  # for formulas
+schedule_of_runs = NoiseSchedule.linear(1000).to(device)
+images = gaussian_fields(8192, size=8).to(device)
+held_out = gaussian_fields(256, size=8, split="test").images.to(device)
 shown = evaluation_timesteps(1000, 40)
 
 # What the network is told about the noise level: log-SNR and some waves of it.
@@ -84,7 +86,7 @@ columns = [level]
 for frequency in range(1, 5):
     columns.append(torch.sin(frequency * level))
     columns.append(torch.cos(frequency * level))
-level_features = torch.stack(columns, dim=1)
+level_features = torch.stack(columns, dim=1).to(device)
 
 
 class Denoiser(nn.Module):
@@ -112,8 +114,8 @@ class Denoiser(nn.Module):
 # %%
 def make_run(name, seed=0, prediction="epsilon", weighting_lr=None, **params):
     torch.manual_seed(seed)
-    network = Denoiser()
-    weighting = make_weighting(name, schedule, prediction, **params)
+    network = Denoiser().to(device)
+    weighting = make_weighting(name, schedule_of_runs, prediction, **params)
 
     groups = [{"params": list(network.parameters()), "lr": 2e-3}]
     groups.extend(weighting.parameter_groups(weighting_lr))
@@ -121,25 +123,34 @@ def make_run(name, seed=0, prediction="epsilon", weighting_lr=None, **params):
         group["base_lr"] = group["lr"]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
 
-    sampler = make_sampler("uniform", schedule)
+    sampler = make_sampler("uniform", schedule_of_runs)
     ema = EMA(network, 1e5)
-    no_scaler = torch.amp.GradScaler("cpu", enabled=False)
+    no_scaler = torch.amp.GradScaler(enabled=False)
     state = TrainState(
-        network, network, ema, schedule, weighting, sampler, optimizer, no_scaler
+        network,
+        network,
+        ema,
+        schedule_of_runs,
+        weighting,
+        sampler,
+        optimizer,
+        no_scaler,
     )
     config = TrainConfig(
         batch_size=64,
         seed=seed,
         prediction=prediction,
         warmup_images=1280,
-        device="cpu",
+        device=str(device),
     )
     weights = []
     for step in range(STEPS):
         if step % EVERY == 0:
-            weights.append(weighting.weights())
+            weights.append(weighting.weights().cpu())
         train_step(state, images, config)
-    losses = validation_losses(network, held_out, schedule, prediction, timesteps=shown)
+    losses = validation_losses(
+        network, held_out, schedule_of_runs, prediction, timesteps=shown
+    )
     return torch.stack(weights), losses
 
 
@@ -165,10 +176,11 @@ lesson.show(
     fig,
     "05_first_look",
     title="Left alone, the weights move to the noisy timesteps, and go on moving",
-    caption="Weights of uncertainty weighting at four moments of one training. They start equal. "
-    "Each later curve is steeper than the one before.",
-    alt="Weight against log-SNR, logarithmic, at four moments. The first curve is flat at one. Later ones rise on the "
-    "noisy left and fall on the clean right, more and more steeply.",
+    caption="Weights of uncertainty weighting at four moments of one training. They "
+    "start equal. Each later curve is steeper than the one before.",
+    alt="Weight against log-SNR, logarithmic, at four moments. The first curve is "
+    "flat at one. Later ones rise on the noisy left and fall on the clean right, more "
+    "and more steeply.",
 )
 
 # %% [markdown]
@@ -220,7 +232,8 @@ one_for_each = make_weighting(
 )
 learned = settle(one_for_each, floor)
 print(
-    f"learned weight times loss: from {(learned * floor).min():.4f} to {(learned * floor).max():.4f}"
+    f"learned weight times loss: from {(learned * floor).min():.4f} to "
+    f"{(learned * floor).max():.4f}"
 )
 torch.testing.assert_close(learned, 1 / floor, rtol=0.02, atol=0)
 
@@ -235,7 +248,8 @@ torch.testing.assert_close(learned, 1 / floor, rtol=0.02, atol=0)
 s_star = -learned.log()
 objective = (floor * torch.exp(-s_star) + s_star).mean()
 print(
-    f"objective {objective:.4f}, 1 + log of the geometric mean {1 + floor.log().mean():.4f}"
+    f"objective {objective:.4f}, 1 + log of the geometric mean "
+    f"{1 + floor.log().mean():.4f}"
 )
 torch.testing.assert_close(objective, 1 + floor.log().mean(), rtol=1e-3, atol=1e-3)
 
@@ -450,7 +464,8 @@ varies = pd.DataFrame(rows).T
 lesson.reveal(QUESTION_SHAKE, float(varies.loc["uncertainty", "around its trend, %"]))
 lesson.table(
     varies,
-    caption=f"Fluctuation of weights in the second half of training, mean of {len(SEEDS)} runs",
+    caption="Fluctuation of weights in the second half of training, mean of "
+    f"{len(SEEDS)} runs",
     mark="uncertainty",
     digits=2,
 )
@@ -480,11 +495,13 @@ lesson.show(
     fig,
     "05_fluctuation",
     title="Learned weights travel; only random ones shake a lot",
-    caption="One weight in one run of five weightings. At the high learning rate it arrives early and then wobbles. "
-    "Dy-Sigma, the subject of the next page, starts elsewhere and stays near its start.",
-    alt="Weight at timestep 900 against the training step, logarithmic. The random one jumps over two decades, the "
-    "predefined one is flat, uncertainty rises steadily, at high learning rate it rises fast and wobbles, and Dy-Sigma "
-    "changes little.",
+    caption="One weight in one run of five weightings. At the high learning rate it "
+    "arrives early and then wobbles. Dy-Sigma, the subject of the next page, starts "
+    "elsewhere and stays near its start.",
+    alt="Weight at timestep 900 against the training step, logarithmic. The random "
+    "one jumps over two decades, the predefined one is flat, uncertainty rises "
+    "steadily, at high learning rate it rises fast and wobbles, and Dy-Sigma changes "
+    "little.",
 )
 
 # %%
@@ -525,7 +542,7 @@ FIFTHS = {
 
 
 def mean_log_ratio(label, baseline):
-    """(40,) logarithm of the loss over that of the baseline with the same seed, mean of seeds."""
+    """(40,) log of the loss over that of the baseline of its seed, mean of seeds."""
     logs = []
     for (_, losses), (_, reference) in zip(runs[label], runs[baseline], strict=True):
         logs.append((losses / reference).log())
@@ -555,7 +572,8 @@ for label in [*LEARNED, on_x0]:
 
 lesson.table(
     effect,
-    caption="Held-out loss over that of equal weights with the same seed (below 1 is better)",
+    caption="Held-out loss over that of equal weights with the same seed (below 1 is "
+    "better)",
     mark=high_lr,
     digits=2,
 )
@@ -578,12 +596,15 @@ ax.set(
 lesson.show(
     fig,
     "05_taken_over",
-    title=f"With {share_fast:.0f} % of the weight on the noisiest tenth, clean timesteps get worse",
-    caption="Held-out losses relative to equal weights, geometric mean of the seeds. Once the learned weights have "
-    "arrived, high noise gains a large factor and the clean side gets worse. Two curves nearly coincide: they have the "
-    "same fixed point.",
-    alt="Ratio of losses against the timestep, logarithmic. Two curves start above one at the clean end and fall far "
-    "below it at the noisy end. A third, with slower weights, stays closer to one at the clean end.",
+    title=f"With {share_fast:.0f} % of the weight on the noisiest tenth, clean "
+    "timesteps get worse",
+    caption="Held-out losses relative to equal weights, geometric mean of the seeds. "
+    "Once the learned weights have arrived, high noise gains a large factor and the "
+    "clean side gets worse. Two curves nearly coincide: they have the same fixed "
+    "point.",
+    alt="Ratio of losses against the timestep, logarithmic. Two curves start above "
+    "one at the clean end and fall far below it at the noisy end. A third, with "
+    "slower weights, stays closer to one at the clean end.",
 )
 
 # %%
@@ -601,9 +622,10 @@ if is_default and is_full:
 
 display(
     Markdown(
-        f"The noisiest tenth has **{effect.iloc[0, 0]:.0f} %, {effect.iloc[1, 0]:.0f} % and "
-        f"{effect.iloc[2, 0]:.0f} %** of the weight in the first three rows. A perfect network would "
-        f"give it {share_perfect:.0%}. So the runs are on their way, and not yet there."
+        f"The noisiest tenth has **{effect.iloc[0, 0]:.0f} %, {effect.iloc[1, 0]:.0f} "
+        f"% and {effect.iloc[2, 0]:.0f} %** of the weight in the first three rows. A "
+        f"perfect network would give it {share_perfect:.0%}. So the runs are on their "
+        "way, and not yet there."
     )
 )
 
