@@ -129,7 +129,7 @@ def draw_samples(
     )
 
 
-def check_folder(folder: Path) -> Path:
+def check_writable(folder: Path) -> Path:
     """Raise ValueError unless files can be written into a folder, which need not be there yet."""
     there = folder.absolute()
     while not there.exists():
@@ -152,7 +152,7 @@ def prepare_output(path: Path, *endings: str) -> Path:
         raise ValueError(f"{path} must end in {' or '.join(endings)}")
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a file in it")
-    check_folder(path.parent)
+    check_writable(path.parent)
     if path.exists() and not os.access(path, os.W_OK):
         raise ValueError(f"cannot write {path}: it is not writable")
     path.parent.mkdir(parents=True, exist_ok=True)

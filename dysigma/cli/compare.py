@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .common import Commands, add_command, check_folder, write_record
+from .common import Commands, add_command, check_writable, write_record
 
 
 def add(commands: Commands) -> None:
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     from ..runs.provenance import provenance
 
     if args.out:
-        check_folder(args.out)
+        check_writable(args.out)
     result = compare([load_run(path) for path in args.runs])
     seeds = ", ".join(map(str, result.seeds))
     intervals = "one seed, so no intervals"

@@ -14,8 +14,8 @@ from .common import (
     Commands,
     add_command,
     add_draw_options,
-    check_folder,
     check_least,
+    check_writable,
     open_run,
     write_record,
 )
@@ -266,7 +266,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--bins must be from 2 to {MAX_OBJECTIVES}; got {args.bins}")
     check_least(args, micro_batches=FEWEST_MICRO_BATCHES, batch_per_bin=1, num_images=1, seed=0)
     check_least(args, transfer_steps=1)
-    out = check_folder(_output(args))
+    out = check_writable(_output(args))
 
     from ..devices import resolve_device
     from ..gradients.measure import conflicts

@@ -6,7 +6,7 @@ import argparse
 import subprocess
 from pathlib import Path
 
-from .common import Commands, add_command, check_folder, check_least
+from .common import Commands, add_command, check_least, check_writable
 
 
 def add(commands: Commands) -> None:
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{len(written)} pages that begin by cloning {repository}: {args.hosted}")
         return
     if args.slides is not None:
-        written = write_slides(sources, check_folder(args.slides))
+        written = write_slides(sources, check_writable(args.slides))
         print(f"slides of {len(written)} pages, to open in a browser: {args.slides}")
         return
     build(

@@ -27,6 +27,7 @@ from ..training.config import TrainConfig
 from ..training.loop import train
 from ..training.parts import load_split, make_parts
 from ..training.step import TrainingDiverged
+from ..training.threads import threads
 from .records import entries_of_a_seed, race_config
 
 # The fields on which the images depend.
@@ -277,10 +278,8 @@ def _in_processes(entries: list[Entry], jobs: int) -> Finished:
 
 def _in_this_process(entries: list[Entry]) -> Finished:
     """(entry, record) one after the other, with one thread on a CPU."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     loaded: dict[tuple[Any, ...], tuple[ImageData, ImageData]] = {}
-    try:
+    with threads(1):
         for entry in entries:
             config = entry.config
             which = tuple(getattr(config, name) for name in DATA_FIELDS)
@@ -290,8 +289,6 @@ def _in_this_process(entries: list[Entry]) -> Finished:
                 train_images = load_split(config, "train", device)
                 loaded[which] = train_images, load_split(config, "test", device)
             yield entry, _run_entry(*entry, images=loaded[which])
-    finally:
-        torch.set_num_threads(before)
 
 
 def race(

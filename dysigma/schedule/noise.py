@@ -223,7 +223,9 @@ class NoiseSchedule(KeepsPrecision):
         """
         usual = "flow_prediction" if self.is_flow else "epsilon"
         kind = self.canonical(prediction_type or usual)
-        levels = tables.Levels(self.alphas_cumprod.cpu(), self.config, self.is_flow, self.shift)
+        levels = tables.NoiseLevels(
+            self.alphas_cumprod.cpu(), self.config, self.is_flow, self.shift
+        )
         return make_scheduler(levels, scheduler_class, kind, options)
 
     def canonical(self, prediction_type: str) -> str:

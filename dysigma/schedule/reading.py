@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checks import described
 from .tables import (
     BETAS,
-    Levels,
+    NoiseLevels,
     are_same,
     cosine,
     falls,
@@ -34,7 +34,7 @@ _HOW_TO_GIVE_LEVELS = (
 )
 
 
-def read_scheduler(scheduler: Any) -> Levels:
+def read_scheduler(scheduler: Any) -> NoiseLevels:
     """The levels that a diffusers scheduler is for; see NoiseSchedule.from_diffusers."""
     _check_is_scheduler(scheduler)
     name = type(scheduler).__name__
@@ -58,7 +58,7 @@ def read_scheduler(scheduler: Any) -> Levels:
     betas = getattr(scheduler, "betas", None)
     betas = None if betas is None else torch.as_tensor(betas)
     bar = _read_alphas_cumprod(table, betas, config)
-    return Levels(bar, config=_config_that_makes(bar, config))
+    return NoiseLevels(bar, config=_config_that_makes(bar, config))
 
 
 def _check_is_scheduler(scheduler: Any) -> None:
@@ -74,7 +74,7 @@ def _check_is_scheduler(scheduler: Any) -> None:
         )
 
 
-def _read_flow(scheduler: Any, config: Mapping[str, Any]) -> Levels:
+def _read_flow(scheduler: Any, config: Mapping[str, Any]) -> NoiseLevels:
     num_timesteps = config.get("num_train_timesteps")
     if not num_timesteps or config.get("invert_sigmas"):
         raise ValueError(
@@ -86,7 +86,7 @@ def _read_flow(scheduler: Any, config: Mapping[str, Any]) -> Levels:
     if config.get("use_dynamic_shifting"):
         shift = 1.0
     s = flow_shares(num_timesteps, shift)
-    named = Levels(flow_alphas_cumprod(s), is_flow=True, shift=float(shift))
+    named = NoiseLevels(flow_alphas_cumprod(s), is_flow=True, shift=float(shift))
     has_sampled = getattr(scheduler, "num_inference_steps", None) is not None
     if has_sampled or config.get("use_flow_sigmas"):
         return named
@@ -94,7 +94,7 @@ def _read_flow(scheduler: Any, config: Mapping[str, Any]) -> Levels:
     own = scheduler.sigmas.detach().to("cpu", torch.float64)[:num_timesteps].flip(0)
     if own.shape != s.shape or torch.allclose(own, s, atol=1e-5):
         return named
-    return Levels(flow_alphas_cumprod(own), is_flow=True)
+    return NoiseLevels(flow_alphas_cumprod(own), is_flow=True)
 
 
 def _read_alphas_cumprod(table: Tensor, betas: Tensor | None, config: Mapping[str, Any]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class Levels(NamedTuple):
+class NoiseLevels(NamedTuple):
     """The noise levels of a schedule; each field is the argument of NoiseSchedule of that name."""
 
     alphas_cumprod: Tensor

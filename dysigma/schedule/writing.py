@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from .reading import LAST_ALPHA, read_scheduler
-from .tables import Levels, are_same, check_alphas_cumprod
+from .tables import NoiseLevels, are_same, check_alphas_cumprod
 
 
 def make_scheduler(
-    levels: Levels, scheduler_class: type | None, prediction_type: str, options: dict[str, Any]
+    levels: NoiseLevels, scheduler_class: type | None, prediction_type: str, options: dict[str, Any]
 ) -> Any:
     """A scheduler of this class with these levels; see NoiseSchedule.to_diffusers.
 
@@ -33,7 +33,7 @@ def make_scheduler(
 
 
 def _make_of_betas(
-    levels: Levels, scheduler_class: type, prediction_type: str, options: dict[str, Any]
+    levels: NoiseLevels, scheduler_class: type, prediction_type: str, options: dict[str, Any]
 ) -> Any:
     name = scheduler_class.__name__
     known = _parameters(scheduler_class)
@@ -61,7 +61,7 @@ def _make_of_betas(
     raise ValueError(f"{name}{given} cannot hold the levels of this schedule")
 
 
-def _attempts(levels: Levels, known: set[str]) -> list[dict[str, Any]]:
+def _attempts(levels: NoiseLevels, known: set[str]) -> list[dict[str, Any]]:
     """Arguments that may make these levels in a scheduler, the most readable ones first."""
     if not {"num_train_timesteps", "beta_schedule", "trained_betas"} <= known:
         return []
@@ -80,7 +80,7 @@ def _attempts(levels: Levels, known: set[str]) -> list[dict[str, Any]]:
 
 
 def _make_of_flow(
-    levels: Levels, scheduler_class: type, prediction_type: str, options: dict[str, Any]
+    levels: NoiseLevels, scheduler_class: type, prediction_type: str, options: dict[str, Any]
 ) -> Any:
     name = scheduler_class.__name__
     known = _parameters(scheduler_class)
@@ -111,7 +111,7 @@ def _make_of_flow(
     return scheduler
 
 
-def _holds(scheduler: Any, levels: Levels) -> bool:
+def _holds(scheduler: Any, levels: NoiseLevels) -> bool:
     """Whether a scheduler just made has these levels, and finite numbers to sample with."""
     sigmas = torch.as_tensor(getattr(scheduler, "sigmas", 0.0))
     if not bool(sigmas.isfinite().all()):

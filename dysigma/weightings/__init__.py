@@ -14,7 +14,7 @@ from .base import Setting, Weighting
 from .dy_sigma import VARIANTS, DySigma, Variant
 from .formulas import PLAIN, PREDEFINED, log_conversion, log_weight
 from .gramian import GRAMIAN_RULES
-from .measures import compare_weightings, effective_sample_size, fluctuation, share_changed
+from .measures import effective_sample_size, fluctuation, share_changed
 from .registry import WEIGHTINGS, make_weighting
 from .scalarization import SCALARIZATION_RULES
 
@@ -29,7 +29,6 @@ __all__ = [
     "Setting",
     "Variant",
     "Weighting",
-    "compare_weightings",
     "effective_sample_size",
     "fluctuation",
     "log_conversion",
