@@ -92,16 +92,14 @@ class Slip:
     table: Tensor
 
 
+@dataclass(frozen=True)
 class _Claim:
     """The claimed formula for a target, at levels of log_snr other than the schedule's own too."""
 
-    def __init__(
-        self, name: str, params: Mapping[str, float], target: str, is_flow: bool = False
-    ) -> None:
-        self.name = name
-        self.params = dict(params)
-        self.target = target
-        self.is_flow = is_flow
+    name: str
+    params: Mapping[str, float]
+    target: str
+    is_flow: bool
 
     def on_x0(self, log_snr: Tensor) -> Tensor:
         return PREDEFINED[self.name](log_snr, **self.params)
