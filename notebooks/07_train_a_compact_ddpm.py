@@ -24,8 +24,8 @@
 #
 # **You need** the weights of [03](03_snr_weightings.ipynb). [06](06_dy_sigma_derived.ipynb) says what Dy-Sigma is.
 #
-# **Time** reading 20 min · running about 110 s (short run 25 s) on one idle CPU core; on a GPU, up to three
-# times the `MINUTES` that you set · memory about 1 GB.
+# **Time** reading 20 min · running about 80 s (short run 25 s) on one idle CPU core; on a GPU, about
+# twice the `MINUTES` that you set · memory about 1 GB.
 #
 # **Functions introduced** `dysigma.train`, `dysigma.TrainConfig`, `dysigma.load_run`, `dysigma.distances.frechet_distance`.
 
@@ -52,7 +52,6 @@ from dysigma.course.reader import (
     train_and_watch,
 )
 from dysigma.data import batch, shapes
-from dysigma.devices import resolve_device
 from dysigma.distances import extract, frechet_distance, load_features, moments
 from dysigma.evaluation import sample_images
 from dysigma.images import tile
@@ -61,8 +60,8 @@ from dysigma.training import build, iterate, load_split
 from dysigma.training.budget import fit_to_minutes
 from dysigma.training.precision import low_precision
 
-DEVICE = resolve_device("auto")
-lesson = Lesson("07_train_a_compact_ddpm", trains_on=DEVICE)
+lesson = Lesson("07_train_a_compact_ddpm", trains_on="auto")
+DEVICE = lesson.device
 
 # %% [markdown]
 # ## What training gives
@@ -84,13 +83,14 @@ lesson.show(
     "07_recorded_samples",
     title="Colour and layout, and some objects one may guess",
     caption="Sixty-four samples of a recorded model of CIFAR-10, not selected.",
-    alt="A grid of eight by eight small colour pictures. They have the colours, light and layout of photographs. Few "
-    "show an object that one can name.",
+    alt="A grid of eight by eight small colour pictures. They have the colours, light "
+    "and layout of photographs. Few show an object that one can name.",
 )
 display(
     Markdown(
         f"Run `{recorded.path.name}`: network `{recorded.config['model']}`, weighting "
-        f"`{recorded.config['weighting']}`, {recorded_images:,} images, {recorded_minutes:.0f} minutes on "
+        f"`{recorded.config['weighting']}`, {recorded_images:,} images, "
+        f"{recorded_minutes:.0f} minutes on "
         f"`{recorded.summary['provenance']['device']}`."
     )
 )
@@ -137,9 +137,9 @@ else:
         "batch_size": 32,
         "lr": 8e-3,
         "warmup_images": 640,
-        "train_images": lesson.fast(10_000, 1_000),
-        "images": lesson.fast(8_960, 256),
-        "validation_images": lesson.fast(16, 8),
+        "train_images": lesson.fast(6_000, 1_000),
+        "images": lesson.fast(7_680, 256),
+        "validation_images": lesson.fast(12, 8),
         "validation_timesteps": lesson.fast(20, 10),
     }
 config = TrainConfig(
@@ -158,7 +158,8 @@ is_default = (config.data, config.model, config.weighting) == (
 train_set = load_split(config, "train", DEVICE)
 test_set = load_split(config, "test", DEVICE)
 print(
-    f"{len(train_set):,} images {tuple(train_set.images.shape[1:])} of {config.data} on {DEVICE}"
+    f"{len(train_set):,} images {tuple(train_set.images.shape[1:])} of {config.data} "
+    f"on {DEVICE}"
 )
 
 # %% [markdown]
@@ -185,8 +186,10 @@ print(
 # %%
 SEED = 0
 toy_config = TrainConfig(
-    data="shapes", image_size=16, train_images=64, model="micro", batch_size=16, images=16,
-    schedule="cosine", prediction="v_prediction", weighting="min-snr", device="cpu",
+    data="shapes", image_size=16, train_images=64, model="micro",
+    batch_size=16, images=16,
+    schedule="cosine", prediction="v_prediction", weighting="min-snr",
+    device="cpu",  # a check of numbers by hand
 )  # fmt: skip
 toy_images = shapes(64)
 schedule = NoiseSchedule.cosine()
@@ -236,7 +239,7 @@ print(f"by hand {weighted_loss:.5f}, the package {record.loss:.5f}")
 # ten samples, always from the same latents. So a column of the growing picture shows one sample being learned.
 #
 # Before you start, a guess. Take the first of the eight looks and the last. By what factor has the loss fallen at the
-# *cleanest* timestep? The answer for the noisiest one comes with it.
+# *cleanest* timestep? Below the answer you will also find the factor at the noisiest one.
 
 # %%
 QUESTION = "Loss at the cleanest timestep: first look divided by last?"
@@ -255,13 +258,14 @@ else:
 
 # Eight equal parts of whole steps.
 eighth = config.num_steps // 8 * config.batch_size
+quarter = 2 * eighth
 half = 4 * eighth
 config = replace(config, images=8 * eighth, validate_every=eighth)
 print(f"{config.images:,} images in {config.num_steps:,} steps on {DEVICE}")
 
 # %%
-looks_at_samples = [eighth, 2 * eighth, half, 8 * eighth]
-min_snr_along = AlongTraining(looks_at_samples, count=10, steps=lesson.fast(25, 8))
+looks_at_samples = [eighth, quarter, half, 8 * eighth]
+min_snr_along = AlongTraining(looks_at_samples, count=10, steps=lesson.fast(20, 8))
 min_snr_run = train_and_watch(config, folder, min_snr_along, (train_set, test_set))
 
 # %%
@@ -272,8 +276,8 @@ lesson.gallery(
     columns=10,
     title="Each column is one latent: colour first, then form",
     caption="Ten latents at four moments of the training above.",
-    alt="Four rows of ten pictures. The first row is blurred blobs of colour. Further down the blobs turn into forms "
-    "with edges, in much the same colours.",
+    alt="Four rows of ten pictures. The first row is blurred blobs of colour. Further "
+    "down the blobs turn into forms with edges, in much the same colours.",
 )
 
 # %% [markdown]
@@ -295,7 +299,7 @@ print(f"at the noisiest timestep: {fall[-1]:.3g}; of the mean over timesteps: "
 
 # %%
 fig, ax = plt.subplots(figsize=(7, 3.8))
-for seen, shade in zip([eighth, 2 * eighth, half], ["0.78", "0.6", "0.4"], strict=True):
+for seen, shade in zip([eighth, quarter, half], ["0.78", "0.6", "0.4"], strict=True):
     ax.plot(look_timesteps, loss_at[seen], color=shade, label=f"{seen:,} images")
 ax.plot(
     look_timesteps,
@@ -311,16 +315,17 @@ lesson.show(
     "07_loss_by_timestep",
     title="Different timesteps learn at different speeds",
     caption="Loss on test images, with fixed noise, at four moments of the training.",
-    alt="Four curves of loss against timestep on a logarithmic axis, later ones lower. The distance between the curves "
-    "differs from timestep to timestep.",
+    alt="Four curves of loss against timestep on a logarithmic axis, later ones "
+    "lower. The distance between the curves differs from timestep to timestep.",
 )
 
 # %%
 late_fall = 1 - loss_at[8 * eighth] / loss_at[half]
 display(
     Markdown(
-        "From the darkest grey curve to the blue one, the second half of the training, the loss fell by "
-        f"**{late_fall[len(late_fall) // 2]:.0%}** in the middle and by **{late_fall[-1]:.0%}** at the noisiest timestep."
+        "From the darkest grey curve to the blue one, the second half of the "
+        f"training, the loss fell by **{late_fall[len(late_fall) // 2]:.0%}** in the "
+        f"middle and by **{late_fall[-1]:.0%}** at the noisiest timestep."
     )
 )
 
@@ -340,17 +345,19 @@ if is_default:
 # ## Two more weightings, on the same draws
 #
 # Now `const-eps`, the plain loss of Ho et al. 2020 on the noise, and `dy-sigma`, which learns its weights. Each of
-# them trains on half of the images. Min-SNR need not be trained again for the comparison: the learning rate does not
-# decay, so half of the long Min-SNR run is the same as a run of half the length. Its fourth look is at that moment.
+# them trains on a quarter of the images. Min-SNR need not be trained again: the learning rate does not decay, so the
+# first quarter of the long run is the same as a run of that length. We compare with its second look.
 
 # %%
 SHORT = ["const-eps", "dy-sigma"]
 along = {"min-snr": min_snr_along}
 runs = {"min-snr": min_snr_run}
 for name in SHORT:
-    short_config = replace(config, weighting=name, images=half)
+    short_config = replace(
+        config, weighting=name, images=quarter, validate_every=quarter
+    )
     short_folder = new_run_folder(folder.name.replace("min-snr", name), folder.parent)
-    along[name] = AlongTraining([half], count=10, steps=lesson.fast(25, 8))
+    along[name] = AlongTraining([quarter], count=10, steps=lesson.fast(10, 8))
     runs[name] = train_and_watch(
         short_config, short_folder, along[name], (train_set, test_set), finish=False
     )
@@ -378,7 +385,7 @@ ratios = {}
 for name in SHORT:
     short_looks = runs[name].metrics.dropna(subset=["validation_losses"])
     last_losses = np.array(short_looks["validation_losses"].iloc[-1])
-    ratios[name] = last_losses / loss_at[half]
+    ratios[name] = last_losses / loss_at[quarter]
 
 middle = len(look_timesteps) // 2
 ends = {
@@ -408,8 +415,10 @@ lesson.show(
     fig,
     "07_three_weightings",
     title=title,
-    caption="Loss on test images relative to Min-SNR, at equal images. Above the line: worse than Min-SNR. One seed.",
-    alt="Two curves of relative loss against timestep and a horizontal line at one for Min-SNR.",
+    caption="Loss on test images relative to Min-SNR, at equal images. Above the "
+    "line: worse than Min-SNR. One seed.",
+    alt="Two curves of relative loss against timestep and a horizontal line at one "
+    "for Min-SNR.",
 )
 
 # %% [markdown]
@@ -421,8 +430,9 @@ lesson.show(
 of_dy_sigma = ratios["dy-sigma"]
 display(
     Markdown(
-        f"In this run the loss of Dy-Sigma is {of_dy_sigma.min():.2f} to {of_dy_sigma.max():.2f} times that of Min-SNR. "
-        "One run cannot say how much of that is seed noise."
+        f"In this run the loss of Dy-Sigma is {of_dy_sigma.min():.2f} to "
+        f"{of_dy_sigma.max():.2f} times that of Min-SNR. One run cannot say how much "
+        "of that is seed noise."
     )
 )
 if is_default:
@@ -439,7 +449,7 @@ if is_default:
 # %% [markdown]
 # ## Samples: look at many, and measure them
 #
-# The three networks at equal images, and Min-SNR after twice as many. Each of them draws samples from the same latents. We
+# The three networks at equal images, and Min-SNR after four times as many. Each of them draws samples from the same latents. We
 # measure how far they are from the training images: the Fréchet distance between features, lower is better. On the CPU the
 # features are the pixels. On a GPU we try the network of FID, and fall back to pixels where it cannot be fetched. The
 # number of images is the same in each row of the table, because the distance depends on it. A GPU draws 10,000 a row, or
@@ -453,12 +463,12 @@ except ConnectionError:
     features_name = "pixels"
     features = load_features(features_name, DEVICE)
 STEPS = 20  # of DDIM
-SAMPLES = lesson.fast(100, 20)  # a row
+SAMPLES = lesson.fast(60, 20)  # a row
 if DEVICE.type == "cuda":
     trained_per_second = min_snr_run.summary["images"] / min_snr_run.summary["seconds"]
     # A training step on an image takes as long as three evaluations of the network. There are four rows.
     evaluations = 3 * trained_per_second * 60 * MINUTES / 2
-    SAMPLES = int(min(10_000, max(100, evaluations / (4 * STEPS))))
+    SAMPLES = int(min(10_000, max(60, evaluations / (4 * STEPS))))
 reference = moments(extract(features, train_set.images))
 
 
@@ -470,9 +480,9 @@ def distance_of(images):
 # The first row is a yardstick: real test images, as many as there are samples. No model should be much closer.
 
 # %%
-networks = {"min-snr, half": min_snr_along.networks[half]}
+networks = {"min-snr, quarter": min_snr_along.networks[quarter]}
 for name in SHORT:
-    networks[f"{name}, half"] = along[name].networks[half]
+    networks[f"{name}, quarter"] = along[name].networks[quarter]
 networks["min-snr, all"] = min_snr_along.networks[8 * eighth]
 
 results = pd.DataFrame(
@@ -508,23 +518,25 @@ lesson.table(
 # %%
 rows = {}
 for name in ["min-snr", *SHORT]:
-    rows[f"{name}, {half:,} images"] = samples[f"{name}, half"][:20]
+    rows[f"{name}, {quarter:,} images"] = samples[f"{name}, quarter"][:20]
 if is_default:
-    title = "Half way, the eye cannot tell the three weightings apart"
+    title = "After a quarter, the eye cannot tell the three weightings apart"
 else:
-    title = "The three weightings, half way"
+    title = "The three weightings, after a quarter of the images"
 lesson.gallery(
     rows,
     "07_three_samples",
     columns=10,
     title=title,
-    caption="Twenty samples of each network, not selected. The same place in each block has the same latent.",
-    alt="Three blocks of two rows of ten pictures, one block for each weighting. Pictures at the same place are alike.",
+    caption="Twenty samples of each network, not selected. The same place in each "
+    "block has the same latent.",
+    alt="Three blocks of two rows of ten pictures, one block for each weighting. "
+    "Pictures at the same place are alike.",
 )
 
 # %%
 if is_default:
-    title = "Twice the images do more than any of the three weightings"
+    title = "Four times the images do more than any of the three weightings"
 else:
     title = "Sixty samples of the longest training"
 lesson.gallery(
@@ -533,21 +545,21 @@ lesson.gallery(
     columns=10,
     title=title,
     caption="Sixty samples of the longest training above, not selected.",
-    alt="Six rows of ten pictures. On the toy data, single bright forms with edges stand before calm dark backgrounds; few of "
-    "them have a name.",
+    alt="Six rows of ten pictures. On the toy data, single bright forms with edges "
+    "stand before calm dark backgrounds; few of them have a name.",
 )
 
 # %% [markdown]
-# In one seed, only two things can be read safely: whether twice the images help, and whether a weighting fails
-# altogether. On the toy twice the images help, to the eye and in the table.
+# In one seed, only two things can be read safely: whether four times the images help, and whether a weighting
+# fails altogether. On the toy they help, to the eye and in the table.
 # [Page 12](12_the_convergence_race.ipynb) compares weightings that are close, with five seeds.
 
 # %%
 distances = results.iloc[:, 0].astype(float)
 if is_default:
-    halves = [distances[f"{name}, half"] for name in ["min-snr", *SHORT]]
-    differences = max(halves) - min(halves)
-    assert min(halves) - distances["min-snr, all"] > differences, (
+    early = [distances[f"{name}, quarter"] for name in ["min-snr", *SHORT]]
+    differences = max(early) - min(early)
+    assert min(early) - distances["min-snr, all"] > differences, (
         "more images must help most"
     )
 
@@ -620,13 +632,15 @@ lesson.show(
     "07_cifar10_by_timestep",
     title="On CIFAR-10, too, timesteps learn at different speeds",
     caption="The first and the last look at test images in the recorded run.",
-    alt="Two curves of loss against timestep on a logarithmic axis. The later one is lower by a factor that differs "
-    "from timestep to timestep.",
+    alt="Two curves of loss against timestep on a logarithmic axis. The later one is "
+    "lower by a factor that differs from timestep to timestep.",
 )
 display(
     Markdown(
-        f"Between these two looks the loss fell by {1 - np.mean(last_loss[:5] / first_loss[:5]):.0%} on the cleanest "
-        f"tenth of the timesteps and by {1 - np.mean(last_loss[-5:] / first_loss[-5:]):.0%} on the noisiest."
+        "Between these two looks the loss fell by "
+        f"{1 - np.mean(last_loss[:5] / first_loss[:5]):.0%} on the cleanest tenth of "
+        f"the timesteps and by {1 - np.mean(last_loss[-5:] / first_loss[-5:]):.0%} on "
+        "the noisiest."
     )
 )
 
@@ -655,7 +669,7 @@ kept_images = kept.summary["images"]
 kept_samples = sample_images(
     network,
     NoiseSchedule.linear().to(DEVICE),
-    (lesson.fast(32, 16), 3, 32, 32),
+    (16, 3, 32, 32),
     prediction_type=kept.config["prediction"],
     num_steps=25,
 )
@@ -665,15 +679,16 @@ kept_samples = sample_images(
 # seen more images?
 
 # %%
-lesson.predict("Which block is from the network that saw more images: 1 or 2?", None)
+QUESTION_BLOCK = "Which block is from the network that saw more images: 1 or 2?"
+lesson.predict(QUESTION_BLOCK, None)
 
 # %%
 plain = load_run("../data/runs/cifar10-cpu-small")
 plain_grid = Image.open(plain.path / "samples.png")
-plain_half = plain_grid.crop((0, 0, plain_grid.width, plain_grid.height // 2))
+plain_part = plain_grid.crop((0, 0, plain_grid.width, plain_grid.height // 4))
 
-fig, axes = plt.subplots(2, 1, figsize=(6.4, 7.2))
-axes[0].imshow(plain_half, interpolation="nearest")
+fig, axes = plt.subplots(2, 1, figsize=(7.6, 4.8))
+axes[0].imshow(plain_part, interpolation="nearest")
 axes[0].set_title("1: predicts the noise, plain loss", loc="left")
 axes[1].imshow(tile(kept_samples.cpu(), 8), interpolation="nearest")
 axes[1].set_title("2: predicts the image, Min-SNR", loc="left")
@@ -684,20 +699,21 @@ lesson.show(
     "07_two_networks",
     title="Predicting the image gives clearer pictures from fewer images",
     caption="Samples of two networks of one kind from the same latents, not selected.",
-    alt="Two blocks of small pictures. Those of the second block have stronger colours and clearer edges; layout and "
-    "colours of pictures at the same place agree.",
+    alt="Two blocks of small pictures. Those of the second block have stronger "
+    "colours and clearer edges; layout and colours of pictures at the same place "
+    "agree.",
 )
-lesson.reveal("Which block is from the network that saw more images: 1 or 2?", 1)
+lesson.reveal(QUESTION_BLOCK, 1)
 
 # %%
 evaluation = json.loads((kept.path / "evaluation.json").read_text())
 measured = evaluation["distances"]["fd_cifar10-classifier"]
 display(
     Markdown(
-        f"Block 1 has seen {plain.summary['images']:,} images, block 2 {kept_images:,}. The "
-        f"distance of {measured['images']} samples of block 2 to the training images is "
-        f"{measured['distance']:.1f}, on the features of our own small classifier. Lower is better, "
-        "and it is not FID."
+        f"Block 1 has seen {plain.summary['images']:,} images, block 2 "
+        f"{kept_images:,}. The distance of {measured['images']} samples of block 2 to "
+        f"the training images is {measured['distance']:.1f}, on the features of our "
+        "own small classifier. Lower is better, and it is not FID."
     )
 )
 
@@ -724,8 +740,7 @@ lesson.exercise(
     expected=1 - kept,
     mistakes={
         "That is what is kept, 1 - a.": kept,
-        "Close, but that forgets a factor e, not 2, in half_life images.": images_per_step
-        / half_life,
+        "Close, but that forgets a factor e, not 2.": images_per_step / half_life,
     },
 )
 lesson.exercise(
@@ -735,7 +750,7 @@ lesson.exercise(
         "Upside down: at the noisy end an error in v is one in x0.": losses_v
         * (snr + 1),
         "That is the conversion from the loss on the noise.": losses_v / snr,
-        "Errors are divided by the square root of SNR + 1, losses by its square.": losses_v
+        "Errors are divided by the root of SNR + 1, losses by its square.": losses_v
         / (snr + 1).sqrt(),
     },
 )
