@@ -25,7 +25,7 @@
 # **You need** gradient descent and Adam, log-SNR ([01](01_forward_process_and_snr.ipynb)), and the conversion between
 # losses of $\epsilon$ and $x_0$ ([03](03_snr_weightings.ipynb)).
 #
-# **Time** reading 25 min · running about 60 s (short run 15 s) on one CPU core · memory under 1 GB.
+# **Time** reading 25 min · running about 2 min (short run 20 s) on one CPU core · memory under 1 GB.
 #
 # **Functions introduced** `make_weighting("uncertainty" | "loss-balance" | "random")`,
 # `dysigma.weightings.fluctuation`, `dysigma.training.train_step`, `dysigma.exact.field_floor`.
