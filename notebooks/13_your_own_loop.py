@@ -25,7 +25,7 @@
 # **You need** the weightings on one scale ([03](03_snr_weightings.ipynb)), and Dy-Sigma ([06](06_dy_sigma_derived.ipynb))
 # as an example of a weighting that learns.
 #
-# **Time** reading 30 min · running about 60 s (short run 20 s) on one CPU core · memory under 1 GB.
+# **Time** reading 30 min · running about 90 s (short run 20 s) on one CPU core · memory under 1 GB.
 #
 # **Functions introduced** `NoiseSchedule.from_diffusers`, `NoiseSchedule.flow`, `weighting.at`,
 # `dysigma.testing.examine_weighting`, `dysigma.testing.check_weighting`, `dysigma.load_data`, `dysigma.conflicts`.
@@ -52,7 +52,8 @@ from dysigma.course.lesson import Lesson
 from dysigma.foreign import FlowNetwork
 from dysigma.testing import check_weighting, examine_weighting
 
-lesson = Lesson("13_your_own_loop", trains_on="cpu")
+lesson = Lesson("13_your_own_loop", trains_on="auto")
+device = lesson.device  # a GPU if there is one
 
 # %% [markdown]
 # ## One wrong word
@@ -84,9 +85,11 @@ lesson.show(
     fig,
     "13_one_word",
     title="One word forgotten: nothing fails, and the weight lies elsewhere",
-    caption="Min-SNR for a network that predicts v, on the linear schedule of DDPM, and the same call without the word.",
-    alt="Two curves of weights over timesteps. The one that was meant is a hump near timestep 130 and falls to 0 at the "
-    "noisy end. The other rises to about 1 and stays there up to the noisy end.",
+    caption="Min-SNR for a network that predicts v, on the linear schedule of DDPM, "
+    "and the same call without the word.",
+    alt="Two curves of weights over timesteps. The one that was meant is a hump near "
+    "timestep 130 and falls to 0 at the noisy end. The other rises to about 1 and "
+    "stays there up to the noisy end.",
 )
 assert elsewhere > 0.3, "the wrong word must move a large part of the weight"
 
@@ -128,7 +131,7 @@ def small_unet():
     )
 
 
-model = small_unet()
+model = small_unet().to(device)
 
 # %% [markdown]
 # And this is your loop, as in the examples of diffusers. The three marked lines are new.
@@ -137,6 +140,7 @@ model = small_unet()
 NAME = "dy-sigma"
 
 weighting = make_weighting(NAME, schedule, scheduler.config.prediction_type)  # 1
+weighting.to(device)
 groups = [
     {"params": model.parameters(), "lr": 2e-3},
     *weighting.parameter_groups(),
@@ -146,9 +150,9 @@ optimizer = torch.optim.AdamW(groups)
 draw = torch.Generator().manual_seed(0)
 curve = []
 for _ in range(lesson.fast(300, 30)):
-    clean = images[torch.randint(len(images), (16,), generator=draw)]
-    noise = torch.randn(clean.shape, generator=draw)
-    timesteps = torch.randint(1000, (16,), generator=draw)
+    clean = images[torch.randint(len(images), (16,), generator=draw)].to(device)
+    noise = torch.randn(clean.shape, generator=draw).to(device)
+    timesteps = torch.randint(1000, (16,), generator=draw).to(device)
 
     noisy = scheduler.add_noise(clean, noise, timesteps)
     target = scheduler.get_velocity(clean, noise, timesteps)
@@ -167,7 +171,8 @@ def tell_ends(errors):
     first = np.mean(errors[:20])
     last = np.mean(errors[-20:])
     print(
-        f"mean error of the first twenty steps {first:.2f}, of the last twenty {last:.2f}"
+        f"mean error of the first twenty steps {first:.2f}, of the last twenty "
+        f"{last:.2f}"
     )
     if lesson.fast(True, False):
         assert last < first, "the error must fall"
@@ -177,7 +182,7 @@ tell_ends(curve)
 
 # %% [markdown]
 # - **Line 1.** The weighting needs the noise levels and the target of the network. Take both from the scheduler: then the word
-#   cannot be forgotten.
+#   cannot be forgotten. The weighting belongs on the device of the network.
 # - **Line 2.** A weighting that learns has parameters. They need a place in the optimizer. For Min-SNR this list is empty, and
 #   the line does no harm.
 # - **Line 3.** The weighting takes one mean squared error *for each image*. If your loss is a sum over pixels, or already a
@@ -187,7 +192,7 @@ tell_ends(curve)
 
 # %%
 start = make_weighting(NAME, schedule, "v_prediction").weights()
-learned = weighting.weights()
+learned = weighting.weights().cpu()
 table = pd.DataFrame(index=pd.Index([10, 130, 300, 600, 900], name="timestep"))
 table["at the start"] = start[table.index]
 table["now"] = learned[table.index]
@@ -206,6 +211,9 @@ if NAME == "dy-sigma":
 
 
 # %%
+model = model.cpu()  # the checks of this page are small
+
+
 def gradient(network, loss):
     parts = torch.autograd.grad(loss, list(network.parameters()), retain_graph=True)
     return torch.cat([part.flatten() for part in parts])
@@ -308,14 +316,17 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 import dysigma
 
-accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)  # on GPUs: no cpu=True
 rank, count = accelerator.process_index, accelerator.num_processes
 
 torch.manual_seed(0)
 model = torch.nn.Linear(8, 8)  # stands for a network
 schedule = dysigma.NoiseSchedule.linear()
 weighting = dysigma.make_weighting("dy-sigma", schedule)
-groups = [{"params": model.parameters(), "lr": 1e-3}, *weighting.parameter_groups(lr=0.05)]
+groups = [
+    {"params": model.parameters(), "lr": 1e-3},
+    *weighting.parameter_groups(lr=0.05),
+]
 optimizer = torch.optim.AdamW(groups)
 model, optimizer = accelerator.prepare(model, optimizer)  # and not the weighting
 
@@ -342,7 +353,7 @@ scratch = Path(temporary.name)
 
 
 def run_script(count):
-    """Run the script in so many processes, as `accelerate launch --num_processes` does."""
+    """Run the script in `count` processes, as `accelerate launch` does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -419,7 +430,8 @@ else:
 # %%
 flow = NoiseSchedule.flow(1000)
 flow_weighting = make_weighting("min-snr", flow, "flow_prediction")
-flow_model = small_unet()
+flow_weighting.to(device)
+flow_model = small_unet().to(device)
 groups = [
     {"params": flow_model.parameters(), "lr": 2e-3},
     *flow_weighting.parameter_groups(),
@@ -428,9 +440,9 @@ optimizer = torch.optim.AdamW(groups)
 
 flow_curve = []
 for _ in range(lesson.fast(300, 20)):
-    clean = images[torch.randint(len(images), (16,), generator=draw)]
-    noise = torch.randn(clean.shape, generator=draw)
-    s = torch.rand(16, generator=draw).clamp(1e-3, 1 - 1e-3)
+    clean = images[torch.randint(len(images), (16,), generator=draw)].to(device)
+    noise = torch.randn(clean.shape, generator=draw).to(device)
+    s = torch.rand(16, generator=draw).clamp(1e-3, 1 - 1e-3).to(device)
 
     share = s.view(-1, 1, 1, 1)
     noisy = (1 - share) * clean + share * noise
@@ -508,7 +520,8 @@ def denoise(network, x, sigma):
 
 
 # %%
-edm_model = small_unet()
+edm_weighting.to(device)
+edm_model = small_unet().to(device)
 groups = [
     {"params": edm_model.parameters(), "lr": 2e-3},
     *edm_weighting.parameter_groups(),
@@ -517,9 +530,10 @@ optimizer = torch.optim.AdamW(groups)
 
 edm_curve = []
 for _ in range(lesson.fast(200, 15)):
-    clean = images[torch.randint(len(images), (16,), generator=draw)]
-    sigma = (MEAN + SPREAD * torch.randn(16, generator=draw)).exp()
-    noisy = clean + sigma.view(-1, 1, 1, 1) * torch.randn(clean.shape, generator=draw)
+    clean = images[torch.randint(len(images), (16,), generator=draw)].to(device)
+    sigma = (MEAN + SPREAD * torch.randn(16, generator=draw)).exp().to(device)
+    noise = torch.randn(clean.shape, generator=draw).to(device)
+    noisy = clean + sigma.view(-1, 1, 1, 1) * noise
     error_per_image = F.mse_loss(
         denoise(edm_model, noisy, sigma), clean, reduction="none"
     )
@@ -687,7 +701,7 @@ with chdir(scratch):  # a module in the working folder is found by its name
         model="micro",
         images=lesson.fast(3_200, 320),
         warmup_images=160,
-        device="cpu",
+        device=str(device),
     )
     run = dysigma.train(config, scratch / "run", progress=False, finish=False)
 losses = run.metrics[
@@ -729,7 +743,7 @@ lesson.table(
     shown,
     caption="Cosines between the gradients of bins of timesteps, with standard errors",
 )
-if NAME == "dy-sigma" and len(spans) == 4 and lesson.fast(True, False):
+if NAME == "dy-sigma" and len(spans) == 4 and lesson.as_published:
     assert report.sure_conflict_rate == 0, "in our run, no pair must conflict"
     assert cosines.iloc[0, -1] == cosines.min().min(), "the two ends must agree least"
 
@@ -745,7 +759,7 @@ if NAME == "dy-sigma" and len(spans) == 4 and lesson.fast(True, False):
 
 # %%
 flow_report = dysigma.conflicts(
-    FlowNetwork(flow_model, flow),
+    FlowNetwork(flow_model.cpu(), flow),
     images,
     flow,
     bins=4,
