@@ -399,9 +399,9 @@ lesson.reveal(QUESTION_WHERE, worst_end if ends[worst_end] > 1 else "nowhere")
 fig, ax = plt.subplots(figsize=(7, 3.6))
 for name, colour in {"const-eps": "C3", "dy-sigma": "C2"}.items():
     ax.plot(look_timesteps, ratios[name], color=colour, linewidth=2)
-    ax.text(1010, ratios[name][-1], name, color=colour, va="center")
+    ax.text(1010, ratios[name][-1], name, color=colour, va="bottom")
 ax.axhline(1, color="0.4", linewidth=1)
-ax.text(1010, 1, "min-snr = 1", color="0.3", va="bottom")
+ax.text(1190, 0.99, "min-snr = 1", color="0.3", va="top", ha="right")
 ax.set(
     xlabel="timestep (clean → noisy)",
     ylabel="test loss / that of min-snr",
