@@ -219,7 +219,8 @@ def gradient(network, loss):
     return torch.cat([part.flatten() for part in parts])
 
 
-snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+bar = scheduler.alphas_cumprod.cpu()  # add_noise moved it to the device
+snr = bar / (1 - bar)
 by_hand = snr.clamp(max=5) / (snr + 1)
 by_hand = by_hand / by_hand.mean()
 
