@@ -50,7 +50,8 @@ from dysigma.exact import gaussian_fields
 from dysigma.lab.race import Race, race
 from dysigma.objective import sample_losses
 
-lesson = Lesson("11_measuring_a_speed_up", trains_on="cpu")
+lesson = Lesson("11_measuring_a_speed_up", trains_on="auto")
+device = lesson.device  # a GPU if there is one
 
 # %% [markdown]
 # ## Two trainings
@@ -67,8 +68,8 @@ lesson.predict(QUESTION_FEWER, None)
 # U-Net, so that ten trainings take a minute.
 
 # %%
-data = gaussian_fields(4096)
-schedule = NoiseSchedule.linear(1000)
+data = gaussian_fields(4096).to(device)
+schedule = NoiseSchedule.linear(1000).to(device)
 
 
 class Denoiser(nn.Module):
@@ -100,7 +101,7 @@ class Denoiser(nn.Module):
 # %%
 pixels = load_features("pixels")
 reference = moments(extract(pixels, data.images))
-held_out = gaussian_fields(256, split="test").images
+held_out = gaussian_fields(256, split="test").images.to(device)
 timesteps_seen = evaluation_timesteps(1000, 40)
 
 
@@ -138,14 +139,15 @@ LOOKS = [round(10 * 2 ** (k / 2)) for k in range(15)]  # steps
 def train_once(weighting_name, seed):
     """One training: a row for each look."""
     torch.manual_seed(seed)
-    model = Denoiser()
+    model = Denoiser().to(device)
     weighting = make_weighting(weighting_name, schedule, prediction_type="sample")
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     rows = []
     for step in range(1, STEPS + 1):
         x0, _, _ = batch(data, seed, step, BATCH)
-        timesteps = torch.randint(0, 1000, (BATCH,))
-        noise = torch.randn_like(x0)
+        # Drawn on the CPU, so that they are the same on every device.
+        timesteps = torch.randint(0, 1000, (BATCH,)).to(device)
+        noise = torch.randn(x0.shape).to(device)
         losses = sample_losses(model, schedule, x0, noise, timesteps, "sample")
         loss = weighting(losses, timesteps)
         optimizer.zero_grad()
@@ -205,7 +207,7 @@ lesson.show(
 
 # %%
 FRACTION = 0.5  # of the budget
-is_default = FRACTION == 0.5 and lesson.fast(True, False)
+is_default = FRACTION == 0.5 and lesson.as_published
 
 held = []
 for seed in SEEDS:
@@ -225,7 +227,7 @@ for name in COLOURS:
 torch.manual_seed(0)
 levels = pd.Series(
     {
-        "untrained network": distance_of(Denoiser()),
+        "untrained network": distance_of(Denoiser().to(device)),
         "threshold": threshold,
         "const-x0, end (mean over seeds)": ends["const-x0"],
         "min-snr, end (mean over seeds)": ends["min-snr"],
@@ -662,7 +664,7 @@ lesson.predict(QUESTION_LOSS, None)
 min_snr_weights = make_weighting(
     "min-snr", schedule, prediction_type="sample"
 ).weights()
-weights_seen = min_snr_weights[timesteps_seen].numpy()
+weights_seen = min_snr_weights.cpu()[timesteps_seen].numpy()
 
 
 def metric_curves(values_of):
