@@ -364,12 +364,18 @@ held_out = test_images[: specification.base["validation_images"]]
 wiener = OptimalDenoiser(GaussianField(), schedule)
 floor = validation_losses(wiener, held_out, schedule, "epsilon", timesteps=at)
 
-points = {}  # (arm, seed) to the logarithms of the two excess losses
-for row in table.to_dict("records"):
+
+def log_excess(row):
+    """Logarithms of the two excess losses at the end of a training."""
     above = torch.tensor(row["validation_losses"][-1], dtype=torch.float64) - floor
     clean = above[at < SPLIT_AT].mean()
     noisy = above[at >= SPLIT_AT].mean()
-    points[row["arm"], row["seed"]] = np.log([float(clean), float(noisy)])
+    return np.log([float(clean), float(noisy)])
+
+
+points = {}  # (arm, seed) to the logarithms of the two excess losses
+for row in table.to_dict("records"):
+    points[row["arm"], row["seed"]] = log_excess(row)
 assert np.isfinite(list(points.values())).all(), "no network may beat the Wiener filter"
 
 # %% [markdown]
@@ -590,29 +596,6 @@ lesson.table(
     caption="Static weights at other rates, beyond the sweep",
     mark=by_rate.index[0],
 )
-
-# %%
-wider = against_front([*sweep, *other_rates], strategies)
-rows = {}
-for label, found in {
-    "one learning rate": placed,
-    "three learning rates": wider,
-}.items():
-    kinds = found["shown"].value_counts()
-    rows[f"front of {label}"] = [
-        int(kinds.get("beyond", 0)),
-        int(kinds.get("open", 0)),
-        int(kinds.get("behind", 0)),
-        float(found["δ"].iloc[0]),
-    ]
-both_fronts = pd.DataFrame.from_dict(
-    rows, orient="index", columns=["beyond", "open", "behind", "largest mean δ"]
-)
-lesson.table(
-    both_fronts,
-    caption="The 18 strategies against two fronts",
-    mark="front of three learning rates",
-)
 if is_record:
     best_static = by_rate["δ"].iloc[0]
     assert by_rate.index[0] == "split 0.06 lr 0.016" and by_rate["low"].iloc[0] > 0, (
@@ -623,15 +606,68 @@ if is_record:
     )
     assert by_rate["δ"].iloc[1] > placed["δ"].iloc[0], "so does the second of the table"
     assert by_rate.index[1].endswith("lr 0.016"), "which has twice the rate too"
-    assert wider["δ"].max() < 0, "against three rates no strategy has a positive mean"
 
 # %% [markdown]
 # The first two static weights, both at twice the learning rate, have a larger mean $\delta$ than any strategy. So a sweep that is
-# not well tuned makes strategies look better than they are. This is the warning of Xin et al. Against the front of all three
-# rates, no strategy has a positive mean.
+# not well tuned makes strategies look better than they are. This is the warning of Xin et al.
 #
-# But that second comparison favours the sweep: **the sweep had three learning rates, and each strategy one.** With a learning
-# rate of its own, a strategy might move as far as the static weights did. We have not measured that.
+# A fair comparison gives the strategies the same choice. A second record has *everything* at twice the rate too: the nine static
+# weights and every strategy, with the same seeds. Its question was written down before it ran, in
+# `data/races/front-fields-rates.toml`. Each strategy may take the better of its two rates, and the front goes through the
+# static weights of both.
+
+# %%
+QUESTION_TWICE = "Two rates for everything: how many strategies are shown to lie beyond the static weights?"
+lesson.predict(QUESTION_TWICE, None)
+
+# %%
+twice = load_races(Path("../data/runs/front-fields-rates"))
+for row in twice.to_dict("records"):
+    points[f"{row['arm']} at twice the rate", row["seed"]] = log_excess(row)
+
+static_weights = [*sweep]
+for arm in sweep:
+    static_weights.append(f"{arm} at twice the rate")
+candidates = [*strategies]
+for arm in [*strategies, "gramian"]:
+    candidates.append(f"{arm} at twice the rate")
+both_rates = against_front(static_weights, candidates)
+
+# The best comes first, so the first of a name is the strategy at its better rate.
+both_rates["strategy"] = [
+    name.removesuffix(" at twice the rate") for name in both_rates.index
+]
+at_its_best = both_rates.drop_duplicates("strategy").drop(columns="strategy")
+lesson.reveal(QUESTION_TWICE, int((at_its_best["shown"] == "beyond").sum()))
+
+# %%
+lesson.table(
+    at_its_best.head(6),
+    caption="The strategies that come closest to the static weights of both rates",
+    mark=at_its_best.index[0],
+)
+print(at_its_best["shown"].value_counts().to_dict())
+
+if is_record:
+    counts_of_best = at_its_best["shown"].value_counts().to_dict()
+    assert counts_of_best == {"behind": 13, "open": 6}, "none of nineteen is beyond"
+    assert list(at_its_best.index[:4]) == [
+        "loss-balance at twice the rate",
+        "gramian at twice the rate",
+        "uncertainty at twice the rate",
+        "dy-sigma at twice the rate",
+    ], "all four are better at twice the rate"
+    assert (at_its_best["δ"] > 0).sum() == 1, "one mean is positive"
+    assert 0 < at_its_best["δ"].iloc[0] < 0.02, "by a hundredth"
+
+# %% [markdown]
+# No strategy of nineteen is shown to lie beyond the static weights. (They are nineteen, for in the second record `gramian` computes
+# weights of its own.) The best mean, that of `loss-balance`, is a hundredth above 0, and its interval reaches a tenth to both
+# sides. Twice the rate helps strategies as it helps static weights: the four that come closest are all better there.
+#
+# Six strategies stay open, more than before, because at twice the rate trainings differ more from seed to seed. The rate of a
+# strategy was chosen by the same seeds that judge it, which favours the strategies. Four times the rate is registered too, and
+# has not run: the best static weights may lie there.
 #
 # **The seeds.** Seed 300 was used to choose the common learning rate, and it is one of the three seeds here. The strategies that
 # come closest, seed by seed:
