@@ -135,6 +135,20 @@ def test_noise_networks_on_a_flow_are_audited_without_the_level_of_pure_noise():
     assert plain.off == pytest.approx(1 / 3)
 
 
+def test_a_flow_that_ends_before_pure_noise_is_audited_to_its_last_level():
+    flow = NoiseSchedule(torch.linspace(6, -6, 40, dtype=torch.float64).sigmoid(), is_flow=True)
+    last = flow.log_snr[-1].exp() * 1.001
+
+    def wrong_at_the_end(snr):
+        return snr.clamp(max=5) / snr * torch.where(snr <= last, 100.0, 1.0)
+
+    found = dysigma.audit(wrong_at_the_end, flow, "epsilon", claims="min-snr")
+    assert not found.agrees and found.off == pytest.approx(1 / 40)
+    assert found.ratio_at_noisiest == pytest.approx(100)
+    with pytest.raises(ValueError, match="3 or more"):
+        dysigma.audit("min-snr", NoiseSchedule.flow(2), "epsilon")
+
+
 def test_noise_networks_on_a_flow_are_audited_with_a_density():
     flow = NoiseSchedule.flow(100)
     sampler = make_sampler("logit-normal", flow)

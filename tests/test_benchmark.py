@@ -101,6 +101,12 @@ def fails(config, data):
 
 
 @pytest.mark.slow
+def test_the_import_is_timed_in_fresh_processes(capsys):
+    assert 0 < benchmark.import_seconds() < 60
+    assert "beyond torch" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_the_record_holds_what_ran_and_why_the_rest_did_not(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(benchmark, "MICRO_BATCHES", 6)
     monkeypatch.setattr(

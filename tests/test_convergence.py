@@ -432,7 +432,8 @@ def test_a_race_in_progress_is_compared_over_the_seeds_that_both_have(tmp_path):
         assert row[column] == pytest.approx(curves["epsilon", arm][first][1][-1])
 
     without_pair = whole[is_arm & (whole.seed == first) | ~is_arm & whole.seed.isin(others)]
-    assert len(race_table(without_pair, "validation", levels, "const-x0")) == 0
+    with pytest.raises(ValueError, match="seed in common"):
+        race_table(without_pair, "validation", levels, "const-x0")
 
 
 SAMPLED = BASE | {"distance_images": 16, "validation_timesteps": len(TIMESTEPS)}

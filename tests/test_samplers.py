@@ -23,7 +23,7 @@ from dysigma.samplers import (
 from dysigma.schedule import SCHEDULES, NoiseSchedule, make_schedule
 from dysigma.training import TrainConfig, build, load_split, train_step
 from dysigma.training.parts import make_parts
-from dysigma.weightings import make_weighting
+from dysigma.weightings import Weighting, make_weighting
 
 LINEAR = NoiseSchedule.linear(1000)
 GRID = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
@@ -180,6 +180,37 @@ def test_training_with_gradient_norms_adapts_to_the_weighted_gradients():
     torch.testing.assert_close(moments[0], moments[1], rtol=1e-3, atol=0)
     with pytest.raises(ValueError, match="no-compile"):
         make_parts(TrainConfig(timestep_sampler="gradient-norm", compile=True))
+
+
+class LearnsFromNorms(Weighting):
+    """A weighting of one's own that observes gradients and proposes no density."""
+
+    observes = "gradient-norms"
+
+    def __init__(self, setting):
+        super().__init__(setting, bins=4)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def weights(self):
+        return self.scaled(torch.ones(self.num_timesteps))
+
+    def observe_gradient_norms(self, squared_norms, timesteps, importance):
+        self.seen += squared_norms.sum()
+        return torch.zeros((), requires_grad=True)
+
+
+@pytest.mark.parametrize("name", ["uniform", "loss-second-moment", "gradient-norm"])
+def test_a_weighting_that_observes_gradients_gets_them_from_any_sampler(name):
+    config = TrainConfig(
+        model="micro", image_size=8, train_images=32, batch_size=16, timestep_sampler=name, compile=False
+    )  # fmt: skip
+    data = load_split(config, "train", torch.device("cpu"))
+    state = build(config, data)
+    state.weighting = make_weighting(LearnsFromNorms, state.schedule, config.prediction)
+    record = train_step(state, data, config)
+    assert state.weighting.seen > 0
+    if name == "loss-second-moment":  # it goes on to take losses, with weights of 1
+        torch.testing.assert_close(state.sampler.moments[2].sum(), record.losses.square().sum())
 
 
 @pytest.mark.parametrize("name", ["uniform", "stratified", "lognormal", "loss-second-moment"])
@@ -585,6 +616,15 @@ def test_parameters_may_be_scalars_of_numpy_and_torch(number):
         "gradient-norm", LINEAR, bins=np.int64(10), warmup=np.int64(5), uniform=number(0.5)
     )
     assert adaptive.bins.num_bins == 10
+
+
+def test_the_sampler_of_a_weighting_has_its_objective():
+    weighting = make_weighting("min-snr", LINEAR, "sample")
+    sampler = TimestepSampler(weighting.weights())
+    assert not sampler.corrected
+    torch.testing.assert_close(
+        effective_weights(sampler), effective_weights(SAMPLERS["uniform"], weighting)
+    )
 
 
 # ---------------------------------------------------------------- behaviour and bad input

@@ -39,7 +39,8 @@ class Audit:
     nearest_off, the share of timesteps more than 10 per cent off it. effective_sample_size: share
     of timesteps that does the work. at_zero_snr, at_infinite_snr: where the weight goes, in words.
     right_formula: the claim as code. weights, reference: (T,) float64, of mean 1, on the error of
-    target; log_snr: (T,).
+    target; log_snr: (T,). All three are (T - 1,) for a noise network on a flow that ends in pure
+    noise.
     """
 
     target: str
@@ -120,8 +121,8 @@ def audit(
     sampler: a density of timesteps. The weight is multiplied by it, which gives the objective of a
     training run that draws so, as a weight over uniform timesteps. A sampler that is corrected for
     its density changes nothing.
-    A network that predicts the noise has weight 0 at the last level of a flow, which is noise
-    alone. There the function is not called, and all tables end one level before.
+    A network that predicts the noise has weight 0 at a last level of pure noise, with which flows
+    end. There the function is not called, and all tables end one level before.
 
     Raises ValueError if the function returns another shape, values that are negative, NaN or
     infinite, or a weight that depends on more than its own level; KeyError for an unknown name;
@@ -138,7 +139,12 @@ def audit(
     values = {key: as_float(key, value) for key, value in (params or {}).items()}
     _check_claim(claims, values)
     full = schedule
-    if target == "epsilon" and schedule.is_flow:
+    if target == "epsilon" and schedule.is_flow and schedule.has_zero_terminal_snr:
+        if schedule.num_timesteps < 3:
+            raise ValueError(
+                f"epsilon on a flow is audited without its last level; got {schedule.num_timesteps} "
+                "timesteps, and 3 or more are wanted"
+            )
         schedule = NoiseSchedule(full.alphas_cumprod[:-1], is_flow=True)
     is_named = isinstance(function, str)
     weights = weights_of(function, full if is_named else schedule, target, as_)

@@ -75,7 +75,8 @@ function fit() {  // shrink the letters of a slide that is higher than the scree
 }
 const steps = {ArrowRight: 1, ArrowDown: 1, PageDown: 1, " ": 1, ArrowLeft: -1, ArrowUp: -1, PageUp: -1};
 addEventListener("keydown", event => {
-  const key = event.key;
+  if (event.ctrlKey || event.metaKey || event.altKey) return;  // the browser's own
+  const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
   if (key in steps) show(current() + steps[key]);
   else if (key === "Home") show(0);
   else if (key === "End") show(slides.length - 1);

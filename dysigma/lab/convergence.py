@@ -155,6 +155,13 @@ def _comparisons(
     return rows
 
 
+def _check_common_seeds(rows: list[dict[str, Any]], baseline: object) -> None:
+    if not rows:
+        raise ValueError(
+            f"no arm has a seed in common with the baseline {baseline!r}; race one first"
+        )
+
+
 def _outcome(estimate: float, p_holm: float) -> str:
     """Whether an arm is shown to need fewer or more images, at 5 % after Holm's adjustment."""
     if not p_holm < 0.05:
@@ -199,6 +206,7 @@ def race_table(
         budget = _budget(runs_of.values())
         of_baseline = runs_of.pop((label, baseline))
         rows += _comparisons(of_baseline, runs_of, _named(levels), budget)
+    _check_common_seeds(rows, baseline)
     return pandas.DataFrame(rows)
 
 
@@ -265,4 +273,5 @@ def compare_across(
     levels = _named_fractions(fractions, _kept_from(of_baseline.values(), fractions))
     levels.update(absolute or {})
     rows = _comparisons(of_baseline, curves, _named(levels), budget)
+    _check_common_seeds(rows, baseline)
     return pandas.DataFrame(rows)

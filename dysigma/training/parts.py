@@ -145,10 +145,10 @@ def make_parts(config: TrainConfig) -> tuple[NoiseSchedule, Weighting, TimestepS
     sampler = make_sampler(
         config.timestep_sampler, schedule, weighting=weighting, **config.sampler_params
     )
-    if sampler.observes == "gradient-norms" and config.compile:
+    if config.compile and "gradient-norms" in (sampler.observes, weighting.observes):
         raise ValueError(
-            f"timestep sampler {config.timestep_sampler!r} measures gradients inside the network, which a "
-            "compiled one does not show; use --no-compile"
+            f"timestep sampler {config.timestep_sampler!r} with weighting {config.weighting!r} measures "
+            "gradients inside the network, which a compiled one does not show; use --no-compile"
         )
     if weighting.needs_gramian:
         # A rule that cannot take so many bins says so now and not hours later.

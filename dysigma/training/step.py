@@ -75,11 +75,11 @@ def _backward(
     """Add up the gradients of this rank's share of a batch, part by part.
 
     Returns the losses (B,) of all ranks, their squared gradient norms (B,) in the output layer if
-    the sampler observes those, and what was minimised here, ().
+    the sampler or the weighting observes those, and what was minimised here, ().
     """
     device = drawn.x0.device
     output = None
-    if state.sampler.observes == "gradient-norms":
+    if "gradient-norms" in (state.sampler.observes, state.weighting.observes):
         output = OutputLayerGradients(state.model)
     losses = []
     norms = []
@@ -144,7 +144,9 @@ def train_step(state: TrainState, data: ImageData, config: TrainConfig) -> StepR
     state.step += 1
     state.ema.update(state.model, state.step * config.batch_size, config.batch_size)
     if weights is not None:
-        observed = weights * losses if norms is None else weights.square() * norms
+        observed = weights * losses
+        if sampler.observes == "gradient-norms" and norms is not None:
+            observed = weights.square() * norms
         mine = share.flatten()
         sampler.update(observed[mine], timesteps[mine])
     return StepRecord(step, timesteps, losses, total, grad_norm)

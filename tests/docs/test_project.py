@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import re
@@ -192,6 +193,8 @@ def test_workflows_and_forms_are_yaml_and_run_targets_that_exist(path):
     text = path.read_text(encoding="utf-8")
     assert yaml.safe_load(text)
     assert set(re.findall(r"run: make ([a-z-]+)", text)) <= set(recipes())
+    for module, name in re.findall(r"from (dysigma[\w.]*) import (\w+)", text):
+        assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
 
 def test_contributing_names_files_and_targets_that_exist():
