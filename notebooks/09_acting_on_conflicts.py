@@ -55,7 +55,8 @@ from dysigma.objective import sample_losses
 from dysigma.pareto import min_norm_weights, project_psd
 from dysigma.training import build, iterate
 
-lesson = Lesson("09_acting_on_conflicts", trains_on="cpu")
+lesson = Lesson("09_acting_on_conflicts", trains_on="auto")
+device = lesson.device  # a GPU if there is one
 
 # %% [markdown]
 # ## Which bins does a plain step make worse?
@@ -70,11 +71,12 @@ config = TrainConfig(
     model="micro",
     images=lesson.fast(9_600, 6_400),
     lr=2e-3,
-    device="cpu",
+    device=str(device),
 )
-is_default = config.lr == 2e-3 and lesson.fast(config.images == 9_600, False)
-data = leaves(4096, size=8)
-schedule = NoiseSchedule.linear(1000)
+is_default = config.lr == 2e-3 and config.images == 9_600 and lesson.as_published
+data = leaves(4096, size=8).to(device)
+schedule = NoiseSchedule.linear(1000)  # for formulas
+schedule_of_runs = NoiseSchedule.linear(1000).to(device)
 bins = Bins.equal_log_snr(schedule.log_snr, 5)
 
 state = build(replace(config, seed=0), data)
@@ -85,7 +87,7 @@ state.ema.copy_to(state.model)
 report = conflicts(
     state.model,
     data,
-    schedule,
+    schedule_of_runs,
     bins,
     micro_batches=16,
     batch_per_bin=lesson.fast(32, 16),
@@ -287,7 +289,7 @@ for repeat in range(lesson.fast(12, 10)):
     small = conflicts(
         state.model,
         data,
-        schedule,
+        schedule_of_runs,
         bins,
         micro_batches=8,
         batch_per_bin=2,
@@ -477,33 +479,40 @@ class SmallNetwork(nn.Module):
         return self.layers(features).view_as(x_t)
 
 
-fields = gaussian_fields(4096, size=8)
-test_images = gaussian_fields(512, size=8, split="test").images
+fields = gaussian_fields(4096, size=8).to(device)
+test_images = gaussian_fields(512, size=8, split="test").images.to(device)
 at = evaluation_timesteps(1000, 40)
-best_denoiser = OptimalDenoiser(GaussianField(), schedule)
-floor = validation_losses(best_denoiser, test_images, schedule, "epsilon", timesteps=at)
+best_denoiser = OptimalDenoiser(GaussianField(), schedule_of_runs).to(device)
+
+
+def losses_of(network):
+    return validation_losses(
+        network, test_images, schedule_of_runs, "epsilon", timesteps=at
+    )
+
+
+floor = losses_of(best_denoiser)
 
 
 def excess_of_bins(network):
     """Mean loss above the best possible one, in five bins of 200 timesteps, (5,)."""
-    losses = validation_losses(network, test_images, schedule, "epsilon", timesteps=at)
-    return (losses - floor).view(5, 8).mean(1).double().numpy()
+    return (losses_of(network) - floor).view(5, 8).mean(1).double().numpy()
 
 
 # %%
 def gramian_of_step(network, weighting, seed, step, draw):
     """The Gramian of the weighting's bins from 16 fresh samples of each, noise taken out."""
-    drawn = bin_timesteps(weighting.bins, 16, draw).flatten()
+    drawn = bin_timesteps(weighting.bins, 16, draw).flatten().to(device)
     images, _, _ = batch(fields, 1000 + seed, step, len(drawn))
-    noise = torch.randn(images.shape, generator=draw)
+    noise = torch.randn(images.shape, generator=draw).to(device)
     return bin_gramian(
-        network, schedule, images, noise, drawn, weighting.bins, splits=4
+        network, schedule_of_runs, images, noise, drawn, weighting.bins, splits=4
     )
 
 
 def train_network(network, name, params, seed, num_steps, lr):
     """Train in place. With one seed, every rule sees the same images, timesteps and noise."""
-    weighting = make_weighting(name, schedule, **params)
+    weighting = make_weighting(name, schedule_of_runs, **params)
     groups = [{"params": network.parameters(), "lr": lr}]
     optimizer = torch.optim.Adam(groups + weighting.parameter_groups())
     draw = torch.Generator().manual_seed(seed)
@@ -516,9 +525,11 @@ def train_network(network, name, params, seed, num_steps, lr):
             )
             weighting.observe_gramian(gramian_now)
         images, _, _ = batch(fields, seed, step, 64)
-        timesteps = torch.randint(1000, (64,), generator=draw)
-        noise = torch.randn(images.shape, generator=draw)
-        losses = sample_losses(network, schedule, images, noise, timesteps, "epsilon")
+        timesteps = torch.randint(1000, (64,), generator=draw).to(device)
+        noise = torch.randn(images.shape, generator=draw).to(device)
+        losses = sample_losses(
+            network, schedule_of_runs, images, noise, timesteps, "epsilon"
+        )
         optimizer.zero_grad()
         weighting(losses, timesteps).backward()
         optimizer.step()
@@ -549,7 +560,7 @@ SEEDS = range(lesson.fast(3, 2))
 SHORT = lesson.fast(120, 30)  # steps
 
 torch.manual_seed(0)
-young = SmallNetwork()
+young = SmallNetwork().to(device)
 older = train_network(
     copy.deepcopy(young), "const-eps", {}, 99, lesson.fast(2000, 200), 3e-3
 )
