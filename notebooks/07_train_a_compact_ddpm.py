@@ -406,6 +406,7 @@ ax.set(
     xlabel="timestep (clean → noisy)",
     ylabel="test loss / that of min-snr",
     xlim=(0, 1200),
+    xticks=range(0, 1001, 200),
 )
 if is_default:
     title = "The plain noise loss gains at the clean end, loses elsewhere"
