@@ -35,12 +35,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 from torchjd.aggregation import CAGradWeighting, UPGradWeighting
 
 from dysigma import NoiseSchedule, TrainConfig, conflicts, leaves, make_weighting, plots
 from dysigma.bins import Bins
 from dysigma.course.lesson import Lesson
+from dysigma.course.networks import SmallDenoiser
 from dysigma.data.dataset import batch
 from dysigma.evaluation import evaluation_timesteps, validation_losses
 from dysigma.exact import (
@@ -454,31 +454,9 @@ if RATE == 20.0:
 # takes the noise out, averages the last Gramians, and holds the shares of the rule until the next one.
 #
 # The images are Gaussian fields, for which the best possible loss is known. So we can again watch the excess, in five bins of
-# 200 timesteps. The network has three layers. It is so small that we can train it with six rules and three seeds.
-
+# 200 timesteps. The network, `SmallDenoiser`, has three layers. It is so small that we can train it with six rules and three seeds.
 
 # %%
-class SmallNetwork(nn.Module):
-    """Predicts the noise (B, 1, 8, 8) from the noisy image and the timestep (B,)."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("log_snr", schedule.log_snr.float())
-        self.register_buffer("frequencies", torch.arange(1, 9) / 8)
-        self.layers = nn.Sequential(
-            nn.Linear(64 + 16, 64),
-            nn.SiLU(),
-            nn.Linear(64, 64),
-            nn.SiLU(),
-            nn.Linear(64, 64),
-        )
-
-    def forward(self, x_t, timesteps):
-        angles = self.log_snr[timesteps, None] * self.frequencies
-        features = torch.cat([x_t.flatten(1), angles.sin(), angles.cos()], 1)
-        return self.layers(features).view_as(x_t)
-
-
 fields = gaussian_fields(4096, size=8).to(device)
 test_images = gaussian_fields(512, size=8, split="test").images.to(device)
 at = evaluation_timesteps(1000, 40)
@@ -560,7 +538,7 @@ SEEDS = range(lesson.fast(3, 2))
 SHORT = lesson.fast(120, 30)  # steps
 
 torch.manual_seed(0)
-young = SmallNetwork().to(device)
+young = SmallDenoiser(schedule, width=64).to(device)
 older = train_network(
     copy.deepcopy(young), "const-eps", {}, 99, lesson.fast(2000, 200), 3e-3
 )

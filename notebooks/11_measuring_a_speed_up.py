@@ -39,10 +39,10 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import optimize, stats
-from torch import nn
 
 from dysigma import NoiseSchedule, convergence, make_weighting
 from dysigma.course.lesson import Lesson
+from dysigma.course.networks import SmallDenoiser
 from dysigma.data.dataset import batch
 from dysigma.distances import extract, frechet_distance, load_features, moments
 from dysigma.evaluation import evaluation_timesteps, sample_images, validation_losses
@@ -64,34 +64,12 @@ QUESTION_FEWER = "How many times fewer images does min-snr need than const-x0?"
 lesson.predict(QUESTION_FEWER, None)
 
 # %% [markdown]
-# The images are Gaussian fields of 8 × 8 pixels, drawn in memory. The network has three layers. It is much smaller than a
-# U-Net, so that ten trainings take a minute.
+# The images are Gaussian fields of 8 × 8 pixels, drawn in memory. The network, `SmallDenoiser`, has three layers. It
+# is much smaller than a U-Net, so that ten trainings take a minute. Here it predicts the image.
 
 # %%
 data = gaussian_fields(4096).to(device)
 schedule = NoiseSchedule.linear(1000).to(device)
-
-
-class Denoiser(nn.Module):
-    """Predicts the image (B, 1, 8, 8) from the noisy image and the timestep (B,)."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("log_snr", schedule.log_snr.float())
-        self.register_buffer("frequencies", torch.arange(1, 9) / 8)
-        self.layers = nn.Sequential(
-            nn.Linear(64 + 16, 128),
-            nn.SiLU(),
-            nn.Linear(128, 128),
-            nn.SiLU(),
-            nn.Linear(128, 64),
-        )
-
-    def forward(self, x_t, timesteps):
-        angles = self.log_snr[timesteps, None] * self.frequencies
-        features = torch.cat([x_t.flatten(1), angles.sin(), angles.cos()], 1)
-        return self.layers(features).view_as(x_t)
-
 
 # %% [markdown]
 # Along a training we look at two things. The **distance** is the squared Fréchet distance (Heusel et al. 2017) between 256
@@ -139,7 +117,7 @@ LOOKS = [round(10 * 2 ** (k / 2)) for k in range(15)]  # steps
 def train_once(weighting_name, seed):
     """One training: a row for each look."""
     torch.manual_seed(seed)
-    model = Denoiser().to(device)
+    model = SmallDenoiser(schedule, width=128).to(device)
     weighting = make_weighting(weighting_name, schedule, prediction_type="sample")
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     rows = []
@@ -227,7 +205,7 @@ for name in COLOURS:
 torch.manual_seed(0)
 levels = pd.Series(
     {
-        "untrained network": distance_of(Denoiser().to(device)),
+        "untrained network": distance_of(SmallDenoiser(schedule, width=128).to(device)),
         "threshold": threshold,
         "const-x0, end (mean over seeds)": ends["const-x0"],
         "min-snr, end (mean over seeds)": ends["min-snr"],
