@@ -117,7 +117,7 @@ def _state_dict(weighting: Weighting, fresh: Weighting) -> None:
     fresh = copy.deepcopy(fresh)
     fresh.load_state_dict(weighting.state_dict())
     _equal(_state(fresh), _state(weighting))
-    _equal(_state(_trained(fresh, 3, 4)), _state(_trained(weighting, 3, 4)))
+    _equal(_state(_trained(fresh, 3, 2)), _state(_trained(weighting, 3, 2)))
 
 
 def _same(weighting: Weighting, fresh: Weighting, call: Call) -> None:

@@ -1,6 +1,7 @@
 """Timestep samplers: what they draw, that the importance correction is right, the adaptive one against its paper."""
 
 import copy
+import functools
 import math
 
 import numpy as np
@@ -128,14 +129,22 @@ def expected_gradients(weighting, probabilities, importance):
     return [losses.grad, *(p.grad for p in weighting.parameters())]
 
 
-@pytest.mark.parametrize(("name", "params"), WEIGHTED)
+@functools.cache
+def uniform_gradients(number):
+    name, params = WEIGHTED[number]
+    uniform = torch.full((12,), 1 / 12, dtype=torch.float64)
+    return expected_gradients(make_weighting(name, SHORT, **params), uniform, None)
+
+
+@pytest.mark.parametrize("number", range(len(WEIGHTED)), ids=[name for name, _ in WEIGHTED])
 @pytest.mark.parametrize("sampler_name", every())
 def test_with_importance_the_sampler_changes_no_expectation_and_without_it_is_a_second_weight(
-    sampler_name, name, params
+    sampler_name, number
 ):
+    name, params = WEIGHTED[number]
     sampler = every(SHORT)[sampler_name]
-    p, uniform = sampler.probabilities(), torch.full((12,), 1 / 12, dtype=torch.float64)
-    wanted = expected_gradients(make_weighting(name, SHORT, **params), uniform, None)
+    p = sampler.probabilities()
+    wanted = uniform_gradients(number)
     corrected = expected_gradients(make_weighting(name, SHORT, **params), p, (1 / (12 * p)).float())
     for one, other in zip(corrected, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
