@@ -1,5 +1,5 @@
 # Needs python3 (3.11 or newer, with pip and venv) and make; every target does its own set-up in .venv.
-# `make help` lists the targets; README.md gives each as plain pip lines.
+# `make help` lists the targets; notebooks/reference/setup.md gives each as plain pip lines.
 #
 # torch: constraints.txt pins the release. On Linux, PyPI's build of it carries CUDA (gigabytes); without a GPU, take the CPU one:
 #     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup

@@ -82,8 +82,8 @@ lesson.gallery(
     pictures,
     "00_first_minute",
     columns=10,
-    title="Same network, same images, same time: what the network predicts decides "
-    "what you get",
+    title="Same network, same images: on these shapes the target matters, not the "
+    "weights",
     caption="Twenty samples of each run, asked for in the same order, from the same "
     "latents.",
     alt="Four blocks of twenty small pictures. The blocks differ in how clearly one "
@@ -127,8 +127,8 @@ assert 0.89 < of_dy_sigma < 0.91, "and dy-sigma 10 % nearer"
 # [Page 12](12_the_convergence_race.ipynb) does so on CIFAR-10 and on other data, with five seeds, and says which
 # differences are larger than seed noise.
 #
-# To train these runs again, and at more rates: `data/races/first_minute.py`. An idle core needs about three minutes for
-# each run.
+# To train these runs again, and at more rates: `data/races/first_minute.py`. On cores shared with other work, a run of the
+# record took 8 to 32 minutes.
 #
 # ## Watch two of them learn
 #

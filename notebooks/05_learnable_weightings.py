@@ -284,7 +284,7 @@ if is_full:
     assert 0.8 < share_perfect < 0.86, "a perfect network must leave little to the rest"
 
 # %% [markdown]
-# Nearly everything. A closed form shows why. Take white Gaussian data of variance $\sigma_d^2$. Their floor on the $x_0$
+# Five sixths. A closed form shows why. Take white Gaussian data of variance $\sigma_d^2$. Their floor on the $x_0$
 # error is $1/(S+\sigma_d^{-2})$ with the signal-to-noise ratio $S$. On the noise error it is $S$ times that. Hence
 #
 # $$\frac1{L^{\epsilon\star}}=\frac{S+\sigma_d^{-2}}{S}=1+\frac1{\sigma_d^2\,S}.$$
@@ -525,8 +525,8 @@ if is_default and is_full:
 # %% [markdown]
 # You should see, in the marked row, that uncertainty weighting varies much more over time than around its trend. Most of
 # what looks like instability is travel. A higher learning rate ends the travel and shakes more. One $s$ per timestep
-# shakes more than 20 bins, but less than the formula's $\sqrt{50}$ times: the formula is for gradient descent, and Adam's
-# steps of fixed length damp what is rarely seen.
+# shakes more than 20 bins, but less than the formula's $\sqrt{50}$ times. The formula is for gradient descent, and we trained
+# with Adam.
 #
 # ## When the fixed point takes over
 #
@@ -632,14 +632,14 @@ display(
 )
 
 # %% [markdown]
-# The same formula is mild at one learning rate and takes over at another. The last row has the same formula and another
+# After 700 steps, the same formula is mild at one learning rate and takes over at another. The last row has the same formula and another
 # target. A network that predicts $x_0$ starts with constant weight on the $x_0$ error, which is already heavy at high noise.
-# Learning then adds weight at the clean end, and the losses there fall. So the effect of a strategy depends first of all
+# Learning then adds weight at the clean end, and the losses there fall. So the effect of this strategy depends
 # on the target.
 #
-# Is it good for *samples* to move loss from the noisy end to the clean end? Losses cannot tell.
-# [12](12_the_convergence_race.ipynb) looks at samples. What we can say: nothing in uncertainty weighting limits this
-# movement. [06](06_dy_sigma_derived.ipynb) adds a term that does.
+# Losses rise at the noisy end and fall at the clean end. Is this good for *samples*? Losses cannot tell.
+# [12](12_the_convergence_race.ipynb) looks at samples. What we can say: before its fixed point, only the clamp limits
+# this movement. [06](06_dy_sigma_derived.ipynb) adds a term that does.
 #
 # **Try it yourself.** In the first long code cell: `FAST_LR = 0.3` (more shaking; predict the table first), `CLAMP = 2.0` (the takeover
 # stops early), or `SKIP = 0.0` (the network can no longer pass its input through; where do the weights go now?).
@@ -716,13 +716,13 @@ print(
 # %% [markdown]
 # ## What you can now do
 #
-# You can write down where a learnable weighting will end, from the losses alone. You can choose the learning rate and
-# the number of bins from two formulas. You can tell travel from shaking. And you look at the share of the noisiest
+# You can write down where a learnable weighting will end, from the losses alone. Two formulas tell you
+# roughly what the learning rate and the number of bins do. You can tell travel from shaking. And you look at the share of the noisiest
 # timesteps before you look at the loss.
 #
 # ## Limitations
 #
-# - One small network, one data set, some hundred steps, two seeds. The formulas carry over; the percentages do not.
+# - One small network, one data set, some hundred steps, two seeds. The percentages do not carry over.
 # - The formula for shaking is for gradient descent with noise that is independent from step to step.
 # - Held-out losses say nothing about samples.
 # - Weightings that look at *gradients* (MGDA and its relatives) are not on this page.
