@@ -113,7 +113,6 @@ LOSSES = torch.linspace(0.1, 1, 12)
 # Learned without a running mean, the objective is linear in the samples, so that expectations are exact.
 WEIGHTED = [
     ("min-snr", {}),
-    ("const-x0", {}),
     ("uncertainty", {"bins": 4}),
     ("dy-sigma", {"half_life": None, "bins": 4}),
 ]
