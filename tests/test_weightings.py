@@ -30,6 +30,7 @@ from dysigma.weightings import (
     make_weighting,
     share_changed,
 )
+from dysigma.weightings.formulas import log_error_factor
 
 # Those of the variance-preserving path.
 SCHEDULES = {name: make for name, make in SCHEDULES.items() if name != "flow"}
@@ -574,6 +575,12 @@ def test_a_step_that_a_grad_scaler_skips_changes_no_later_one(name, params):
     without = ends.pop(None)
     for end in ends.values():  # the empty step counts in half-lives only
         torch.testing.assert_close(end, without, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("is_flow", [False, True])
+def test_the_error_factor_of_v_has_its_limits_at_both_ends(is_flow):
+    ends = torch.tensor([math.inf, -math.inf])
+    assert log_error_factor(ends, "v_prediction", is_flow).exp().tolist() == [math.inf, 1.0]
 
 
 def test_importance_that_is_not_finite_is_no_importance():

@@ -206,7 +206,8 @@ def log_error_factor(log_snr: Tensor, prediction_type: str, is_flow: bool = Fals
     """
     kind = canonical_prediction_type(prediction_type)
     if kind == "v_prediction" and is_flow:
-        return 2 * (_log_of_sum(log_snr, 0.0) - _log_of_sum(log_snr / 2, 0.0))
+        factor = 2 * (_log_of_sum(log_snr, 0.0) - _log_of_sum(log_snr / 2, 0.0))
+        return torch.where(torch.isposinf(log_snr), math.inf, factor)  # and not inf - inf
     return PREDEFINED[PLAIN[kind]](log_snr)
 
 
